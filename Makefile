@@ -1,0 +1,31 @@
+# make demo: the main job, from nothing.   make test: the whole suite, from nothing.   make lib: the native library, in place.
+VENV ?= .venv
+PYTHON ?= $(VENV)/bin/python
+SYSTEM_PYTHON ?= python3
+STAMP = $(VENV)/.installed
+
+.PHONY: demo test test-all lib wheel clean
+demo: $(STAMP)
+	$(PYTHON) -m fusewire demo
+
+test: $(STAMP)
+	$(PYTHON) -m pytest
+
+test-all: $(STAMP)
+	$(PYTHON) -m pytest -m "slow or not slow"
+
+# The environment: pinned packages, then this checkout with its compiled library.
+$(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find csrc -type f)
+	test -x $(VENV)/bin/python || $(SYSTEM_PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt torch setuptools wheel cmake ninja
+	$(VENV)/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[diffusers,report,train,dev]"
+	touch $@
+
+lib:
+	$(PYTHON) setup.py -q build_ext --inplace
+
+wheel: $(STAMP)
+	$(PYTHON) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf build dist src/fusewire/lib report *.egg-info src/*.egg-info

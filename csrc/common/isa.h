@@ -1,0 +1,31 @@
+// ISA levels of the CPU kernels. Every *_kernels.cpp is compiled once per level inside a namespace of the level's name;
+// FUSEWIRE_PICK(type, f) gives the address of f at the level this process runs at.
+#pragma once
+
+namespace fusewire {
+
+enum class Isa : int { base = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+
+// The highest level that the processor reports, or the one that FUSEWIRE_CPU_ISA names if the processor has it. Read once.
+Isa active_isa();
+
+}  // namespace fusewire
+
+// FUSEWIRE_DECLARE(R, f, (A, B)): declares R f(A, B) at every level. Use inside namespace fusewire.
+#define FUSEWIRE_DECLARE_ONE(isa, R, f, args) namespace isa { R f args; }
+#if defined(__x86_64__)
+#define FUSEWIRE_DECLARE(R, f, args)          \
+  FUSEWIRE_DECLARE_ONE(base, R, f, args)      \
+  FUSEWIRE_DECLARE_ONE(avx2, R, f, args)      \
+  FUSEWIRE_DECLARE_ONE(avx512, R, f, args)    \
+  FUSEWIRE_DECLARE_ONE(avx512_bf16, R, f, args)
+// FUSEWIRE_PICK(type, f): f at the active level, as a pointer of `type` (which chooses among overloads).
+#define FUSEWIRE_PICK(type, f)                                                              \
+  (active_isa() == Isa::avx512_bf16  ? static_cast<type>(&::fusewire::avx512_bf16::f)       \
+       : active_isa() == Isa::avx512 ? static_cast<type>(&::fusewire::avx512::f)            \
+       : active_isa() == Isa::avx2   ? static_cast<type>(&::fusewire::avx2::f)              \
+                                     : static_cast<type>(&::fusewire::base::f))
+#else
+#define FUSEWIRE_DECLARE(R, f, args) FUSEWIRE_DECLARE_ONE(base, R, f, args)
+#define FUSEWIRE_PICK(type, f) (static_cast<type>(&::fusewire::base::f))
+#endif

@@ -1,0 +1,15 @@
+"""What csrc/cpu/adaln.cpp serves: the predicates of the room's CPU rows."""
+
+from __future__ import annotations
+
+from fusewire.kernels.library import CPU
+
+
+def why_not_modulate(x, shift, scale, weight, bias, eps, rms, exact) -> str:
+    if not CPU.loaded:
+        return CPU.reason
+    if x.device.type != "cpu":
+        return f"x is on {x.device.type}"
+    if not (x.dtype is shift.dtype is scale.dtype):
+        return "x, shift and scale differ in dtype"
+    return ""

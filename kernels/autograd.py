@@ -1,0 +1,47 @@
+"""Gradients of a fused op whose fused backward is not there yet: the reference is recomputed and differentiated.
+
+A gradient is never dropped: what the op's autograd formula does not compute by a kernel, it computes from the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+def recomputing(reference: Callable) -> tuple[Callable, Callable]:
+    """(backward, setup_context) for ``torch.library.register_autograd``.
+
+    ``reference`` takes the op's arguments and is made of differentiable PyTorch calls; the backward recomputes it from the saved inputs.
+    The backward is itself differentiable (``create_graph=True``).
+    """
+
+    def setup_context(ctx, inputs, output):
+        ctx.layout = tuple(isinstance(value, torch.Tensor) for value in inputs)
+        ctx.rest = tuple(None if isinstance(value, torch.Tensor) else value for value in inputs)
+        ctx.save_for_backward(*(value for value in inputs if isinstance(value, torch.Tensor)))
+
+    def backward(ctx, *grads):
+        saved = iter(ctx.saved_tensors)
+        again = torch.is_grad_enabled()  # create_graph=True: differentiate through the saved tensors themselves
+        arguments, wanted = [], []
+        for is_tensor, value, needed in zip(ctx.layout, ctx.rest, ctx.needs_input_grad):
+            if is_tensor:
+                value = next(saved)
+                if needed:
+                    value = value.view_as(value) if again else value.detach().requires_grad_()
+                    wanted.append(value)
+                elif not again:
+                    value = value.detach()
+            arguments.append(value)
+        with torch.enable_grad():
+            outputs = reference(*arguments)
+        outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        pairs = [(out, grad) for out, grad in zip(outputs, grads) if grad is not None and out.requires_grad]
+        found = torch.autograd.grad([out for out, _ in pairs], wanted, [grad for _, grad in pairs], create_graph=again,
+                                    allow_unused=True) if pairs else [None] * len(wanted)
+        found = iter(found)
+        return tuple(next(found) if is_tensor and needed else None for is_tensor, needed in zip(ctx.layout, ctx.needs_input_grad))
+
+    return backward, setup_context

@@ -1,0 +1,110 @@
+"""Which backend runs an op: decided before launch, from declared limits.
+
+An op owns a table of rows (name, predicate, function). The predicate takes the op's arguments and returns ``""`` where the row can serve the
+call, otherwise the reason why not. The first row that can serve runs; nothing is tried and caught.
+``FUSEWIRE_BACKEND=reference|triton|cuda|cpu`` forces one row, and a call it cannot serve is an error.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+NAMES = ("cpu", "cuda", "triton", "reference")
+
+
+class Backend(NamedTuple):
+    """One row: ``why_not(*args) -> str`` (empty: can serve) and ``run(*args)``."""
+
+    name: str
+    why_not: Callable[..., str]
+    run: Callable
+
+
+class BackendError(RuntimeError):
+    """A forced backend cannot serve this call."""
+
+
+def _forced_by_environment() -> str | None:
+    name = os.environ.get("FUSEWIRE_BACKEND") or None
+    if name is not None and name not in NAMES:
+        raise ValueError(f"FUSEWIRE_BACKEND is {name!r}; it should be one of {', '.join(NAMES)}")
+    return name
+
+
+_forced: str | None = _forced_by_environment()
+TABLES: dict[str, "Table"] = {}
+
+
+class Table:
+    """The backends of one op, in order of preference, with a count of the calls that each served."""
+
+    def __init__(self, op: str, rows: list[Backend]):
+        self.op, self.rows = op, rows
+        self.calls = {row.name: 0 for row in rows}
+        self.fallbacks: dict[str, int] = {}
+        TABLES[op] = self
+
+    def __call__(self, *args):
+        if _forced is not None:
+            return self._run_forced(args)
+        for row in self.rows:
+            reason = row.why_not(*args)
+            if not reason:
+                if not torch.compiler.is_compiling():
+                    self.calls[row.name] += 1
+                return row.run(*args)
+        raise BackendError(f"{self.op}: no backend can serve this call")
+
+    def _run_forced(self, args):
+        for row in self.rows:
+            if row.name == _forced:
+                reason = row.why_not(*args)
+                if reason:
+                    raise BackendError(f"{self.op}: the forced backend {_forced!r} cannot serve this call: {reason}")
+                if not torch.compiler.is_compiling():
+                    self.calls[row.name] += 1
+                return row.run(*args)
+        raise BackendError(f"{self.op} has no backend {_forced!r}; it has {', '.join(row.name for row in self.rows)}")
+
+    def explain(self, *args) -> list[tuple[str, str]]:
+        """(backend, reason it cannot serve, or ``""``) for each row, in order of preference."""
+        return [(row.name, row.why_not(*args)) for row in self.rows]
+
+
+def always(*args) -> str:
+    """The predicate of the reference row."""
+    return ""
+
+
+def forced_backend() -> str | None:
+    """The backend that ``FUSEWIRE_BACKEND`` or ``forced`` names, or None."""
+    return _forced
+
+
+@contextmanager
+def forced(name: str | None) -> Iterator[None]:
+    """Force one backend for the calls inside (None: none). Raises ``BackendError`` at a call it cannot serve."""
+    global _forced
+    if name is not None and name not in NAMES:
+        raise ValueError(f"name is {name!r}; it should be one of {', '.join(NAMES)}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def stats() -> dict[str, dict[str, int]]:
+    """Calls served since the start, ``{op: {backend: count}}``. Calls inside compiled graphs are counted once, at tracing, as none."""
+    return {op: dict(table.calls) for op, table in sorted(TABLES.items())}
+
+
+def reset_stats() -> None:
+    """Set every count to zero."""
+    for table in TABLES.values():
+        table.calls = dict.fromkeys(table.calls, 0)

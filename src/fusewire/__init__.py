@@ -1,0 +1,14 @@
+"""Fusewire: fused kernels for text-to-image models, as drop-in parts.
+
+``swap`` puts them into a pipeline, ``parity`` proves that the picture stayed the same, ``profile`` shows what was gained, ``restore`` takes
+them out again. ``fusewire.ops`` has the kernels themselves.
+"""
+
+from pathlib import Path as _Path
+
+__version__ = "0.1.0"
+
+# In a checkout kernels/ and models/ lie beside src/, not inside this package (an installed package has them inside).
+_root = _Path(__file__).resolve().parents[2]
+if (_root / "setup.py").is_file() and (_root / "kernels").is_dir():
+    __path__.append(str(_root))

@@ -1,0 +1,52 @@
+"""The only tolerances of the test suite, and the one rule behind them.
+
+``close``: the error against float64 is at most twice (mean: 1.5 times) that of plain PyTorch in the same dtype, plus the noise of rounding the
+reference itself to that dtype (the flash-attention rule). ``exact``: ``torch.equal``. float64 against float64: 1e-10 relative to the
+largest value.
+"""
+
+from __future__ import annotations
+
+import torch
+
+MAX_FACTOR, MEAN_FACTOR = 2.0, 1.5
+FLOAT64 = 1e-10
+
+
+def rounding_noise(want: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What a tensor loses by being stored in ``dtype``: half a unit in the last place, element by element."""
+    stored = want.to(dtype)
+    above = torch.nextafter(stored.abs(), torch.full_like(stored, torch.inf)) - stored.abs()
+    return above.to(torch.float64) / 2
+
+
+def errors(got: torch.Tensor, want: torch.Tensor) -> tuple[float, float]:
+    """(maximum, mean) of |got - want| in float64."""
+    difference = (got.to(torch.float64) - want.to(torch.float64)).abs()
+    return (difference.max().item(), difference.mean().item()) if difference.numel() else (0.0, 0.0)
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, plain: torch.Tensor, context: str = "") -> None:
+    """``got`` is no worse than the rule allows. ``want``: float64 result. ``plain``: eager PyTorch's result in got's dtype."""
+    assert got.shape == want.shape, f"{context}: shape {list(got.shape)}, expected {list(want.shape)}"
+    assert got.dtype == plain.dtype, f"{context}: dtype {got.dtype}, expected {plain.dtype}"
+    assert torch.isfinite(got).all() or not torch.isfinite(want).all(), f"{context}: NaN or infinity where the reference is finite"
+    if got.numel() == 0:
+        return
+    if got.dtype is torch.float64:
+        bound = FLOAT64 * max(1.0, want.abs().max().item())
+        assert errors(got, want)[0] <= bound, f"{context}: float64 error {errors(got, want)[0]:.3e} > {bound:.3e}"
+        return
+    noise = rounding_noise(want, got.dtype)
+    (worst, mean), (plain_worst, plain_mean) = errors(got, want), errors(plain, want)
+    worst_bound = MAX_FACTOR * plain_worst + noise.max().item()
+    mean_bound = MEAN_FACTOR * plain_mean + noise.mean().item()
+    assert worst <= worst_bound, f"{context}: maximum error {worst:.3e} > {worst_bound:.3e} (plain PyTorch: {plain_worst:.3e})"
+    assert mean <= mean_bound, f"{context}: mean error {mean:.3e} > {mean_bound:.3e} (plain PyTorch: {plain_mean:.3e})"
+
+
+def assert_exact(got: torch.Tensor, want: torch.Tensor, context: str = "") -> None:
+    """Same dtype, shape and bits (NaN equal to NaN)."""
+    assert got.dtype == want.dtype and got.shape == want.shape, f"{context}: {got.dtype} {list(got.shape)}, expected {want.dtype} {list(want.shape)}"
+    same = (got == want) | (got.isnan() & want.isnan())
+    assert same.all(), f"{context}: {(~same).sum().item()} of {same.numel()} elements differ, by at most {errors(got, want)[0]:.3e}"

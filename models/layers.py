@@ -1,0 +1,182 @@
+"""The modules that the model families share, under diffusers' attribute names, so that checkpoints load unchanged.
+
+Each forward is a free function over those names (``ada_layer_norm_zero(module, ...)``): our own modules call it, and so do the subclasses that
+``fusewire.swap`` puts into somebody else's pipeline.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fusewire import ops
+from fusewire.kernels.rounding import compute_dtype
+
+
+def sincos_table(channels: int, grid: int, base: int) -> torch.Tensor:
+    """2D sinusoidal position table [1, grid * grid, channels], float32, rows in raster order.
+
+    The first half of the channels encodes the column, the second the row; in each half sines come first. Positions are scaled so that
+    ``base`` steps span the grid (``base``: patches along the side of the training resolution).
+    Source: Vaswani et al. (2017) in two dimensions, as in MAE and DiT; computed in float64.
+    """
+    if channels % 4:
+        raise ValueError(f"channels is {channels}; it should be a multiple of 4")
+    omega = 10000.0 ** -(torch.arange(channels // 4, dtype=torch.float64) / (channels / 4.0))
+    position = torch.arange(grid, dtype=torch.float32) / (grid / base)
+    angle = position.to(torch.float64)[:, None] * omega  # [grid, channels / 4]
+    wave = torch.cat([angle.sin(), angle.cos()], dim=1)
+    table = torch.cat([wave[None, :, :].expand(grid, grid, -1), wave[:, None, :].expand(grid, grid, -1)], dim=-1)
+    return table.reshape(1, grid * grid, channels).float()
+
+
+def timestep_waves(timestep: torch.Tensor, channels: int, dtype: torch.dtype) -> torch.Tensor:
+    """Sinusoids of the timestep [B] -> [B, channels], cosines first, in ``dtype``; computed in float32 (float64 for float64)."""
+    wide = compute_dtype(dtype)
+    half = channels // 2
+    frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=wide, device=timestep.device) / half)
+    angle = timestep[:, None].to(wide) * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)
+
+
+class PatchEmbed(nn.Module):
+    """[B, C, H, W] -> [B, H/p * W/p, channels]: a strided convolution plus the centre crop of a stored position table."""
+
+    def __init__(self, patch_size: int, in_channels: int, channels: int, table_size: int, base_size: int):
+        super().__init__()
+        self.patch_size, self.pos_embed_max_size = patch_size, table_size
+        self.proj = nn.Conv2d(in_channels, channels, patch_size, stride=patch_size)
+        self.register_buffer("pos_embed", sincos_table(channels, table_size, base_size))
+
+    def cropped_pos_embed(self, rows: int, columns: int) -> torch.Tensor:
+        """The middle ``rows`` x ``columns`` of the table, [1, rows * columns, channels]."""
+        size = self.pos_embed_max_size
+        top, left = (size - rows) // 2, (size - columns) // 2
+        table = self.pos_embed.view(1, size, size, -1)[:, top:top + rows, left:left + columns]
+        return table.reshape(1, rows * columns, -1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows, columns = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
+        x = self.proj(x).flatten(2).transpose(1, 2)
+        return (x + self.cropped_pos_embed(rows, columns)).to(x.dtype).contiguous()
+
+    def extra_repr(self) -> str:
+        return f"patch_size={self.patch_size}, pos_embed_max_size={self.pos_embed_max_size}"
+
+
+class MLPEmbedder(nn.Module):
+    """Linear, SiLU, Linear."""
+
+    def __init__(self, in_channels: int, channels: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_channels, channels)
+        self.linear_2 = nn.Linear(channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class TimeTextEmbed(nn.Module):
+    """(timestep [B], pooled text [B, P]) -> conditioning [B, C]."""
+
+    WAVES = 256
+
+    def __init__(self, channels: int, pooled_channels: int):
+        super().__init__()
+        self.timestep_embedder = MLPEmbedder(self.WAVES, channels)
+        self.text_embedder = MLPEmbedder(pooled_channels, channels)
+
+    def forward(self, timestep: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+        return self.timestep_embedder(timestep_waves(timestep, self.WAVES, pooled.dtype)) + self.text_embedder(pooled)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension with a gain, rounding as diffusers' RMSNorm does (see kernels/adaln/reference.py)."""
+
+    def __init__(self, channels: int, eps: float):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        variance = x.to(compute_dtype(x.dtype)).pow(2).mean(-1, keepdim=True)
+        y = x * torch.rsqrt(variance + self.eps)
+        return y.to(self.weight.dtype) * self.weight if self.weight.dtype in (torch.float16, torch.bfloat16) else y * self.weight
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class AdaLayerNormZero(nn.Module):
+    """adaLN-Zero (Peebles and Xie, 2023): ``parts`` chunks of one projection; with 9 chunks (SD3.5) one norm feeds two modulations."""
+
+    def __init__(self, channels: int, parts: int = 6, numerics: str = "exact"):
+        super().__init__()
+        self.parts, self.numerics = parts, numerics
+        self.silu = nn.SiLU()
+        self.linear = nn.Linear(channels, parts * channels)
+        self.norm = nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor):
+        return (ada_layer_norm_zero_x if self.parts == 9 else ada_layer_norm_zero)(self, x, emb, self.numerics)
+
+
+def ada_layer_norm_zero(module, x, emb, numerics: str):
+    """-> (modulated x [B, T, C], gate_msa, shift_mlp, scale_mlp, gate_mlp [B, C])."""
+    shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = module.linear(module.silu(emb)).chunk(6, dim=1)
+    y = ops.adaln_modulate(x, shift_msa, scale_msa, eps=module.norm.eps, numerics=numerics)
+    return y, gate_msa, shift_mlp, scale_mlp, gate_mlp
+
+
+def ada_layer_norm_zero_x(module, x, emb, numerics: str):
+    """-> (modulated x, gate_msa, shift_mlp, scale_mlp, gate_mlp, second modulated x, gate_msa2)."""
+    (shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp,
+     shift_msa2, scale_msa2, gate_msa2) = module.linear(module.silu(emb)).chunk(9, dim=1)
+    y = ops.adaln_modulate(x, shift_msa, scale_msa, eps=module.norm.eps, numerics=numerics)
+    y2 = ops.adaln_modulate(x, shift_msa2, scale_msa2, eps=module.norm.eps, numerics=numerics)
+    return y, gate_msa, shift_mlp, scale_mlp, gate_mlp, y2, gate_msa2
+
+
+class AdaLayerNormContinuous(nn.Module):
+    """The modulation without a gate: the last context block's, and the final norm's. Chunks are scale, shift."""
+
+    def __init__(self, channels: int, numerics: str = "exact"):
+        super().__init__()
+        self.numerics = numerics
+        self.silu = nn.SiLU()
+        self.linear = nn.Linear(channels, 2 * channels)
+        self.norm = nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
+
+    def forward(self, x: torch.Tensor, conditioning_embedding: torch.Tensor) -> torch.Tensor:
+        return ada_layer_norm_continuous(self, x, conditioning_embedding, self.numerics)
+
+
+def ada_layer_norm_continuous(module, x, emb, numerics: str) -> torch.Tensor:
+    scale, shift = module.linear(module.silu(emb).to(x.dtype)).chunk(2, dim=1)
+    return ops.adaln_modulate(x, shift, scale, eps=module.norm.eps, numerics=numerics)
+
+
+class GELUProjection(nn.Module):
+    """Linear, then GELU in its tanh form."""
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(channels, hidden)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """[B, T, C] -> [B, T, C] through ``hidden`` channels; ``net`` as in diffusers: projection with GELU, dropout, projection."""
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.net = nn.ModuleList([GELUProjection(channels, hidden), nn.Dropout(0.0), nn.Linear(hidden, channels)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for module in self.net:
+            x = module(x)
+        return x

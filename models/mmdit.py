@@ -1,0 +1,293 @@
+"""MMDiT, the transformer of Stable Diffusion 3 and 3.5, on Fusewire's ops.
+
+Esser et al. (2024), "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis"; SD3.5's dual attention follows the published code
+of Stability-AI/sd3.5. Attribute names, state-dict keys, chunk orders and token order ([image, text]) are those of diffusers'
+``SD3Transformer2DModel``; ``from_official`` maps the official repository's names onto them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fusewire.kernels.rounding import is_exact
+from fusewire.models.layers import (AdaLayerNormContinuous, AdaLayerNormZero, FeedForward, PatchEmbed, RMSNorm, TimeTextEmbed)
+
+
+@dataclass(frozen=True)
+class MMDiTConfig:
+    """Field names and defaults of diffusers' ``SD3Transformer2DModel`` config, plus ``mlp_ratio``."""
+
+    sample_size: int = 128
+    patch_size: int = 2
+    in_channels: int = 16
+    num_layers: int = 18
+    attention_head_dim: int = 64
+    num_attention_heads: int = 18
+    joint_attention_dim: int = 4096
+    caption_projection_dim: int = 1152
+    pooled_projection_dim: int = 2048
+    out_channels: int | None = 16
+    pos_embed_max_size: int = 96
+    dual_attention_layers: tuple[int, ...] = ()
+    qk_norm: str | None = None
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self):
+        if self.qk_norm not in (None, "rms_norm"):
+            raise ValueError(f"qk_norm is {self.qk_norm!r}; it should be None or 'rms_norm'")
+        if self.caption_projection_dim != self.inner_dim:
+            raise ValueError(f"caption_projection_dim is {self.caption_projection_dim}; it should be num_attention_heads * attention_head_dim "
+                             f"= {self.inner_dim}")
+        object.__setattr__(self, "dual_attention_layers", tuple(self.dual_attention_layers))
+        if self.out_channels is None:
+            object.__setattr__(self, "out_channels", self.in_channels)
+
+    @property
+    def inner_dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_dict(cls, config: Mapping) -> MMDiTConfig:
+        """From the content of a diffusers ``transformer/config.json``; entries starting with an underscore are its bookkeeping."""
+        known = {field.name for field in fields(cls)}
+        given = {key: value for key, value in config.items() if not key.startswith("_")}
+        unknown = sorted(set(given) - known)
+        if unknown:
+            raise ValueError(f"config has unknown entries {unknown}; SD3Transformer2DModel has {sorted(known)}")
+        return cls(**given)
+
+
+class Attention(nn.Module):
+    """The projections of one attention layer; with ``context`` also those of the text stream (``pre_only``: its output is not used)."""
+
+    def __init__(self, channels: int, heads: int, qk_norm: str | None, context: bool, pre_only: bool = False):
+        super().__init__()
+        self.heads, self.context_pre_only = heads, pre_only
+        head_dim = channels // heads
+
+        def norm():
+            return None if qk_norm is None else RMSNorm(head_dim, eps=1e-6)
+
+        self.norm_q, self.norm_k = norm(), norm()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels), nn.Dropout(0.0)])
+        if context:
+            self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(channels, channels) for _ in range(3))
+            self.to_add_out = None if pre_only else nn.Linear(channels, channels)
+            self.norm_added_q, self.norm_added_k = norm(), norm()
+
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None):
+        """[B, T, C], or ([B, T, C], [B, L, C]) with the text stream."""
+        q, k, v = self._heads(hidden_states, self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k)
+        if encoder_hidden_states is None:
+            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            return self.to_out[0](out)
+        text = self._heads(encoder_hidden_states, self.add_q_proj, self.add_k_proj, self.add_v_proj, self.norm_added_q, self.norm_added_k)
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip((q, k, v), text))
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out, context = out[:, :hidden_states.shape[1]], out[:, hidden_states.shape[1]:]
+        return self.to_out[0](out), context if self.context_pre_only else self.to_add_out(context)
+
+    def _heads(self, x, to_q, to_k, to_v, norm_q, norm_k):
+        q, k, v = (to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (to_q, to_k, to_v))
+        return (q, k, v) if norm_q is None else (norm_q(q), norm_k(k), v)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}"
+
+
+class JointTransformerBlock(nn.Module):
+    """One MMDiT block over an image stream and a text stream; the last block (``context_pre_only``) returns no text stream."""
+
+    def __init__(self, channels: int, heads: int, mlp_ratio: float, qk_norm: str | None, context_pre_only: bool, use_dual_attention: bool, numerics: str):
+        super().__init__()
+        self.context_pre_only, self.use_dual_attention = context_pre_only, use_dual_attention
+        hidden = int(channels * mlp_ratio)
+        self.norm1 = AdaLayerNormZero(channels, 9 if use_dual_attention else 6, numerics)
+        self.norm1_context = AdaLayerNormContinuous(channels, numerics) if context_pre_only else AdaLayerNormZero(channels, 6, numerics)
+        self.attn = Attention(channels, heads, qk_norm, context=True, pre_only=context_pre_only)
+        self.attn2 = Attention(channels, heads, qk_norm, context=False) if use_dual_attention else None
+        self.norm2 = nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
+        self.ff = FeedForward(channels, hidden)
+        self.norm2_context = None if context_pre_only else nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
+        self.ff_context = None if context_pre_only else FeedForward(channels, hidden)
+
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, temb: torch.Tensor):
+        """(image [B, T, C], text [B, L, C], conditioning [B, C]) -> (text or None, image)."""
+        x, context = hidden_states, encoder_hidden_states
+        if self.use_dual_attention:
+            y, gate_msa, shift_mlp, scale_mlp, gate_mlp, y2, gate_msa2 = self.norm1(x, emb=temb)
+        else:
+            y, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(x, emb=temb)
+        if self.context_pre_only:
+            y_context = self.norm1_context(context, temb)
+        else:
+            y_context, c_gate_msa, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context(context, emb=temb)
+
+        attended, attended_context = self.attn(y, y_context)
+        x = x + gate_msa.unsqueeze(1) * attended
+        if self.use_dual_attention:
+            x = x + gate_msa2.unsqueeze(1) * self.attn2(y2)
+        y = self.norm2(x) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
+        x = x + gate_mlp.unsqueeze(1) * self.ff(y)
+        if self.context_pre_only:
+            return None, x
+        context = context + c_gate_msa.unsqueeze(1) * attended_context
+        y = self.norm2_context(context) * (1 + c_scale_mlp[:, None]) + c_shift_mlp[:, None]
+        return context + c_gate_mlp.unsqueeze(1) * self.ff_context(y), x
+
+
+class MMDiT(nn.Module):
+    """The velocity field of SD3/SD3.5. ``numerics`` as in ``fusewire.swap``."""
+
+    def __init__(self, config: MMDiTConfig, numerics: str = "close"):
+        super().__init__()
+        is_exact(numerics)
+        self.config, self.numerics = config, numerics
+        channels = config.inner_dim
+        self.pos_embed = PatchEmbed(config.patch_size, config.in_channels, channels, config.pos_embed_max_size,
+                                    config.sample_size // config.patch_size)
+        self.time_text_embed = TimeTextEmbed(channels, config.pooled_projection_dim)
+        self.context_embedder = nn.Linear(config.joint_attention_dim, channels)
+        self.transformer_blocks = nn.ModuleList(
+            JointTransformerBlock(channels, config.num_attention_heads, config.mlp_ratio, config.qk_norm,
+                                  context_pre_only=i == config.num_layers - 1, use_dual_attention=i in config.dual_attention_layers, numerics=numerics)
+            for i in range(config.num_layers))
+        self.norm_out = AdaLayerNormContinuous(channels, numerics)
+        self.proj_out = nn.Linear(channels, config.patch_size**2 * config.out_channels)
+
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, pooled_projections: torch.Tensor, timestep: torch.Tensor,
+                block_controlnet_hidden_states: list[torch.Tensor] | None = None, skip_layers: Iterable[int] | None = None) -> torch.Tensor:
+        """The velocity at ``hidden_states``.
+
+        Args:
+            hidden_states: [B, in_channels, H, W] latents; H and W multiples of the patch size, at most ``pos_embed_max_size`` patches.
+            encoder_hidden_states: [B, L, joint_attention_dim] text states.
+            pooled_projections: [B, pooled_projection_dim] pooled text.
+            timestep: [B], 0 to 1000 (1000 times the noise level sigma).
+            block_controlnet_hidden_states: residuals [B, T, C], spread over the blocks and added behind each but the last.
+            skip_layers: indices of blocks to leave out (skip-layer guidance).
+
+        Returns: [B, out_channels, H, W].
+        Raises: ValueError naming the argument whose shape does not fit.
+        """
+        self._check(hidden_states, encoder_hidden_states, pooled_projections, timestep)
+        height, width = hidden_states.shape[-2:]
+        skip = frozenset(skip_layers or ())
+        x = self.pos_embed(hidden_states)
+        temb = self.time_text_embed(timestep, pooled_projections)
+        context = self.context_embedder(encoder_hidden_states)
+        for index, block in enumerate(self.transformer_blocks):
+            if index not in skip:
+                context, x = block(x, context, temb)
+            if block_controlnet_hidden_states is not None and not block.context_pre_only:
+                interval = len(self.transformer_blocks) / len(block_controlnet_hidden_states)
+                x = x + block_controlnet_hidden_states[int(index / interval)]
+        x = self.proj_out(self.norm_out(x, temb))
+
+        # b (h w) (p q c) -> b c (h p) (w q)
+        p, channels = self.config.patch_size, self.config.out_channels
+        x = x.view(-1, height // p, width // p, p, p, channels).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(-1, channels, height, width)
+
+    def _check(self, x, context, pooled, timestep) -> None:
+        config = self.config
+        p, limit = config.patch_size, config.pos_embed_max_size * config.patch_size
+        if x.dim() != 4 or x.shape[1] != config.in_channels or x.shape[2] % p or x.shape[3] % p or max(x.shape[2:]) > limit:
+            raise ValueError(f"hidden_states has shape {list(x.shape)}; it should be [B, {config.in_channels}, H, W] with H and W multiples of {p}, "
+                             f"at most {limit}")
+        batch = x.shape[0]
+        if context.dim() != 3 or context.shape[0] != batch or context.shape[2] != config.joint_attention_dim:
+            raise ValueError(f"encoder_hidden_states has shape {list(context.shape)}; it should be [{batch}, L, {config.joint_attention_dim}]")
+        if pooled.shape != (batch, config.pooled_projection_dim):
+            raise ValueError(f"pooled_projections has shape {list(pooled.shape)}; it should be [{batch}, {config.pooled_projection_dim}]")
+        if timestep.shape != (batch,):
+            raise ValueError(f"timestep has shape {list(timestep.shape)}; it should be [{batch}]")
+
+    def init_weights(self) -> None:
+        """The initialisation for training of Peebles and Xie (2023): Xavier for the linears, zero for every modulation and for the output."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        patches = self.pos_embed.proj
+        nn.init.xavier_uniform_(patches.weight.view(patches.weight.shape[0], -1))
+        nn.init.zeros_(patches.bias)
+        for embedder in (self.time_text_embed.timestep_embedder, self.time_text_embed.text_embedder):
+            nn.init.normal_(embedder.linear_1.weight, std=0.02)
+            nn.init.normal_(embedder.linear_2.weight, std=0.02)
+        for block in self.transformer_blocks:
+            nn.init.zeros_(block.norm1.linear.weight)
+            nn.init.zeros_(block.norm1_context.linear.weight)
+        nn.init.zeros_(self.norm_out.linear.weight)
+        nn.init.zeros_(self.proj_out.weight)
+
+
+# Official name -> our name, for the parts of a joint block that are renamed only.
+_OFFICIAL_BLOCK = {
+    "x_block.adaLN_modulation.1": "norm1.linear", "context_block.adaLN_modulation.1": "norm1_context.linear",
+    "x_block.attn.proj": "attn.to_out.0", "context_block.attn.proj": "attn.to_add_out", "x_block.attn2.proj": "attn2.to_out.0",
+    "x_block.attn.ln_q": "attn.norm_q", "x_block.attn.ln_k": "attn.norm_k",
+    "context_block.attn.ln_q": "attn.norm_added_q", "context_block.attn.ln_k": "attn.norm_added_k",
+    "x_block.attn2.ln_q": "attn2.norm_q", "x_block.attn2.ln_k": "attn2.norm_k",
+    "x_block.mlp.fc1": "ff.net.0.proj", "x_block.mlp.fc2": "ff.net.2",
+    "context_block.mlp.fc1": "ff_context.net.0.proj", "context_block.mlp.fc2": "ff_context.net.2",
+}
+_OFFICIAL_QKV = {
+    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+}
+_OFFICIAL_TOP = {
+    "x_embedder.proj": "pos_embed.proj", "context_embedder": "context_embedder",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1", "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1", "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "final_layer.linear": "proj_out", "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+_PREFIX = "model.diffusion_model."
+
+
+def from_official(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict of Stability-AI's MMDiTX under our (diffusers') names.
+
+    A ``model.diffusion_model.`` prefix is dropped, and with it whatever in a full checkpoint is not the transformer. Packed qkv are split; the final
+    layer and the last context block, which chunk shift, scale officially, are turned to scale, shift. Tensors are views where possible.
+    Raises KeyError for a name that MMDiTX does not have.
+    """
+    if any(key.startswith(_PREFIX) for key in state_dict):
+        state_dict = {key[len(_PREFIX):]: value for key, value in state_dict.items() if key.startswith(_PREFIX)}
+    depth = 1 + max(int(match[1]) for key in state_dict if (match := re.match(r"joint_blocks\.(\d+)\.", key)))
+    out: dict[str, torch.Tensor] = {}
+    for key, value in state_dict.items():
+        if key == "pos_embed":
+            out["pos_embed.pos_embed"] = value
+            continue
+        stem, leaf = key.rsplit(".", 1)
+        match = re.match(r"joint_blocks\.(\d+)\.(.*)", stem)
+        if match is None:
+            if stem not in _OFFICIAL_TOP:
+                raise KeyError(f"state_dict has {key!r}, which MMDiTX does not have")
+            out[f"{_OFFICIAL_TOP[stem]}.{leaf}"] = _scale_first(value) if stem == "final_layer.adaLN_modulation.1" else value
+            continue
+        index, part = int(match[1]), match[2]
+        block = f"transformer_blocks.{index}"
+        if part in _OFFICIAL_QKV:
+            for name, third in zip(_OFFICIAL_QKV[part], value.chunk(3)):
+                out[f"{block}.{name}.{leaf}"] = third
+        elif part in _OFFICIAL_BLOCK:
+            pre_only = part == "context_block.adaLN_modulation.1" and index == depth - 1
+            out[f"{block}.{_OFFICIAL_BLOCK[part]}.{leaf}"] = _scale_first(value) if pre_only else value
+        else:
+            raise KeyError(f"state_dict has {key!r}, which MMDiTX does not have")
+    return out
+
+
+def _scale_first(value: torch.Tensor) -> torch.Tensor:
+    shift, scale = value.chunk(2)
+    return torch.cat([scale, shift])

@@ -3,5 +3,8 @@
 from fusewire.kernels.adaln.op import adaln_modulate
 from fusewire.kernels.dispatch import TABLES as _TABLES
 from fusewire.kernels.dispatch import reset_stats, stats
+from fusewire.kernels.qk_norm_rope.op import qk_norm_into, qk_norm_rope
+from fusewire.kernels.sampler_step.op import sampler_step
+from fusewire.kernels.sampler_step.tables import flow_euler_table
 
-__all__ = ["adaln_modulate", "reset_stats", "stats"]
+__all__ = ["adaln_modulate", "flow_euler_table", "qk_norm_into", "qk_norm_rope", "reset_stats", "sampler_step", "stats"]

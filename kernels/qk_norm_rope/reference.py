@@ -1,0 +1,68 @@
+"""Per-head RMS norm of queries and keys with rotary embedding, in plain PyTorch: the meaning of the room's ops.
+
+Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters" (2023),
+for the norm of q and k; Su et al., "RoFormer" (2021), for the rotation, in the interleaved form that Flux uses.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fusewire.kernels.rounding import compute_dtype
+
+RMS, TORCH_RMS = 0, 1  # which module's rounding: diffusers' RMSNorm, torch.nn.RMSNorm
+
+
+def result_dtype(x: torch.Tensor, weight: torch.Tensor | None, norm: int) -> torch.dtype:
+    """The dtype that the stock norm returns for ``x`` and ``weight``."""
+    if weight is None or norm == TORCH_RMS:
+        return x.dtype
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        return weight.dtype
+    return torch.promote_types(torch.promote_types(x.dtype, torch.float32), weight.dtype)
+
+
+def stock_norm(x, weight, eps: float, norm: int) -> torch.Tensor:
+    """RMS norm over the last dimension of x, rounding where the stock module rounds."""
+    if norm == TORCH_RMS:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)  # float32 for float64 inputs too
+    y = x * torch.rsqrt(variance + eps)
+    if weight is None:
+        return y.to(x.dtype)
+    return (y.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else y) * weight
+
+
+def rotate(x, cos, sin) -> torch.Tensor:
+    """Each pair (x[2i], x[2i+1]) of x [B, T, H, D] turned by the angle whose cosine and sine are cos[t, i], sin[t, i] ([T, D/2])."""
+    cos, sin = (table[None, :, None].repeat_interleave(2, dim=-1) for table in (cos, sin))
+    turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    return x * cos + turned * sin
+
+
+def qk_norm_one(x, weight, cos, sin, eps: float, norm: int, exact: bool) -> torch.Tensor:
+    """The norm, then the rotation where cos and sin are given, of q or of k: [B, T, H, D] -> [B, T, H, D], contiguous."""
+    x = x.contiguous()  # the order in which torch sums depends on the layout: that of a contiguous head dimension is meant
+    dtype = result_dtype(x, weight, norm)
+    if exact:
+        y = stock_norm(x, weight, eps, norm)
+        return y if cos is None else rotate(y.to(torch.float32), cos, sin).to(y.dtype)
+    wide = compute_dtype(torch.promote_types(x.dtype, dtype))
+    y = x.to(wide)
+    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight.to(wide)
+    return (y if cos is None else rotate(y, cos.to(wide), sin.to(wide))).to(dtype)
+
+
+def qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps: float, norm: int, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm(q), norm(k)) for q, k [B, T, H, D], both rotated where cos and sin [T, D/2] are given."""
+    return qk_norm_one(q, q_weight, cos, sin, eps, norm, exact), qk_norm_one(k, k_weight, cos, sin, eps, norm, exact)
+
+
+def qk_norm_into(q, k, q_weight, k_weight, q_out, k_out, cos, sin, eps: float, norm: int, exact: bool) -> None:
+    """``qk_norm_rope`` written into q_out and k_out."""
+    q_new, k_new = qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, norm, exact)
+    q_out.copy_(q_new)
+    k_out.copy_(k_new)

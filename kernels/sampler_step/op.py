@@ -1,0 +1,80 @@
+"""A sampler's step over the latents: the public op, its registration and its backends."""
+
+from __future__ import annotations
+
+import torch
+
+from fusewire.kernels import checks
+from fusewire.kernels.autograd import recomputing
+from fusewire.kernels.dispatch import Backend, Table, always
+from fusewire.kernels.library import define
+from fusewire.kernels.rounding import is_exact
+from fusewire.kernels.sampler_step import native, reference
+from fusewire.kernels.sampler_step.tables import COLUMNS
+
+
+def _fake_flow_euler(sample, model_output, uncond, table, step, counter, exact):
+    return torch.empty_like(sample, dtype=model_output.dtype)
+
+
+_backward, _setup = recomputing(reference.flow_euler_step)
+_flow_euler_op = define("flow_euler_step(Tensor sample, Tensor model_output, Tensor? uncond, Tensor table, SymInt step, Tensor? counter, bool exact)"
+                        " -> Tensor",
+                        fallback=reference.flow_euler_step, fake=_fake_flow_euler, backward=_backward, setup_context=_setup)
+_flow_euler = Table("flow_euler_step", [
+    Backend("cpu", native.why_not_flow_euler, _flow_euler_op),
+    Backend("reference", always, reference.flow_euler_step),
+])
+_METHODS = {"flow_euler": _flow_euler}
+
+
+def sampler_step(sample, model_output, table, step, *, uncond=None, method: str = "flow_euler", numerics: str = "exact") -> torch.Tensor:
+    """Classifier-free guidance and one step of a sampler, in one pass over the latents.
+
+    ``flow_euler``: ``sample + dt * v`` with ``v = uncond + guidance * (cond - uncond)``, or ``v = model_output`` where there is no guidance.
+
+    Args:
+        sample: [B, ...] latents, float32, bfloat16, float16 or float64, any strides.
+        model_output: [B, ...] the (conditional) prediction, or [2B, ...] the batch [uncond; cond]; any strides.
+        table: [S, K] float64, one row of scalars per step; for ``flow_euler`` made by ``flow_euler_table``: (dt, guidance).
+        step: the row to use: an int, or a 0-dim int64 tensor on sample's device, read there without synchronising.
+        uncond: [B, ...] the unconditional prediction, or None.
+        method: ``"flow_euler"``.
+        numerics: ``"exact"`` rounds as diffusers' pipeline and FlowMatchEulerDiscreteScheduler.step do, ``"close"`` once at the end.
+
+    Returns: sample's shape and layout, in model_output's dtype.
+    Raises: TypeError for a dtype, ValueError for a shape, a device, ``step``, ``method`` or ``numerics`` that is not as stated.
+    Source: Ho and Salimans (2022), "Classifier-Free Diffusion Guidance"; Liu et al. (2022), "Flow Straight and Fast".
+    """
+    if method not in _METHODS:
+        raise ValueError(f"method is {method!r}; it should be one of {', '.join(map(repr, _METHODS))}")
+    checks.floating("sample", sample)
+    checks.floating("model_output", model_output)
+    shape, got = sample.shape, model_output.shape
+    if not sample.dim():
+        raise ValueError("sample has no dimension; it should be [B, ...]")
+    if got != shape and (uncond is not None or got != (2 * shape[0], *shape[1:])):
+        wanted = f"{list(shape)}" if uncond is not None else f"{list(shape)}, or {[2 * shape[0], *shape[1:]]} for [uncond; cond]"
+        raise ValueError(f"model_output has shape {list(got)}; it should be {wanted}")
+    if uncond is not None:
+        checks.floating("uncond", uncond)
+        if uncond.dtype is not model_output.dtype:
+            raise TypeError(f"uncond has dtype {uncond.dtype}; it should be {model_output.dtype}, as model_output has")
+        if uncond.shape != shape:
+            raise ValueError(f"uncond has shape {list(uncond.shape)}; it should be {list(shape)}")
+    columns = COLUMNS[method]
+    if not isinstance(table, torch.Tensor) or table.dtype is not torch.float64:
+        raise TypeError(f"table is a {getattr(table, 'dtype', type(table).__name__)}; it should be a float64 tensor")
+    if table.dim() != 2 or table.shape[1] != len(columns):
+        raise ValueError(f"table has shape {list(table.shape)}; it should be [S, {len(columns)}]: {', '.join(columns)}")
+    counter = None
+    if isinstance(step, torch.Tensor):
+        if step.dtype is not torch.int64 or step.dim():
+            raise TypeError(f"step is a {step.dtype} tensor of shape {list(step.shape)}; it should be an int or a 0-dim int64 tensor")
+        counter, step = step, 0
+    elif not 0 <= step < table.shape[0]:
+        raise ValueError(f"step is {step}; it should be from 0 to {table.shape[0] - 1}")
+    for name, tensor in (("model_output", model_output), ("table", table), ("uncond", uncond), ("step", counter)):
+        if tensor is not None and tensor.device != sample.device:
+            raise ValueError(f"{name} is on {tensor.device}; it should be on {sample.device}, where sample is")
+    return _METHODS[method](sample, model_output, uncond, table, step, counter, is_exact(numerics))

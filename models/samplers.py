@@ -1,0 +1,109 @@
+"""Sampling loops: noise to picture, given a model of the velocity field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+
+TRAIN_STEPS = 1000
+
+
+class Conditioning(NamedTuple):
+    """What an MMDiT is conditioned on: text states [B, L, J] and pooled text [B, P]."""
+
+    encoder_hidden_states: torch.Tensor
+    pooled_projections: torch.Tensor
+
+
+def shifted(sigma, shift: float):
+    """``s * sigma / (1 + (s - 1) * sigma)``: the resolution-dependent shift of noise levels, Esser et al. (2024), equation 23."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def flow_sigmas(steps: int, shift: float = 3.0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The noise levels of diffusers' ``FlowMatchEulerDiscreteScheduler(shift=shift).set_timesteps(steps)`` and of the official SD3.5 code: [steps + 1].
+
+    From 1 down to 0. Both shift the smallest level twice: once where the table of 1000 levels is made, and again with all the others. In float32
+    the values are diffusers' bit for bit; float64 leaves out its intermediate float32 rounding.
+    """
+    _check_steps(steps)
+    smallest = torch.tensor(1 / TRAIN_STEPS, dtype=dtype)
+    largest = torch.ones((), dtype=dtype)
+    ends = [shifted(end, shift).item() * TRAIN_STEPS for end in (largest, smallest)]
+    levels = shifted(_linspace(*ends, steps) / TRAIN_STEPS, shift)
+    return torch.cat([levels.to(dtype), torch.zeros(1, dtype=dtype)])
+
+
+def flow_sigmas_shifted_once(steps: int, shift: float = 3.0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """As ``flow_sigmas``, with every level shifted once, as the formula says: [steps + 1]."""
+    _check_steps(steps)
+    levels = shifted(_linspace(1.0, 1 / TRAIN_STEPS, steps), shift)
+    return torch.cat([levels.to(dtype), torch.zeros(1, dtype=dtype)])
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; it should be at least 1")
+
+
+def _linspace(start: float, stop: float, steps: int) -> torch.Tensor:
+    """NumPy's linspace in float64, which rounds ``start + i * step`` where torch interpolates from both ends."""
+    if steps == 1:
+        return torch.tensor([start], dtype=torch.float64)
+    levels = torch.arange(steps, dtype=torch.float64) * ((stop - start) / (steps - 1)) + start
+    levels[-1] = stop
+    return levels
+
+
+def flow_interpolate(x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
+    """The rectified-flow path ``(1 - sigma) * x0 + sigma * noise``: the start of sampling from a picture, and the training input."""
+    return sigma * noise + (1.0 - sigma) * x0
+
+
+def sample_flow_euler(model: Callable[..., torch.Tensor], x: torch.Tensor, sigmas: torch.Tensor, positive: Conditioning, negative: Conditioning | None = None,
+                      *, guidance_scale: float = 1.0, skip_layers: Iterable[int] | None = None, skip_scale: float = 2.8, skip_start: float = 0.01,
+                      skip_stop: float = 0.2, callback: Callable[[int, torch.Tensor], None] | None = None) -> torch.Tensor:
+    """Euler steps of dx/dsigma = v(x, sigma), Algorithm 1 of Karras et al. (2022) without its correction, with guidance.
+
+    Args:
+        model: called as ``model(hidden_states, encoder_hidden_states, pooled_projections, timestep)`` with ``timestep = 1000 * sigma`` [B], and
+            ``skip_layers=...`` for skip-layer guidance; returns the velocity. ``MMDiT`` is one.
+        x: [B, C, H, W] noise (or ``flow_interpolate`` of a picture at ``sigmas[0]``).
+        sigmas: [steps + 1], decreasing, last one 0: ``flow_sigmas``.
+        positive, negative: the prompt and what to steer away from. ``negative`` is needed where ``guidance_scale`` is greater than 1.
+        guidance_scale: g in ``v_negative + g * (v_positive - v_negative)``; 1 switches guidance off (Ho and Salimans, 2022).
+        skip_layers, skip_scale, skip_start, skip_stop: skip-layer guidance (SD3.5): ``skip_scale * (v_positive - v_skipping)`` is added at the steps
+            strictly between these fractions of the schedule.
+        callback: called as ``callback(step, x)`` after each step.
+
+    Returns: [B, C, H, W] in x's dtype. In bfloat16 and float16 each step rounds where diffusers' scheduler does: after ``dt * v``, which is then added
+    in float32.
+    """
+    guided = guidance_scale > 1
+    if guided and negative is None:
+        raise ValueError(f"negative is None; guidance_scale {guidance_scale} needs the conditioning to steer away from")
+    steps, batch = len(sigmas) - 1, x.shape[0]
+    both = Conditioning(*(torch.cat(pair) for pair in zip(negative, positive))) if guided else positive
+    timesteps = sigmas.to(x.device) * TRAIN_STEPS
+    for i in range(steps):
+        timestep = timesteps[i].expand(batch)
+        if guided:
+            v = model(torch.cat([x, x]), *both, timesteps[i].expand(2 * batch))
+            v_negative, v_positive = v.chunk(2)
+            v = v_negative + guidance_scale * (v_positive - v_negative)
+            if skip_layers is not None and steps * skip_start < i < steps * skip_stop:
+                v = v + (v_positive - model(x, *positive, timestep, skip_layers=skip_layers)) * skip_scale
+        else:
+            v = model(x, *both, timestep)
+        x = flow_euler_step(x, v, sigmas[i + 1] - sigmas[i])
+        if callback is not None:
+            callback(i, x)
+    return x
+
+
+def flow_euler_step(x: torch.Tensor, v: torch.Tensor, dt: torch.Tensor) -> torch.Tensor:
+    """``x + dt * v`` for a 0-dim ``dt``: the product rounds to v's dtype, the sum is float32 (float64 for float64), the result v's dtype."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) + dt * v).to(v.dtype)

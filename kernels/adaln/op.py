@@ -1,4 +1,4 @@
-"""adaLN modulation: the public ops, their registration and their backends."""
+"""adaLN: the public ops, their registration and their backends."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from fusewire.kernels import checks
 from fusewire.kernels.adaln import native, reference
+from fusewire.kernels.adaln.reference import normalised_dtype, promoted
 from fusewire.kernels.autograd import recomputing
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import define
@@ -13,16 +14,59 @@ from fusewire.kernels.rounding import is_exact
 
 
 def _fake_modulate(x, shift, scale, weight, bias, eps, rms, exact):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x.new_empty(x.shape, dtype=promoted(normalised_dtype(x.dtype, weight, bias, rms), scale, shift))
 
 
-_backward, _setup = recomputing(reference.adaln_modulate)
-_modulate_op = define("adaln_modulate(Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, float eps, bool rms, bool exact) -> Tensor",
-                      fallback=reference.adaln_modulate, fake=_fake_modulate, backward=_backward, setup_context=_setup)
+def _fake_modulate_dual(x, shift, scale, shift2, scale2, eps, exact):
+    return x.new_empty(x.shape, dtype=promoted(x.dtype, scale, shift)), x.new_empty(x.shape, dtype=promoted(x.dtype, scale2, shift2))
+
+
+def _fake_gate(x, y, gate, exact):
+    return x.new_empty(x.shape, dtype=promoted(x.dtype, y, gate))
+
+
+def _fake_gate_modulate(x, y, gate, y2, gate2, shift, scale, weight, bias, eps, rms, exact):
+    dtype = promoted(x.dtype, y, gate, y2, gate2)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=promoted(normalised_dtype(dtype, weight, bias, rms), scale, shift))
+
+
+def _register(schema: str, meaning, fake):
+    backward, setup_context = recomputing(meaning)
+    return define(schema, fallback=meaning, fake=fake, backward=backward, setup_context=setup_context)
+
+
+_modulate_op = _register(
+    "adaln_modulate(Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, float eps, bool rms, bool exact) -> Tensor",
+    reference.adaln_modulate, _fake_modulate)
+_modulate_dual_op = _register(
+    "adaln_modulate_dual(Tensor x, Tensor shift, Tensor scale, Tensor shift2, Tensor scale2, float eps, bool exact) -> (Tensor, Tensor)",
+    reference.adaln_modulate_dual, _fake_modulate_dual)
+_gate_op = _register("gate_residual(Tensor x, Tensor y, Tensor gate, bool exact) -> Tensor", reference.gate_residual, _fake_gate)
+_gate_modulate_op = _register(
+    "gate_residual_adaln(Tensor x, Tensor y, Tensor gate, Tensor? y2, Tensor? gate2, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, "
+    "float eps, bool rms, bool exact) -> (Tensor, Tensor)", reference.gate_residual_adaln, _fake_gate_modulate)
+
 _modulate = Table("adaln_modulate", [
     Backend("cpu", native.why_not_modulate, _modulate_op),
     Backend("reference", always, reference.adaln_modulate),
 ])
+_modulate_dual = Table("adaln_modulate_dual", [
+    Backend("reference", always, reference.adaln_modulate_dual),
+])
+_gate = Table("gate_residual", [
+    Backend("reference", always, reference.gate_residual),
+])
+_gate_modulate = Table("gate_residual_adaln", [
+    Backend("reference", always, reference.gate_residual_adaln),
+])
+
+
+def _is_rms(norm: str) -> bool:
+    if norm == "layer":
+        return False
+    if norm == "rms":
+        return True
+    raise ValueError(f"norm is {norm!r}; it should be 'layer' or 'rms'")
 
 
 def adaln_modulate(x, shift, scale, *, eps: float = 1e-6, norm: str = "layer", weight=None, bias=None, numerics: str = "exact") -> torch.Tensor:
@@ -36,17 +80,82 @@ def adaln_modulate(x, shift, scale, *, eps: float = 1e-6, norm: str = "layer", w
         weight, bias: the norm's affine parameters, [C] or None.
         numerics: ``"exact"`` rounds where eager PyTorch rounds, ``"close"`` once at the end.
 
-    Returns: [B, T, C], contiguous, in the promoted dtype of the inputs.
+    Returns: [B, T, C], contiguous, in the dtype that eager PyTorch gives.
     Raises: TypeError for a dtype, ValueError for a shape, a device, ``eps``, ``norm`` or ``numerics`` that is not as stated.
     Source: Peebles and Xie (2023), "Scalable Diffusion Models with Transformers", adaLN-Zero.
     """
-    checks.floating("x", x)
-    checks.rank("x", x, 3, "[B, T, C]")
-    checks.modulation("shift", shift, x)
-    checks.modulation("scale", scale, x)
-    checks.vector("weight", weight, x.shape[-1], x.device)
-    checks.vector("bias", bias, x.shape[-1], x.device)
+    checks.tokens("x", x)
+    checks.modulations(x, ("shift", "scale"), (shift, scale))
+    if weight is not None or bias is not None:
+        checks.vector("weight", weight, x.shape[-1], x.device)
+        checks.vector("bias", bias, x.shape[-1], x.device)
     checks.positive("eps", eps)
-    if norm not in ("layer", "rms"):
-        raise ValueError(f"norm is {norm!r}; it should be 'layer' or 'rms'")
-    return _modulate(x, shift, scale, weight, bias, eps, norm == "rms", is_exact(numerics))
+    return _modulate(x, shift, scale, weight, bias, eps, _is_rms(norm), is_exact(numerics))
+
+
+def adaln_modulate_dual(x, shift, scale, shift2, scale2, *, eps: float = 1e-6, numerics: str = "exact") -> tuple[torch.Tensor, torch.Tensor]:
+    """``(n * (1 + scale) + shift, n * (1 + scale2) + shift2)`` with one ``n = layer_norm(x)``, in one pass.
+
+    Args:
+        x: [B, T, C] tokens, float32, bfloat16, float16 or float64, any strides.
+        shift, scale, shift2, scale2: [B, C], [B, 1, C] or [B, T, C], any strides.
+        eps: added to the variance; greater than 0.
+        numerics: ``"exact"`` rounds where eager PyTorch rounds, ``"close"`` once at the end.
+
+    Returns: two tensors [B, T, C], contiguous, in the dtype that eager PyTorch gives.
+    Raises: as ``adaln_modulate``.
+    Source: Stable Diffusion 3.5 medium (MMDiT-X), whose first blocks feed a joint and a self-attention from one norm.
+    """
+    checks.tokens("x", x)
+    checks.modulations(x, ("shift", "scale", "shift2", "scale2"), (shift, scale, shift2, scale2))
+    checks.positive("eps", eps)
+    return _modulate_dual(x, shift, scale, shift2, scale2, eps, is_exact(numerics))
+
+
+def gate_residual(x, y, gate, *, numerics: str = "exact") -> torch.Tensor:
+    """``x + gate * y``, in one pass.
+
+    Args:
+        x: [B, T, C] the residual stream, float32, bfloat16, float16 or float64, any strides.
+        y: [B, T, C] what is added to it.
+        gate: [B, C], [B, 1, C] or [B, T, C], any strides.
+        numerics: ``"exact"`` rounds the product and the sum, ``"close"`` the sum only.
+
+    Returns: [B, T, C], contiguous, in the dtype that eager PyTorch gives.
+    Raises: TypeError for a dtype, ValueError for a shape, a device or ``numerics`` that is not as stated.
+    Source: Peebles and Xie (2023), "Scalable Diffusion Models with Transformers", adaLN-Zero.
+    """
+    checks.tokens("x", x)
+    checks.like(x, "y", y)
+    checks.modulations(x, ("gate",), (gate,))
+    return _gate(x, y, gate, is_exact(numerics))
+
+
+def gate_residual_adaln(x, y, gate, shift, scale, *, y2=None, gate2=None, eps: float = 1e-6, norm: str = "layer", weight=None, bias=None,
+                        numerics: str = "exact") -> tuple[torch.Tensor, torch.Tensor]:
+    """``r = x + gate * y`` (``+ gate2 * y2``) and ``norm(r) * (1 + scale) + shift``, both in one pass.
+
+    Args:
+        x: [B, T, C] the residual stream, float32, bfloat16, float16 or float64, any strides.
+        y, y2: [B, T, C] what is added to it; ``y2`` together with ``gate2``, or neither (SD3.5's second attention).
+        gate, gate2, shift, scale: [B, C], [B, 1, C] or [B, T, C], any strides.
+        eps, norm, weight, bias: as in ``adaln_modulate``.
+        numerics: ``"exact"`` rounds where eager PyTorch rounds, ``"close"`` each output once.
+
+    Returns: (r, modulated), each [B, T, C], contiguous, in the dtype that eager PyTorch gives.
+    Raises: as ``adaln_modulate``, and ValueError where only one of ``y2`` and ``gate2`` is given.
+    Source: the adaLN-Zero block of Peebles and Xie (2023), between its attention and its MLP.
+    """
+    checks.tokens("x", x)
+    checks.like(x, "y", y)
+    checks.modulations(x, ("gate", "shift", "scale"), (gate, shift, scale))
+    if y2 is not None or gate2 is not None:
+        if y2 is None or gate2 is None:
+            raise ValueError(f"{'y2' if y2 is None else 'gate2'} is None; y2 and gate2 should be given together")
+        checks.like(x, "y2", y2)
+        checks.modulations(x, ("gate2",), (gate2,))
+    if weight is not None or bias is not None:
+        checks.vector("weight", weight, x.shape[-1], x.device)
+        checks.vector("bias", bias, x.shape[-1], x.device)
+    checks.positive("eps", eps)
+    return _gate_modulate(x, y, gate, y2, gate2, shift, scale, weight, bias, eps, _is_rms(norm), is_exact(numerics))

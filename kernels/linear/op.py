@@ -1,0 +1,83 @@
+"""Linear layers with an epilogue: the public op, its registration and its backends."""
+
+from __future__ import annotations
+
+import torch
+
+from fusewire.kernels import checks
+from fusewire.kernels.autograd import recomputing
+from fusewire.kernels.dispatch import Backend, Table, always
+from fusewire.kernels.library import LIBRARY, define
+from fusewire.kernels.linear import native, reference
+from fusewire.kernels.rounding import is_exact
+
+
+def _fake_linear(x, weight, bias, activation, gate, residual, exact):
+    dtype = x.dtype
+    for tensor in (gate, residual):
+        dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+
+
+_backward, _setup = recomputing(reference.linear)
+_linear_op = define("linear(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? gate, Tensor? residual, bool exact) -> Tensor",
+                    fallback=reference.linear, fake=_fake_linear, backward=_backward, setup_context=_setup)
+LIBRARY.impl("linear", native.linear, "CPU")
+
+
+def _onednn(*args) -> torch.Tensor:
+    """The registered op where a graph is recorded (autograd, torch.compile); the bare call, which costs less, elsewhere."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return _linear_op(*args)
+    return native.linear(*args)
+
+
+_linear = Table("linear", [
+    Backend("cpu", native.why_not_onednn, _onednn),
+    Backend("reference", always, reference.linear),
+])
+
+
+def linear(x, weight, bias=None, *, activation: str | None = None, gate=None, residual=None, numerics: str = "exact") -> torch.Tensor:
+    """``act(x @ weight.T + bias)``, or ``residual + gate * (x @ weight.T + bias)``.
+
+    Args:
+        x: [..., K], float32, bfloat16, float16 or float64, any strides.
+        weight, bias: the parameters of an ``nn.Linear``, [N, K] and [N] or None.
+        activation: None, ``"gelu_tanh"``, ``"gelu"`` (erf) or ``"silu"``; not together with ``residual``.
+        gate: broadcastable to [..., N]; for x [B, T, K] also [B, N]. Needs ``residual``.
+        residual: [..., N].
+        numerics: ``"exact"`` makes the stock calls, each rounding; ``"close"`` may use another GEMM library and rounds the epilogue once.
+
+    Returns: [..., N] in the promoted dtype of the inputs.
+    Raises: TypeError for a dtype, ValueError for a shape, a device, ``activation`` or ``numerics`` that is not as stated.
+    """
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("gate", gate), ("residual", residual)):
+        if tensor is not None:
+            checks.floating(name, tensor)
+            checks.same_device(name, tensor, x.device)
+    if weight.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"weight has dtype {weight.dtype}; it should be {x.dtype}, as x has")
+    checks.rank("weight", weight, 2, "[N, K]")
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x has shape {list(x.shape)}; for weight of shape {list(weight.shape)} it should be [..., {weight.shape[1]}]")
+    checks.vector("bias", bias, weight.shape[0], x.device)
+    if activation is not None and activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; it should be None, 'gelu_tanh', 'gelu' or 'silu'")
+    if residual is not None:
+        _check_epilogue(x, weight, activation, gate, residual)
+    elif gate is not None:
+        raise ValueError("gate is given without residual; it should be given with it")
+    return _linear(x, weight, bias, activation or "none", gate, residual, is_exact(numerics))
+
+
+def _check_epilogue(x, weight, activation, gate, residual) -> None:
+    shape = (*x.shape[:-1], weight.shape[0])
+    if activation is not None:
+        raise ValueError(f"activation is {activation!r}; it should be None where residual is given")
+    if residual.shape != shape:
+        raise ValueError(f"residual has shape {list(residual.shape)}; it should be {list(shape)}")
+    if gate is not None:
+        gated = reference.over_tokens(gate, x).shape
+        if len(gated) > len(shape) or any(have not in (1, want) for have, want in zip(gated[::-1], shape[::-1])):
+            raise ValueError(f"gate has shape {list(gate.shape)}; it should be broadcastable to {list(shape)}")

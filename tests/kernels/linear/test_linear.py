@@ -1,0 +1,201 @@
+"""ops.linear: both numerics against float64 in every dtype, epilogue and layout; which backend ran; gradients; registration."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fusewire import ops
+from fusewire.kernels.linear import native, reference
+from fusewire.kernels.linear.op import _linear_op
+from tests.layouts import LAYOUTS
+from tests.tolerance import assert_close, assert_exact
+
+# (shape of x, N): one row; no multiple of any block; the tail of a vector; a batch of tokens
+SHAPES = [((1, 63), 65), ((3, 11, 40), 129), ((2, 77, 96), 80), ((1, 16, 1, 33), 129)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+FAST = [torch.float32] + ([torch.bfloat16] if native.BFLOAT16 else [])
+needs_onednn = pytest.mark.skipif(not native.AVAILABLE, reason="this torch was built without oneDNN")
+
+
+def layer(shape, n, dtype, bias=True):
+    k = shape[-1]
+    return torch.randn(shape).to(dtype), (torch.randn(n, k) / k**0.5).to(dtype), torch.randn(n).to(dtype) if bias else None
+
+
+def in_float64(x, weight, bias, activation="none", gate=None, residual=None):
+    wide = [None if t is None else t.double() for t in (x, weight, bias, gate, residual)]
+    return reference.linear(*wide[:3], activation, *wide[3:], True)
+
+
+def stock(x, weight, bias, activation="none", gate=None, residual=None):
+    return reference.linear(x, weight, bias, activation, gate, residual, True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, n", SHAPES)
+@pytest.mark.parametrize("activation", [None, "gelu_tanh", "gelu", "silu"])
+def test_activation(shape, n, dtype, activation):
+    for bias in (True, False):
+        args = layer(shape, n, dtype, bias)
+        plain = stock(*args, activation or "none")
+        assert_exact(ops.linear(*args, activation=activation), plain)
+        assert_close(ops.linear(*args, activation=activation, numerics="close"), in_float64(*args, activation or "none"), plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gate_shape", [(2, 80), (2, 1, 80), (2, 77, 80), (80,), None])
+def test_gate_residual(dtype, gate_shape):
+    x, weight, bias = layer((2, 77, 96), 80, dtype)
+    gate = None if gate_shape is None else torch.randn(gate_shape).to(dtype)
+    residual = torch.randn(2, 77, 80).to(dtype)
+    plain = stock(x, weight, bias, "none", gate, residual)
+    want = in_float64(x, weight, bias, "none", gate, residual)
+    assert_exact(ops.linear(x, weight, bias, gate=gate, residual=residual), plain)
+    assert_close(ops.linear(x, weight, bias, gate=gate, residual=residual, numerics="close"), want, plain)
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", FAST)
+@pytest.mark.parametrize("argument", range(5))
+def test_strided_input(dtype, argument):
+    """strided-input: the same bits for eight layouts of each tensor argument."""
+    x, weight, bias = layer((2, 19, 24), 16, dtype)
+    args = [x, weight, bias, torch.randn(2, 1, 16).to(dtype), torch.randn(2, 19, 16).to(dtype)]
+    for numerics in ("exact", "close"):
+        want = ops.linear(*args[:3], gate=args[3], residual=args[4], numerics=numerics)
+        for layout in LAYOUTS:
+            laid = list(args)
+            laid[argument] = layout(args[argument])
+            if numerics == "exact":  # the stock product has other bits for other layouts
+                want = stock(*laid[:3], "none", *laid[3:])
+            assert_exact(ops.linear(*laid[:3], gate=laid[3], residual=laid[4], numerics=numerics), want, layout.__name__)
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", FAST)
+def test_silent_off(dtype):
+    """silent-off: close runs oneDNN in float32 and bfloat16, exact never does."""
+    args = layer((2, 25, 24), 16, dtype)
+    ops.linear(*args, numerics="close")
+    assert ops.stats()["linear"] == {"cpu": 1, "reference": 0}
+    ops.linear(*args)
+    assert ops.stats()["linear"] == {"cpu": 1, "reference": 1}
+
+
+@pytest.mark.parametrize("shape, n", [((0, 4), 3), ((2, 0, 4), 3), ((2, 3, 0), 3), ((2, 3, 4), 0)])
+@pytest.mark.parametrize("numerics", ["exact", "close"])
+def test_empty(shape, n, numerics):
+    """empty: zero rows, zero inputs, zero outputs, forward and backward."""
+    x, weight, bias = (t.requires_grad_() for t in layer(shape, n, torch.float32))
+    out = ops.linear(x, weight, bias, activation="gelu_tanh", numerics=numerics)
+    assert_exact(out, stock(x, weight, bias, "gelu_tanh"))
+    out.sum().backward()
+    assert x.grad.shape == x.shape and weight.grad.shape == weight.shape and bias.grad.shape == bias.shape
+
+
+@pytest.mark.parametrize("numerics", ["exact", "close"])
+@pytest.mark.parametrize("epilogue", [None, "gelu_tanh", "gelu", "silu", "gate"])
+def test_gradients(numerics, epilogue):
+    """Every input's gradient, against float64 autograd of the formula; the gradient of the output comes in expanded (strided-grad)."""
+    x, weight, bias = layer((2, 7, 24), 16, torch.float32)
+    inputs = [x, weight, bias] + ([torch.randn(2, 16), torch.randn(2, 7, 16)] if epilogue == "gate" else [])
+    activation = "none" if epilogue in (None, "gate") else epilogue
+
+    def gradients(call, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        out = call(*leaves[:3], *(leaves[3:] or (None, None)))
+        return torch.autograd.grad(out, leaves, torch.arange(16.0, dtype=dtype).expand(out.shape))
+
+    got = gradients(lambda x, w, b, g, r: ops.linear(x, w, b, activation=None if activation == "none" else activation, gate=g, residual=r,
+                                                     numerics=numerics), torch.float32)
+    plain = gradients(lambda x, w, b, g, r: stock(x, w, b, activation, g, r), torch.float32)
+    want = gradients(lambda x, w, b, g, r: in_float64(x, w, b, activation, g, r), torch.float64)
+    for i in range(len(inputs)):
+        assert_close(got[i], want[i], plain[i], f"input {i}")
+
+
+@needs_onednn
+def test_second_gradient():
+    args = [t.requires_grad_() for t in layer((3, 8), 5, torch.float32)]
+    first, = torch.autograd.grad(ops.linear(*args, activation="silu", numerics="close").sum(), args[:1], create_graph=True)
+    second, = torch.autograd.grad(first.square().sum(), args[:1])
+    wide = [t.detach().double().requires_grad_() for t in args]
+    want, = torch.autograd.grad(in_float64(*wide, "silu").sum(), wide[:1], create_graph=True)
+    want, = torch.autograd.grad(want.square().sum(), wide[:1])
+    assert (second.double() - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", FAST)
+def test_batch_coupling(dtype):
+    """batch-coupling: one sample alone equals the same sample in a batch of 8."""
+    x, weight, bias = layer((8, 77, 96), 80, dtype)
+    together = ops.linear(x, weight, bias, activation="gelu_tanh", numerics="close")
+    for i in range(8):
+        assert_exact(ops.linear(x[i:i + 1], weight, bias, activation="gelu_tanh", numerics="close"), together[i:i + 1])
+
+
+def test_alias():
+    """alias: inputs keep their bits; the output is new storage."""
+    x, weight, bias = layer((2, 5, 24), 24, torch.float32)
+    gate, residual = torch.randn(2, 24), torch.randn(2, 5, 24)
+    tensors = [x, weight, bias, gate, residual]
+    before = [t.clone() for t in tensors]
+    for numerics in ("exact", "close"):
+        out = ops.linear(x, weight, bias, gate=gate, residual=residual, numerics=numerics)
+        assert all(torch.equal(t, b) for t, b in zip(tensors, before))
+        assert out.untyped_storage().data_ptr() not in {t.untyped_storage().data_ptr() for t in tensors}
+
+
+def test_autocast():
+    """autocast: the stock call runs, in the autocast dtype, for float32 inputs as for mixed ones."""
+    x, weight, bias = layer((2, 5, 24), 16, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        for numerics in ("exact", "close"):
+            assert_exact(ops.linear(x.bfloat16(), weight, bias, numerics=numerics), F.linear(x.bfloat16(), weight, bias))
+            assert_exact(ops.linear(x, weight, bias, numerics=numerics), F.linear(x, weight, bias))
+            assert ops.linear(x, weight, bias, numerics=numerics).dtype is torch.bfloat16
+
+
+@needs_onednn
+def test_registration():
+    for args in [layer((2, 7, 24), 16, torch.float32), layer((2, 7, 24), 16, torch.float32, bias=False)]:
+        args[0].requires_grad_(), args[1].requires_grad_()
+        torch.library.opcheck(_linear_op, (*args, "gelu_tanh", None, None, False))
+        permuted = args[0].detach().transpose(0, 1).contiguous().transpose(0, 1)
+        torch.library.opcheck(_linear_op, (permuted, *args[1:], "none", torch.randn(2, 1, 16), torch.randn(2, 7, 16), False))
+
+
+@needs_onednn
+@pytest.mark.parametrize("numerics", ["exact", "close"])
+def test_compile_fullgraph(numerics):
+    x, weight, bias = layer((2, 7, 24), 16, torch.float32)
+
+    def f(x, weight, bias):
+        return ops.linear(x, weight, bias, activation="gelu_tanh", numerics=numerics)
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    assert_exact(compiled(x, weight, bias), f(x, weight, bias))
+    with torch.no_grad():
+        assert_exact(compiled(x, weight, bias), f(x, weight, bias))
+
+
+@pytest.mark.parametrize("change, error, words", [
+    (dict(x=torch.zeros(2, 3, dtype=torch.int64)), TypeError, "x has dtype torch.int64"),
+    (dict(x=[1.0]), TypeError, "x is a list"),
+    (dict(x=torch.zeros(2, 5)), ValueError, r"x has shape \[2, 5\]"),
+    (dict(weight=torch.zeros(4)), ValueError, r"weight has shape \[4\]"),
+    (dict(weight=torch.zeros(4, 3, dtype=torch.float64)), TypeError, "weight has dtype torch.float64"),
+    (dict(bias=torch.zeros(3)), ValueError, r"bias has shape \[3\]; it should be \[4\]"),
+    (dict(weight=torch.zeros(4, 3, device="meta")), ValueError, "weight is on meta"),
+    (dict(activation="relu"), ValueError, "activation is 'relu'"),
+    (dict(numerics="fast"), ValueError, "numerics is 'fast'"),
+    (dict(gate=torch.zeros(4)), ValueError, "gate is given without residual"),
+    (dict(residual=torch.zeros(2, 3)), ValueError, r"residual has shape \[2, 3\]; it should be \[2, 4\]"),
+    (dict(residual=torch.zeros(2, 4), gate=torch.zeros(3, 4)), ValueError, r"gate has shape \[3, 4\]"),
+    (dict(residual=torch.zeros(2, 4), activation="gelu"), ValueError, "activation is 'gelu'; it should be None"),
+])
+def test_bad_input(change, error, words):
+    call = dict(x=torch.zeros(2, 3), weight=torch.zeros(4, 3), bias=None) | change
+    with pytest.raises(error, match=words):
+        ops.linear(call.pop("x"), call.pop("weight"), call.pop("bias"), **call)

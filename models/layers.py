@@ -12,8 +12,62 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from typing import NamedTuple
+
 from fusewire import ops
-from fusewire.kernels.rounding import compute_dtype
+from fusewire.kernels.rounding import compute_dtype, is_exact
+
+
+class How(NamedTuple):
+    """How a fused forward computes. ``attention`` and ``linear`` permit the ops of those rooms, which do not give stock's bits."""
+
+    numerics: str = "exact"
+    attention: bool = False
+    linear: bool = False
+
+    @classmethod
+    def of(cls, numerics: str) -> How:
+        """Everything that ``"exact"`` or ``"close"`` permits; ValueError for any other."""
+        close = not is_exact(numerics)
+        return cls(numerics, attention=close and hasattr(ops, "attention"), linear=close)
+
+
+# What a fused forward may read instead of calling. Both grow by the stock classes whose forwards ``fusewire.swap`` has verified.
+RMS_NORMS: set[type] = set()
+GELU_PROJECTIONS: set[type] = set()
+
+
+def untouched(module: nn.Module) -> bool:
+    """Nothing observes or replaces this instance's forward: no hook of any kind, no forward on the instance (as offloading puts there)."""
+    own = module.__dict__
+    return not (own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own)
+
+
+def plain_linear(module: nn.Module) -> bool:
+    """Exactly ``nn.Linear`` with an ordinary weight: not LoRA, not quantised, not offloaded, not observed. Only then may its weight be read."""
+    return type(module) is nn.Linear and type(module._parameters["weight"]) is nn.Parameter and untouched(module)
+
+
+def plain_layer_norm(module: nn.Module) -> bool:
+    """Exactly ``nn.LayerNorm`` without parameters, not observed."""
+    return type(module) is nn.LayerNorm and module._parameters["weight"] is None and untouched(module)
+
+
+def linear(module: nn.Module, x: torch.Tensor, how: How, activation: str | None = None) -> torch.Tensor:
+    """``module(x)``, then GELU-tanh where asked for: by ``ops.linear`` where that is permitted and the module is plain, otherwise by calling it."""
+    if how.linear and plain_linear(module):
+        parameters = module._parameters
+        return ops.linear(x, parameters["weight"], parameters["bias"], activation=activation, numerics=how.numerics)
+    y = module(x)
+    return y if activation is None else F.gelu(y, approximate="tanh")
+
+
+def gated_linear(module: nn.Module, x: torch.Tensor, gate: torch.Tensor, residual: torch.Tensor, how: How) -> torch.Tensor:
+    """``residual + gate * module(x)``."""
+    if how.linear and plain_linear(module):
+        parameters = module._parameters
+        return ops.linear(x, parameters["weight"], parameters["bias"], gate=gate, residual=residual, numerics=how.numerics)
+    return ops.gate_residual(residual, module(x), gate, numerics=how.numerics)
 
 
 def sincos_table(channels: int, grid: int, base: int) -> torch.Tensor:
@@ -109,57 +163,71 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
+RMS_NORMS.add(RMSNorm)
+
+
 class AdaLayerNormZero(nn.Module):
     """adaLN-Zero (Peebles and Xie, 2023): ``parts`` chunks of one projection; with 9 chunks (SD3.5) one norm feeds two modulations."""
 
-    def __init__(self, channels: int, parts: int = 6, numerics: str = "exact"):
+    def __init__(self, channels: int, parts: int = 6, how: How = How()):
         super().__init__()
-        self.parts, self.numerics = parts, numerics
+        self.parts, self.how = parts, how
         self.silu = nn.SiLU()
         self.linear = nn.Linear(channels, parts * channels)
         self.norm = nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor):
-        return (ada_layer_norm_zero_x if self.parts == 9 else ada_layer_norm_zero)(self, x, emb, self.numerics)
+        return (ada_layer_norm_zero_x if self.parts == 9 else ada_layer_norm_zero)(self, x, emb, self.how)
 
 
-def ada_layer_norm_zero(module, x, emb, numerics: str):
+def ada_layer_norm_zero(module, x, emb, how: How):
     """-> (modulated x [B, T, C], gate_msa, shift_mlp, scale_mlp, gate_mlp [B, C])."""
-    shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = module.linear(module.silu(emb)).chunk(6, dim=1)
-    y = ops.adaln_modulate(x, shift_msa, scale_msa, eps=module.norm.eps, numerics=numerics)
+    shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = linear(module.linear, module.silu(emb), how).chunk(6, dim=1)
+    y = ops.adaln_modulate(x, shift_msa, scale_msa, eps=module.norm.eps, numerics=how.numerics)
     return y, gate_msa, shift_mlp, scale_mlp, gate_mlp
 
 
-def ada_layer_norm_zero_x(module, x, emb, numerics: str):
+def ada_layer_norm_zero_x(module, x, emb, how: How):
     """-> (modulated x, gate_msa, shift_mlp, scale_mlp, gate_mlp, second modulated x, gate_msa2)."""
     (shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp,
-     shift_msa2, scale_msa2, gate_msa2) = module.linear(module.silu(emb)).chunk(9, dim=1)
-    y = ops.adaln_modulate(x, shift_msa, scale_msa, eps=module.norm.eps, numerics=numerics)
-    y2 = ops.adaln_modulate(x, shift_msa2, scale_msa2, eps=module.norm.eps, numerics=numerics)
+     shift_msa2, scale_msa2, gate_msa2) = linear(module.linear, module.silu(emb), how).chunk(9, dim=1)
+    y, y2 = ops.adaln_modulate_dual(x, shift_msa, scale_msa, shift_msa2, scale_msa2, eps=module.norm.eps, numerics=how.numerics)
     return y, gate_msa, shift_mlp, scale_mlp, gate_mlp, y2, gate_msa2
 
 
 class AdaLayerNormContinuous(nn.Module):
     """The modulation without a gate: the last context block's, and the final norm's. Chunks are scale, shift."""
 
-    def __init__(self, channels: int, numerics: str = "exact"):
+    def __init__(self, channels: int, how: How = How()):
         super().__init__()
-        self.numerics = numerics
+        self.how = how
         self.silu = nn.SiLU()
         self.linear = nn.Linear(channels, 2 * channels)
         self.norm = nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
 
     def forward(self, x: torch.Tensor, conditioning_embedding: torch.Tensor) -> torch.Tensor:
-        return ada_layer_norm_continuous(self, x, conditioning_embedding, self.numerics)
+        return ada_layer_norm_continuous(self, x, conditioning_embedding, self.how)
 
 
-def ada_layer_norm_continuous(module, x, emb, numerics: str) -> torch.Tensor:
-    scale, shift = module.linear(module.silu(emb).to(x.dtype)).chunk(2, dim=1)
-    return ops.adaln_modulate(x, shift, scale, eps=module.norm.eps, numerics=numerics)
+def ada_layer_norm_continuous(module, x, emb, how: How) -> torch.Tensor:
+    scale, shift = linear(module.linear, module.silu(emb).to(x.dtype), how).chunk(2, dim=1)
+    return ops.adaln_modulate(x, shift, scale, eps=module.norm.eps, numerics=how.numerics)
+
+
+def gate_residual_norm(norm: nn.Module, x, y, gate, shift, scale, how: How, y2=None, gate2=None):
+    """-> (r, norm(r) * (1 + scale) + shift) with ``r = x + gate * y (+ gate2 * y2)``; an observed or unusual norm is called."""
+    if plain_layer_norm(norm):
+        return ops.gate_residual_adaln(x, y, gate, shift, scale, y2=y2, gate2=gate2, eps=norm.eps, numerics=how.numerics)
+    r = ops.gate_residual(x, y, gate, numerics=how.numerics)
+    if y2 is not None:
+        r = ops.gate_residual(r, y2, gate2, numerics=how.numerics)
+    return r, norm(r) * (1 + scale[:, None]) + shift[:, None]
 
 
 class GELUProjection(nn.Module):
     """Linear, then GELU in its tanh form."""
+
+    approximate = "tanh"
 
     def __init__(self, channels: int, hidden: int):
         super().__init__()
@@ -169,14 +237,37 @@ class GELUProjection(nn.Module):
         return F.gelu(self.proj(x), approximate="tanh")
 
 
+GELU_PROJECTIONS.add(GELUProjection)
+
+
 class FeedForward(nn.Module):
     """[B, T, C] -> [B, T, C] through ``hidden`` channels; ``net`` as in diffusers: projection with GELU, dropout, projection."""
 
-    def __init__(self, channels: int, hidden: int):
+    takes_gate = True  # feed_forward_residual may run it together with the gate behind it
+
+    def __init__(self, channels: int, hidden: int, how: How = How()):
         super().__init__()
+        self.how = how
         self.net = nn.ModuleList([GELUProjection(channels, hidden), nn.Dropout(0.0), nn.Linear(hidden, channels)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for module in self.net:
-            x = module(x)
-        return x
+        hidden, output = feed_forward_hidden(self, x, self.how)
+        return linear(output, hidden, self.how)
+
+
+def feed_forward_hidden(module, x, how: How) -> tuple[torch.Tensor, nn.Module]:
+    """-> (the input of the last projection, the last projection)."""
+    projection, dropout, output = module.net
+    if type(projection) in GELU_PROJECTIONS and projection.approximate == "tanh" and untouched(projection):
+        x = linear(projection.proj, x, how, activation="gelu_tanh")
+    else:
+        x = projection(x)
+    return (x if dropout.p == 0 and untouched(dropout) else dropout(x)), output
+
+
+def feed_forward_residual(module, x, gate, residual, how: How) -> torch.Tensor:
+    """``residual + gate * module(x)``; the gate goes into the last projection where the feed-forward is ours and not observed."""
+    if how.linear and getattr(type(module), "takes_gate", False) and untouched(module):
+        hidden, output = feed_forward_hidden(module, x, how)
+        return gated_linear(output, hidden, gate, residual, how)
+    return ops.gate_residual(residual, module(x), gate, numerics=how.numerics)

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from fusewire.kernels.rounding import is_exact
-from fusewire.models.layers import (AdaLayerNormContinuous, AdaLayerNormZero, FeedForward, PatchEmbed, RMSNorm, TimeTextEmbed)
+from fusewire.models.attention import Attention
+from fusewire.models.layers import (AdaLayerNormContinuous, AdaLayerNormZero, FeedForward, How, PatchEmbed, TimeTextEmbed, feed_forward_residual,
+                                    gate_residual_norm, linear)
 
 
 @dataclass(frozen=True)
@@ -63,84 +63,48 @@ class MMDiTConfig:
         return cls(**given)
 
 
-class Attention(nn.Module):
-    """The projections of one attention layer; with ``context`` also those of the text stream (``pre_only``: its output is not used)."""
-
-    def __init__(self, channels: int, heads: int, qk_norm: str | None, context: bool, pre_only: bool = False):
-        super().__init__()
-        self.heads, self.context_pre_only = heads, pre_only
-        head_dim = channels // heads
-
-        def norm():
-            return None if qk_norm is None else RMSNorm(head_dim, eps=1e-6)
-
-        self.norm_q, self.norm_k = norm(), norm()
-        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels), nn.Dropout(0.0)])
-        if context:
-            self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(channels, channels) for _ in range(3))
-            self.to_add_out = None if pre_only else nn.Linear(channels, channels)
-            self.norm_added_q, self.norm_added_k = norm(), norm()
-
-    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None):
-        """[B, T, C], or ([B, T, C], [B, L, C]) with the text stream."""
-        q, k, v = self._heads(hidden_states, self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k)
-        if encoder_hidden_states is None:
-            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-            return self.to_out[0](out)
-        text = self._heads(encoder_hidden_states, self.add_q_proj, self.add_k_proj, self.add_v_proj, self.norm_added_q, self.norm_added_k)
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip((q, k, v), text))
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        out, context = out[:, :hidden_states.shape[1]], out[:, hidden_states.shape[1]:]
-        return self.to_out[0](out), context if self.context_pre_only else self.to_add_out(context)
-
-    def _heads(self, x, to_q, to_k, to_v, norm_q, norm_k):
-        q, k, v = (to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (to_q, to_k, to_v))
-        return (q, k, v) if norm_q is None else (norm_q(q), norm_k(k), v)
-
-    def extra_repr(self) -> str:
-        return f"heads={self.heads}"
-
-
 class JointTransformerBlock(nn.Module):
     """One MMDiT block over an image stream and a text stream; the last block (``context_pre_only``) returns no text stream."""
 
-    def __init__(self, channels: int, heads: int, mlp_ratio: float, qk_norm: str | None, context_pre_only: bool, use_dual_attention: bool, numerics: str):
+    def __init__(self, channels: int, heads: int, mlp_ratio: float, qk_norm: str | None, context_pre_only: bool, use_dual_attention: bool, how: How):
         super().__init__()
-        self.context_pre_only, self.use_dual_attention = context_pre_only, use_dual_attention
+        self.context_pre_only, self.use_dual_attention, self.how = context_pre_only, use_dual_attention, how
         hidden = int(channels * mlp_ratio)
-        self.norm1 = AdaLayerNormZero(channels, 9 if use_dual_attention else 6, numerics)
-        self.norm1_context = AdaLayerNormContinuous(channels, numerics) if context_pre_only else AdaLayerNormZero(channels, 6, numerics)
-        self.attn = Attention(channels, heads, qk_norm, context=True, pre_only=context_pre_only)
-        self.attn2 = Attention(channels, heads, qk_norm, context=False) if use_dual_attention else None
+        self.norm1 = AdaLayerNormZero(channels, 9 if use_dual_attention else 6, how)
+        self.norm1_context = AdaLayerNormContinuous(channels, how) if context_pre_only else AdaLayerNormZero(channels, 6, how)
+        self.attn = Attention(channels, heads, qk_norm, context=True, pre_only=context_pre_only, how=how)
+        self.attn2 = Attention(channels, heads, qk_norm, context=False, how=how) if use_dual_attention else None
         self.norm2 = nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
-        self.ff = FeedForward(channels, hidden)
+        self.ff = FeedForward(channels, hidden, how)
         self.norm2_context = None if context_pre_only else nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
-        self.ff_context = None if context_pre_only else FeedForward(channels, hidden)
+        self.ff_context = None if context_pre_only else FeedForward(channels, hidden, how)
 
     def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, temb: torch.Tensor):
         """(image [B, T, C], text [B, L, C], conditioning [B, C]) -> (text or None, image)."""
-        x, context = hidden_states, encoder_hidden_states
-        if self.use_dual_attention:
-            y, gate_msa, shift_mlp, scale_mlp, gate_mlp, y2, gate_msa2 = self.norm1(x, emb=temb)
-        else:
-            y, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(x, emb=temb)
-        if self.context_pre_only:
-            y_context = self.norm1_context(context, temb)
-        else:
-            y_context, c_gate_msa, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context(context, emb=temb)
+        return joint_block(self, hidden_states, encoder_hidden_states, temb, self.how)
 
-        attended, attended_context = self.attn(y, y_context)
-        x = x + gate_msa.unsqueeze(1) * attended
-        if self.use_dual_attention:
-            x = x + gate_msa2.unsqueeze(1) * self.attn2(y2)
-        y = self.norm2(x) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
-        x = x + gate_mlp.unsqueeze(1) * self.ff(y)
-        if self.context_pre_only:
-            return None, x
-        context = context + c_gate_msa.unsqueeze(1) * attended_context
-        y = self.norm2_context(context) * (1 + c_scale_mlp[:, None]) + c_shift_mlp[:, None]
-        return context + c_gate_mlp.unsqueeze(1) * self.ff_context(y), x
+
+def joint_block(block, x, context, temb, how: How, **attention_kwargs):
+    """The forward of a block: our own, and of diffusers' ``JointTransformerBlock``. Submodules are called; their gates and norms are fused."""
+    y2 = gate_msa2 = attended2 = None
+    if block.use_dual_attention:
+        y, gate_msa, shift_mlp, scale_mlp, gate_mlp, y2, gate_msa2 = block.norm1(x, emb=temb)
+    else:
+        y, gate_msa, shift_mlp, scale_mlp, gate_mlp = block.norm1(x, emb=temb)
+    if block.context_pre_only:
+        y_context = block.norm1_context(context, temb)
+    else:
+        y_context, c_gate_msa, c_shift_mlp, c_scale_mlp, c_gate_mlp = block.norm1_context(context, emb=temb)
+
+    attended, attended_context = block.attn(hidden_states=y, encoder_hidden_states=y_context, **attention_kwargs)
+    if y2 is not None:
+        attended2 = block.attn2(hidden_states=y2, **attention_kwargs)
+    x, y = gate_residual_norm(block.norm2, x, attended, gate_msa, shift_mlp, scale_mlp, how, attended2, gate_msa2)
+    x = feed_forward_residual(block.ff, y, gate_mlp, x, how)
+    if block.context_pre_only:
+        return None, x
+    context, y = gate_residual_norm(block.norm2_context, context, attended_context, c_gate_msa, c_shift_mlp, c_scale_mlp, how)
+    return feed_forward_residual(block.ff_context, y, c_gate_mlp, context, how), x
 
 
 class MMDiT(nn.Module):
@@ -148,7 +112,7 @@ class MMDiT(nn.Module):
 
     def __init__(self, config: MMDiTConfig, numerics: str = "close"):
         super().__init__()
-        is_exact(numerics)
+        how = How.of(numerics)
         self.config, self.numerics = config, numerics
         channels = config.inner_dim
         self.pos_embed = PatchEmbed(config.patch_size, config.in_channels, channels, config.pos_embed_max_size,
@@ -157,9 +121,9 @@ class MMDiT(nn.Module):
         self.context_embedder = nn.Linear(config.joint_attention_dim, channels)
         self.transformer_blocks = nn.ModuleList(
             JointTransformerBlock(channels, config.num_attention_heads, config.mlp_ratio, config.qk_norm,
-                                  context_pre_only=i == config.num_layers - 1, use_dual_attention=i in config.dual_attention_layers, numerics=numerics)
+                                  context_pre_only=i == config.num_layers - 1, use_dual_attention=i in config.dual_attention_layers, how=how)
             for i in range(config.num_layers))
-        self.norm_out = AdaLayerNormContinuous(channels, numerics)
+        self.norm_out = AdaLayerNormContinuous(channels, how)
         self.proj_out = nn.Linear(channels, config.patch_size**2 * config.out_channels)
 
     def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, pooled_projections: torch.Tensor, timestep: torch.Tensor,
@@ -182,14 +146,14 @@ class MMDiT(nn.Module):
         skip = frozenset(skip_layers or ())
         x = self.pos_embed(hidden_states)
         temb = self.time_text_embed(timestep, pooled_projections)
-        context = self.context_embedder(encoder_hidden_states)
+        context = linear(self.context_embedder, encoder_hidden_states, self.norm_out.how)
         for index, block in enumerate(self.transformer_blocks):
             if index not in skip:
                 context, x = block(x, context, temb)
             if block_controlnet_hidden_states is not None and not block.context_pre_only:
                 interval = len(self.transformer_blocks) / len(block_controlnet_hidden_states)
                 x = x + block_controlnet_hidden_states[int(index / interval)]
-        x = self.proj_out(self.norm_out(x, temb))
+        x = linear(self.proj_out, self.norm_out(x, temb), self.norm_out.how)
 
         # b (h w) (p q c) -> b c (h p) (w q)
         p, channels = self.config.patch_size, self.config.out_channels

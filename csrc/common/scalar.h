@@ -48,6 +48,21 @@ inline float16 from_float<float16>(float x) {
 template <typename T>
 inline T from_float(double x) { return static_cast<T>(x); }
 
+// from_float and back, staying in 32 bits: what storing x as a T makes of it.
+template <typename T>
+inline float round_to(float x) { return to_float(from_float<T>(x)); }
+template <>
+inline float round_to<bfloat16>(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+  bits = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc00000u : rounded;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+template <typename T>
+inline double round_to(double x) { return x; }
+
 // The type a row is computed in: double for double, float for all else.
 template <typename T>
 struct compute { using type = float; };

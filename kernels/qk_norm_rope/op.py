@@ -29,6 +29,7 @@ _rope_op = define(f"qk_norm_rope({_NAMES}{_REST}) -> (Tensor, Tensor)",
                   fallback=reference.qk_norm_rope, fake=_fake_rope, backward=_backward, setup_context=_setup)
 _into_op = define(f"qk_norm_into({_NAMES}Tensor(a!) q_out, Tensor(b!) k_out, {_REST}) -> ()",
                   fallback=reference.qk_norm_into, fake=_fake_into)
+native.compare_with_stock(_rope_op)
 _rope = Table("qk_norm_rope", [
     Backend("cpu", native.why_not_rope, _rope_op),
     Backend("reference", always, reference.qk_norm_rope),

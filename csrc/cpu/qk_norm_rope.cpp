@@ -1,0 +1,60 @@
+// QK norm with rotary embedding on the CPU: fusewire::qk_norm_rope and fusewire::qk_norm_into.
+#include "cpu/qk_norm_rope.h"
+
+#include "common/tensor.h"
+
+namespace fusewire {
+
+static QkTensor describe(const Tensor& x, const std::optional<Tensor>& weight, const Tensor& out) {
+  QkTensor t{x.const_data_ptr(), {}, out.mutable_data_ptr(), {}, nullptr, 0, x.size(1), x.size(2)};
+  for (int i = 0; i < 4; ++i) {
+    t.x_stride[i] = x.stride(i);
+    t.out_stride[i] = out.stride(i);
+  }
+  if (weight) {
+    t.weight = weight->const_data_ptr();
+    t.weight_stride = weight->stride(0);
+  }
+  return t;
+}
+
+static void qk_norm_into(const Tensor& q, const Tensor& k, const std::optional<Tensor>& q_weight, const std::optional<Tensor>& k_weight,
+                         const Tensor& q_out, const Tensor& k_out, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                         double eps, int64_t norm, bool exact) {
+  QkNorm n{q.size(3), nullptr, nullptr, {}, {}, eps, norm == 1, exact};
+  if (cos) {
+    n.cos = static_cast<const float*>(cos->const_data_ptr());
+    n.sin = static_cast<const float*>(sin->const_data_ptr());
+    for (int i = 0; i < 2; ++i) {
+      n.cos_stride[i] = cos->stride(i);
+      n.sin_stride[i] = sin->stride(i);
+    }
+  }
+  const QkTensor parts[2] = {describe(q, q_weight, q_out), describe(k, k_weight, k_out)};
+  const int64_t batch = q.size(0), q_tokens = batch * parts[0].tokens, k_tokens = batch * parts[1].tokens;
+  const int64_t grain = 1 + 32768 / (1 + n.dim * parts[0].heads);
+  FUSEWIRE_SWITCH_FLOATS(q.scalar_type(), "qk_norm_rope", {
+    const auto run = FUSEWIRE_PICK(void (*)(const QkNorm&, const QkTensor&, int64_t, int64_t, scalar_t), qk_norm_tokens);
+    // One range over q's tokens, then k's
+    torch::stable::parallel_for(0, q_tokens + k_tokens, grain, [&](int64_t begin, int64_t end) {
+      if (begin < q_tokens) run(n, parts[0], begin, end < q_tokens ? end : q_tokens, scalar_t{});
+      if (end > q_tokens) run(n, parts[1], begin > q_tokens ? begin - q_tokens : 0, end - q_tokens, scalar_t{});
+    });
+  });
+}
+
+static std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& q, const Tensor& k, const std::optional<Tensor>& q_weight,
+                                               const std::optional<Tensor>& k_weight, const std::optional<Tensor>& cos,
+                                               const std::optional<Tensor>& sin, double eps, int64_t norm, bool exact) {
+  Tensor q_out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
+  Tensor k_out = torch::stable::new_empty(k, {k.size(0), k.size(1), k.size(2), k.size(3)});
+  qk_norm_into(q, k, q_weight, k_weight, q_out, k_out, cos, sin, eps, norm, exact);
+  return {q_out, k_out};
+}
+
+}  // namespace fusewire
+
+STABLE_TORCH_LIBRARY_IMPL(fusewire, CPU, m) {
+  m.impl("qk_norm_rope", TORCH_BOX(&fusewire::qk_norm_rope));
+  m.impl("qk_norm_into", TORCH_BOX(&fusewire::qk_norm_into));
+}

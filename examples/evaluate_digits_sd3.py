@@ -60,7 +60,7 @@ def plan(count: int) -> list[tuple[data.Concept, str]]:
 
 def generate(args: argparse.Namespace, prompts: list[str]) -> torch.Tensor:
     """Pictures [N, 3, 32, 32] in -1..1, rounded to 8 bits as a saved file would be."""
-    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(args.folder)
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(args.folder, text_encoder_3=None, tokenizer_3=None)
     pipe.set_progress_bar_config(disable=True)
     out = []
     for start in tqdm(range(0, len(prompts), args.batch), desc="pictures"):

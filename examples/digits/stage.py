@@ -127,4 +127,6 @@ def ship(model: nn.Module, folder: Path) -> None:
         weights.chmod(0o644)   # safetensors creates them readable by their owner only
     config = folder / "config.json"
     entries = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
+    if "dtype" in entries:
+        entries["dtype"] = "float32"   # transformers loads in the dtype named here unless told otherwise; diffusers in float32
     config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,123 @@
+// Attention on the CPU: fusewire::attention and fusewire::joint_attention.
+#include "cpu/attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <vector>
+
+#include "common/tensor.h"
+
+namespace fusewire {
+
+static AttentionType attention_type(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return AttentionType::f32;
+    case ScalarType::BFloat16: return AttentionType::bf16;
+    case ScalarType::Half: return AttentionType::f16;
+    case ScalarType::Double: return AttentionType::f64;
+    case ScalarType::Bool: return AttentionType::boolean;
+    default: STD_TORCH_CHECK(false, "attention: unsupported dtype");
+  }
+}
+
+static AttentionTensor view(const Tensor& x) {
+  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3), x.size(1), nullptr};
+}
+
+// A norm weight as doubles, kept alive by `keep`.
+static const double* weight_of(const std::optional<Tensor>& weight, std::vector<std::vector<double>>& keep) {
+  if (!weight) return nullptr;
+  const int64_t n = weight->size(0), stride = weight->stride(0);
+  std::vector<double> values(n);
+  FUSEWIRE_SWITCH_FLOATS(weight->scalar_type(), "attention", {
+    const scalar_t* p = static_cast<const scalar_t*>(weight->data_ptr());
+    for (int64_t i = 0; i < n; ++i) values[i] = static_cast<double>(to_float(p[i * stride]));
+  });
+  keep.push_back(std::move(values));
+  return keep.back().data();
+}
+
+// Cuts the queries into tasks and runs them. Threads take tasks as they become free; results do not depend on which thread ran what.
+static void run(const AttentionCall& call, int64_t batch, int64_t heads) {
+  const int64_t blocks = (call.queries + kAttentionQueryBlock - 1) / kAttentionQueryBlock;
+  if (batch * heads * blocks == 0) return;
+  const int64_t threads = torch::stable::get_num_threads();
+  // A task packs the keys and values of its head again: at least 8 blocks where there is enough work for all threads, at most 32.
+  const int64_t wanted = batch * heads * blocks / (4 * threads);
+  const int64_t size = std::clamp<int64_t>(wanted, std::min<int64_t>(8, 1 + batch * heads * blocks / (2 * threads)), 32);
+  const int64_t pieces = (blocks + size - 1) / size;
+  const int64_t length = (blocks + pieces - 1) / pieces * kAttentionQueryBlock;  // as equal as can be
+  const int64_t tasks = batch * heads * pieces;
+  const auto kernel = FUSEWIRE_PICK(void (*)(const AttentionCall&, const AttentionTask&), attention_task);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min(threads, tasks), 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < tasks; i = next++) {
+      const int64_t piece = i % pieces, head = i / pieces % heads, b = i / pieces / heads;
+      kernel(call, {b, head, piece * length, std::min(call.queries, (piece + 1) * length)});
+    }
+  });
+}
+
+static AttentionCall begin_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, std::optional<double> scale, double eps) {
+  AttentionCall call{};
+  call.q[0] = view(q);
+  call.k[0] = view(k);
+  call.v[0] = view(v);
+  call.out[0] = view(out);
+  call.type = attention_type(q.scalar_type());
+  call.queries = q.size(1);
+  call.keys = k.size(1);
+  call.channels = q.size(3);
+  call.group = k.size(2) ? q.size(2) / k.size(2) : 1;
+  call.scale = scale ? *scale : 1.0 / std::sqrt(static_cast<double>(q.size(3)));
+  call.eps = eps;
+  return call;
+}
+
+static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask, const std::optional<Tensor>& q_weight,
+                        const std::optional<Tensor>& k_weight, bool causal, std::optional<double> scale, double eps) {
+  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
+  AttentionCall call = begin_call(q, k, v, out, scale, eps);
+  std::vector<std::vector<double>> keep;
+  call.q[0].weight = weight_of(q_weight, keep);
+  call.k[0].weight = weight_of(k_weight, keep);
+  call.causal = causal;
+  if (mask) {
+    const int64_t sizes[4] = {q.size(0), q.size(2), q.size(1), k.size(1)};
+    int64_t strides[4] = {};
+    for (int64_t i = 0; i < 4; ++i) strides[i] = mask->size(i) == 1 && sizes[i] != 1 ? 0 : mask->stride(i);
+    call.mask = {mask->data_ptr(), attention_type(mask->scalar_type()), strides[0], strides[1], strides[2], strides[3]};
+  }
+  run(call, q.size(0), q.size(2));
+  return out;
+}
+
+static std::tuple<Tensor, Tensor> joint_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q2, const Tensor& k2,
+                                                  const Tensor& v2, const std::optional<Tensor>& q_weight, const std::optional<Tensor>& k_weight,
+                                                  const std::optional<Tensor>& q2_weight, const std::optional<Tensor>& k2_weight,
+                                                  std::optional<double> scale, double eps) {
+  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
+  Tensor out2 = torch::stable::new_empty(q, {q2.size(0), q2.size(1), q2.size(2), q2.size(3)});
+  AttentionCall call = begin_call(q, k, v, out, scale, eps);
+  std::vector<std::vector<double>> keep;
+  call.q[1] = view(q2);
+  call.k[1] = view(k2);
+  call.v[1] = view(v2);
+  call.out[1] = view(out2);
+  call.q[0].weight = weight_of(q_weight, keep);
+  call.k[0].weight = weight_of(k_weight, keep);
+  call.q[1].weight = weight_of(q2_weight, keep);
+  call.k[1].weight = weight_of(k2_weight, keep);
+  call.queries += q2.size(1);
+  call.keys += k2.size(1);
+  run(call, q.size(0), q.size(2));
+  return {out, out2};
+}
+
+}  // namespace fusewire
+
+STABLE_TORCH_LIBRARY_IMPL(fusewire, CPU, m) {
+  m.impl("attention", TORCH_BOX(&fusewire::attention));
+  m.impl("joint_attention", TORCH_BOX(&fusewire::joint_attention));
+}

@@ -1,0 +1,48 @@
+// Attention on the CPU: what attention.cpp (tensors, threads) hands to attention_kernels.cpp (tiles).
+#pragma once
+#include <cstdint>
+
+#include "common/isa.h"
+#include "common/scalar.h"
+
+namespace fusewire {
+
+enum class AttentionType : int { f32, bf16, f16, f64, boolean };
+
+// One tensor [B, T, H, D] of any strides (in elements). `weight` [D], where it is not null, asks for RMS norm over D while packing.
+struct AttentionTensor {
+  const void* data;
+  int64_t batch, token, head, channel;
+  int64_t tokens;
+  const double* weight;
+};
+
+// A mask read as [B, H, Tq, Tk]: broadcast dimensions have stride 0. Boolean (true: attend) or added to the scaled logits.
+struct AttentionMask {
+  const void* data;  // null: no mask
+  AttentionType type;
+  int64_t batch, head, query, key;
+};
+
+// Queries, keys and values are each one or two pieces along the sequence (the second may have no tokens): joint attention over
+// image and text tokens needs no concatenated copy, because every operand is packed into tiles anyway.
+struct AttentionCall {
+  AttentionTensor q[2], k[2], v[2], out[2];
+  AttentionMask mask;
+  AttentionType type;
+  int64_t queries, keys, channels;
+  int64_t group;  // query heads for each key head
+  double scale, eps;
+  bool causal;
+};
+
+// Queries [begin, end) of one head of one sample.
+struct AttentionTask { int64_t batch, head, begin, end; };
+
+// Queries that the kernel handles together: a task should be a multiple of it. Results do not depend on how queries are cut into tasks.
+constexpr int64_t kAttentionQueryBlock = 48;
+constexpr int64_t kAttentionMaxChannels = 512;
+
+FUSEWIRE_DECLARE(void, attention_task, (const AttentionCall&, const AttentionTask&))
+
+}  // namespace fusewire

@@ -1,0 +1,25 @@
+"""What csrc/cpu/attention.cpp serves: the predicates of the room's CPU rows."""
+
+from __future__ import annotations
+
+from fusewire.kernels.library import CPU
+
+MAX_CHANNELS = 512  # rows are staged in buffers of this size
+
+
+def _why_not(q) -> str:
+    if not CPU.loaded:
+        return CPU.reason
+    if q.device.type != "cpu":
+        return f"q is on {q.device}"
+    if not 0 < q.shape[3] <= MAX_CHANNELS:
+        return f"the head dimension is {q.shape[3]}; 1 to {MAX_CHANNELS} are served"
+    return ""
+
+
+def why_not_attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps) -> str:
+    return _why_not(q)
+
+
+def why_not_joint(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale, eps) -> str:
+    return _why_not(q)

@@ -1,0 +1,152 @@
+"""Attention: the public ops, their registration and their backends."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fusewire.kernels import checks
+from fusewire.kernels.attention import native, reference
+from fusewire.kernels.autograd import recomputing
+from fusewire.kernels.dispatch import Backend, Table, always
+from fusewire.kernels.library import define
+
+
+def _fake_attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps):
+    return q.new_empty(q.shape)
+
+
+def _fake_joint(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale, eps):
+    return q.new_empty(q.shape), q2.new_empty(q2.shape)
+
+
+_backward, _setup = recomputing(reference.attention)
+_attention_op = define("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? q_weight, Tensor? k_weight, bool causal, float? scale, "
+                       "float eps) -> Tensor",
+                       fallback=reference.attention, fake=_fake_attention, backward=_backward, setup_context=_setup)
+_backward, _setup = recomputing(reference.joint_attention)
+_joint_op = define("joint_attention(Tensor q, Tensor k, Tensor v, Tensor q2, Tensor k2, Tensor v2, Tensor? q_weight, Tensor? k_weight, "
+                   "Tensor? q2_weight, Tensor? k2_weight, float? scale, float eps) -> (Tensor, Tensor)",
+                   fallback=reference.joint_attention, fake=_fake_joint, backward=_backward, setup_context=_setup)
+_attention = Table("attention", [
+    Backend("cpu", native.why_not_attention, _attention_op),
+    Backend("reference", always, reference.attention),
+])
+_joint = Table("joint_attention", [
+    Backend("cpu", native.why_not_joint, _joint_op),
+    Backend("reference", always, reference.joint_attention),
+])
+
+
+def _check(names: tuple[str, str, str], q, k, v) -> None:
+    """q [B, Tq, H, D], k and v [B, Tk, H_kv, D], one dtype, one device."""
+    for name, x in zip(names, (q, k, v)):
+        checks.floating(name, x)
+        checks.rank(name, x, 4, "[B, T, H, D]")
+    (batch, _, heads, channels), shape = q.shape, k.shape
+    if shape[0] != batch or shape[3] != channels or (shape[2] != heads and (shape[2] == 0 or heads % shape[2])):
+        raise ValueError(f"{names[1]} has shape {list(shape)}; for {names[0]} of shape {list(q.shape)} it should be [{batch}, T, H, {channels}] "
+                         f"with H a divisor of {heads}")
+    if v.shape != shape:
+        raise ValueError(f"{names[2]} has shape {list(v.shape)}; it should be {list(shape)}, as {names[1]} has")
+    for name, x in ((names[1], k), (names[2], v)):
+        if x.dtype is not q.dtype:
+            raise TypeError(f"{name} has dtype {x.dtype}; it should be {q.dtype}, as {names[0]} has")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}; it should be on {q.device}, where {names[0]} is")
+
+
+def _check_rest(q, weights: dict, scale, eps) -> None:
+    for name, weight in weights.items():
+        if weight is not None:
+            checks.vector(name, weight, q.shape[3], q.device)
+    checks.positive("eps", eps)
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; it should be a finite number or None")
+
+
+def _full_mask(mask, q, k) -> torch.Tensor:
+    """The mask as [B or 1, H or 1, Tq or 1, Tk]."""
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"mask is a {type(mask).__name__}; it should be a torch.Tensor or None")
+    if mask.dtype is not torch.bool and mask.dtype not in checks.FLOATS:
+        raise TypeError(f"mask has dtype {mask.dtype}; it should be bool (True: attend) or floating (added to the logits)")
+    if mask.device != q.device:
+        raise ValueError(f"mask is on {mask.device}; it should be on {q.device}, where q is")
+    shape = tuple(mask.shape)
+    if len(shape) == 2:
+        mask, shape = mask[None, None], (1, 1, *shape)
+    batch, queries, heads, _ = q.shape
+    if not (len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2] in (1, queries) and shape[3] == k.shape[1]):
+        raise ValueError(f"mask has shape {list(mask.shape)}; it should be [{batch} or 1, {heads} or 1, {queries} or 1, {k.shape[1]}] "
+                         f"or [{queries}, {k.shape[1]}]")
+    return mask
+
+
+def _cast(tensors: tuple) -> tuple:
+    """What autocast makes of the arguments of PyTorch's attention: all in its dtype (float64 stays)."""
+    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")) or not all(isinstance(x, torch.Tensor) for x in tensors):
+        return tensors
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x for x in tensors)
+
+
+def attention(q, k, v, *, mask=None, causal: bool = False, scale: float | None = None, q_weight=None, k_weight=None,
+              eps: float = 1e-6) -> torch.Tensor:
+    """``softmax(q k^T * scale + mask) v``, optionally with RMS norm of each head of q and k on the way in.
+
+    Args:
+        q: [B, Tq, H, D], float32, bfloat16, float16 or float64, any strides: views of projections and slices of a packed QKV are read in place.
+        k, v: [B, Tk, H_kv, D] in q's dtype, any strides. H_kv divides H (grouped-query attention).
+        mask: None; bool (True: attend); or floating, added to the scaled logits. [B or 1, H or 1, Tq or 1, Tk] or [Tq, Tk], any strides.
+            A query that no key is left for gives 0. What a key holds that is hidden from every query never matters, even if it is NaN.
+        causal: query i attends to keys 0..i only (counted from the first of each, as PyTorch does).
+        scale: None for 1 / sqrt(D).
+        q_weight, k_weight: [D]; where given, q (k) is normalised over D with this weight, in float32 and rounded once.
+        eps: of that norm, added to the mean square; greater than 0.
+
+    Returns: [B, Tq, H, D], contiguous, in q's dtype. Never bit-equal to PyTorch's: ``numerics="close"`` in the sense of the other ops.
+    Under autocast q, k and v are cast as for PyTorch's attention.
+    Raises: TypeError for a dtype, ValueError for a shape, a device, ``scale`` or ``eps`` that is not as stated.
+    Source: Dao et al. (2022), "FlashAttention"; Vaswani et al. (2017).
+    """
+    q, k, v = _cast((q, k, v))
+    _check(("q", "k", "v"), q, k, v)
+    _check_rest(q, {"q_weight": q_weight, "k_weight": k_weight}, scale, eps)
+    if mask is not None:
+        mask = _full_mask(mask, q, k)
+    return _attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps)
+
+
+def joint_attention(q, k, v, q2, k2, v2, *, q_weight=None, k_weight=None, q2_weight=None, k2_weight=None, eps: float = 1e-6,
+                    scale: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over two streams of tokens (image and text) as over one sequence, with neither concatenated nor normalised copies.
+
+    Args:
+        q, q2: [B, T, H, D] and [B, T2, H, D], one dtype (float32, bfloat16, float16 or float64), any strides.
+        k, v and k2, v2: the keys and values of each stream, [B, T or T2 (any length), H_kv, D] in that dtype, any strides.
+        q_weight, k_weight, q2_weight, k2_weight: [D]; where given, that tensor is RMS-normalised over D with this weight, in float32 and
+            rounded once.
+        eps: of the norms, added to the mean square; greater than 0.
+        scale: None for 1 / sqrt(D).
+
+    Returns: (out [B, T, H, D], out2 [B, T2, H, D]), contiguous, in q's dtype.
+    Raises: TypeError for a dtype, ValueError for a shape, a device, ``scale`` or ``eps`` that is not as stated.
+    Source: Esser et al. (2024), "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", the joint attention of MMDiT.
+    """
+    q, k, v, q2, k2, v2 = _cast((q, k, v, q2, k2, v2))
+    _check(("q", "k", "v"), q, k, v)
+    _check(("q2", "k2", "v2"), q2, k2, v2)
+    for name, x, other in (("q2", q2, q), ("k2", k2, k)):
+        if x.shape[0] != other.shape[0] or x.shape[2:] != other.shape[2:]:
+            raise ValueError(f"{name} has shape {list(x.shape)}; it should be [{other.shape[0]}, T, {other.shape[2]}, {other.shape[3]}], as {name[0]} has")
+    if q2.dtype is not q.dtype:
+        raise TypeError(f"q2 has dtype {q2.dtype}; it should be {q.dtype}, as q has")
+    if q2.device != q.device:
+        raise ValueError(f"q2 is on {q2.device}; it should be on {q.device}, where q is")
+    _check_rest(q, {"q_weight": q_weight, "k_weight": k_weight, "q2_weight": q2_weight, "k2_weight": k2_weight}, scale, eps)
+    return _joint(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale, eps)

@@ -1,0 +1,206 @@
+"""fusewire.ops.attention and joint_attention against PyTorch's attention in float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusewire import ops
+from fusewire.kernels.dispatch import forced
+from fusewire.kernels.library import CPU, ISA_LEVELS, cpu_isa
+from tests.kernels.attention.cases import DTYPES, qkv, stock, stock_norm
+from tests.tolerance import assert_close
+
+BACKENDS = [pytest.param("cpu", marks=pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")), "reference"]
+
+# (B, Tq, Tk, H, D). Blocks are 48 queries and 256 keys, tiles 6 rows by 16 to 64 columns: the sizes lie on, below and above each.
+SHAPES = [
+    (1, 63, 63, 1, 64),     # odd everything, one block
+    (2, 1, 1, 2, 40),       # one query, one key; 40 channels: half a vector over
+    (1, 129, 65, 2, 72),    # cross attention, one column more than a tile
+    (1, 65, 129, 1, 80),    # 80 channels: a whole tile of columns and a quarter
+    (1, 49, 300, 3, 160),   # two and a half tiles of columns; a second block of keys
+    (1, 50, 1100, 1, 512),  # several super-blocks of keys in both float32 and bf16; logits summed in pieces
+    (2, 33, 257, 1, 8),     # fewer channels than a vector; one key in the second block
+    (1, 7, 64, 1, 7),       # odd number of channels: half a bf16 pair is padding
+    (1, 100, 154, 2, 128),
+    (1, 48, 256, 1, 256),   # exactly one block
+]
+
+
+def mask_of(kind, shape, dtype):
+    batch, queries, keys, heads, _ = shape
+    if kind == "bool":
+        mask = torch.rand(batch, 1, queries, keys) > 0.3
+        mask[..., 0] = True
+        return mask
+    return torch.randn(1, heads, queries, keys).to(dtype) if kind == "added" else None
+
+
+def ran(backend, op="attention"):
+    counts = ops.stats()[op]
+    return counts[backend] > 0 and sum(counts.values()) == counts[backend]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["plain", "causal", "bool", "added"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_against_float64(dtype, shape, kind, backend):
+    """head-dim, tail, cross attention and every kind of mask."""
+    q, k, v = qkv(*shape, dtype)
+    mask, causal = mask_of(kind, shape, dtype), kind == "causal"
+    with forced(backend):
+        got = ops.attention(q, k, v, mask=mask, causal=causal)
+    assert ran(backend)
+    assert_close(got, stock(q, k, v, mask, causal), stock(q, k, v, mask, causal, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keys", [1, 63, 64, 65, 129])
+@pytest.mark.parametrize("queries", [1, 63, 64, 65, 129])
+def test_tail(queries, keys, dtype):
+    q, k, v = qkv(1, queries, keys, 1, 64, dtype)
+    assert_close(ops.attention(q, k, v), stock(q, k, v), stock(q, k, v, dtype=dtype))
+
+
+@pytest.mark.parametrize("scale", [None, 0.3, 0.0, -0.2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scale(dtype, scale):
+    q, k, v = qkv(1, 20, 75, 2, 24, dtype)
+    assert_close(ops.attention(q, k, v, scale=scale), stock(q, k, v, scale=scale), stock(q, k, v, scale=scale, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_grouped_heads(dtype):
+    q, k, v = qkv(2, 30, 70, 6, 16, dtype, key_heads=2)
+    assert_close(ops.attention(q, k, v, causal=True), stock(q, k, v, causal=True), stock(q, k, v, causal=True, dtype=dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm(dtype, backend):
+    """RMS norm of q and k on the way in: no more rounding than norm and attention in turn; eps matters where x is small."""
+    q, k, v = qkv(2, 50, 70, 2, 40, dtype)
+    q = q * 1e-2
+    weights = [torch.rand(40).to(dtype) + 0.5 for _ in range(2)]
+    for eps in (1e-6, 1e-3):
+        with forced(backend):
+            got = ops.attention(q, k, v, q_weight=weights[0], k_weight=weights[1], eps=eps)
+        wide = stock(stock_norm(q, weights[0], eps), stock_norm(k, weights[1], eps), v)
+        plain = stock(stock_norm(q, weights[0], eps, dtype), stock_norm(k, weights[1], eps, dtype), v, dtype=dtype)
+        assert_close(got, wide, plain)
+    assert ran(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("lengths", [((63, 63), (17, 17)), ((1, 1), (1, 1)), ((40, 60), (9, 300)), ((49, 49), (0, 0)), ((0, 0), (5, 5))], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_joint(dtype, lengths, norm, backend):
+    """Two streams are one sequence; the boundary falls inside a block, a tile and a bf16 pair."""
+    q, k, v = qkv(2, *lengths[0], 2, 64, dtype)
+    q2, k2, v2 = qkv(2, *lengths[1], 2, 64, dtype)
+    weights = {name: torch.rand(64).to(dtype) + 0.5 for name in ("q_weight", "k_weight", "q2_weight", "k2_weight")} if norm else {}
+    with forced(backend):
+        got = ops.joint_attention(q, k, v, q2, k2, v2, **weights)
+    assert ran(backend, "joint_attention")
+
+    def both(dtype):
+        def gain(x, name):
+            return stock_norm(x, weights[name], 1e-6, dtype) if norm else x.to(dtype)
+
+        return stock(torch.cat([gain(q, "q_weight"), gain(q2, "q2_weight")], 1), torch.cat([gain(k, "k_weight"), gain(k2, "k2_weight")], 1),
+                     torch.cat([v, v2], 1), dtype=dtype)
+
+    assert got[0].shape == q.shape and got[1].shape == q2.shape
+    assert_close(torch.cat(got, dim=1), both(torch.float64), both(dtype))
+
+
+@pytest.mark.parametrize("level", ISA_LEVELS[:-1])
+def test_every_isa_level(level):
+    """The same accuracy at each level below this processor's own (its own is what the other tests run at)."""
+    if not CPU.loaded or ISA_LEVELS.index(level) >= ISA_LEVELS.index(cpu_isa()):
+        pytest.skip(f"this processor runs at {cpu_isa() or 'no level'}")
+    code = (f"import pytest, sys; from fusewire.kernels.library import cpu_isa; assert cpu_isa() == {level!r}; "
+            f"sys.exit(pytest.main([{str(Path(__file__))!r}, '-x', '-q', '-p', 'no:cacheprovider', "
+            f"'-k', '(test_against_float64 and cpu and not 512 and not 160) or (test_joint and cpu) or test_nan_under_mask']))")
+    root = Path(__file__).parents[3]
+    path = os.pathsep.join([str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"FUSEWIRE_CPU_ISA": level, "PYTHONPATH": path}, cwd=root,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_nan_under_mask(dtype, masked):
+    """nan-under-mask: poisoned padding gives what the cut tensors give; a poisoned key reaches only the queries that attend to it."""
+    q, k, v = qkv(2, 60, 90, 2, 40, dtype)
+    k[:, 70:], v[:, 70:] = torch.nan, torch.nan
+    keep = (torch.arange(90) < 70)[None, None, None]
+    mask = keep if masked else torch.zeros(1, 1, 1, 90).masked_fill(~keep, -torch.inf)
+    want = stock(q, k[:, :70], v[:, :70])
+    assert_close(ops.attention(q, k, v, mask=mask), want, stock(q, k[:, :70], v[:, :70], dtype=dtype))
+
+    q, k, v = qkv(1, 60, 60, 1, 40, dtype)
+    want, plain = stock(q, k, v, causal=True), stock(q, k, v, causal=True, dtype=dtype)
+    v[:, 37, :, 3], v[:, 51, :, 5] = torch.nan, torch.inf
+    got = ops.attention(q, k, v, causal=True)
+    assert got[:, 37:, :, 3].isnan().all() and (got[:, 51:, :, 5] == torch.inf).all()
+    bad = got.isfinite().logical_not()
+    assert bad.sum() == (60 - 37) + (60 - 51)
+    assert_close(got.masked_fill(bad, 0), want.masked_fill(bad, 0), plain.masked_fill(bad, 0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_row(dtype, backend):
+    """masked-row: no key left gives 0, the finite minimum everywhere gives the mean of v."""
+    q, k, v = qkv(1, 10, 300, 2, 16, dtype)
+    hidden = torch.zeros(1, 1, 10, 300, dtype=torch.bool)
+    hidden[:, :, 3], hidden[:, :, 7] = True, True
+    lowest = torch.zeros(1, 1, 10, 300, dtype=dtype)
+    lowest[:, :, 5] = torch.finfo(dtype).min
+    with forced(backend):
+        for mask in (~hidden, torch.zeros(1, 1, 10, 300, dtype=dtype).masked_fill(hidden, -torch.inf)):
+            got = ops.attention(q, k, v, mask=mask)
+            assert (got[:, [3, 7]] == 0).all() and got.isfinite().all() and (got[:, [0, 9]] != 0).any()
+        got = ops.attention(q, k, v, mask=lowest)[0, 5]
+    if dtype is not torch.float16:  # in float16 the minimum, -65504, does not absorb the logits in float32
+        mean = v.double().mean(1)[0]
+        assert_close(got, mean, v.float().mean(1)[0].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mask_ignored(dtype):
+    q, k, v = qkv(1, 20, 30, 1, 16, dtype)
+    plain = ops.attention(q, k, v)
+    mask = torch.ones(20, 30, dtype=torch.bool)
+    assert torch.equal(ops.attention(q, k, v, mask=mask), ops.attention(q, k, v, mask=torch.zeros(20, 30)))
+    mask[:, 4] = False
+    assert not torch.equal(ops.attention(q, k, v, mask=mask), plain)
+    assert not torch.equal(ops.attention(q, k, v, causal=True), plain)
+
+
+def test_fp16_overflow():
+    """fp16-overflow: inputs of +-1000 and logits of 1e5 stay finite."""
+    q, k, v = qkv(1, 40, 80, 1, 64, torch.float16)
+    big = torch.where(q > 0, 1000.0, -1000.0).to(torch.float16), torch.where(k > 0, 1000.0, -1000.0).to(torch.float16)
+    assert ops.attention(*big, v).isfinite().all()
+    q, k = torch.full_like(q, 40), torch.full_like(k, 40)
+    assert (q[0, 0, 0].double() @ k[0, 0, 0].double()) > 1e5
+    assert_close(ops.attention(q, k, v, scale=1.0), stock(q, k, v, scale=1.0), stock(q, k, v, scale=1.0, dtype=torch.float16))
+
+
+def test_biased_cast():
+    """biased-cast: the mean signed error of 2^20 bf16 outputs between 1 and 2 is at most 0.02 units in the last place."""
+    q, k, v = qkv(1, 2048, 17, 8, 64, torch.bfloat16)
+    v = v.abs().frac() + 1
+    error = ops.attention(q, k, v).double() - stock(q, k, v)
+    assert error.numel() == 2**20 and abs(error.mean().item()) <= 0.02 * torch.finfo(torch.bfloat16).eps

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/torch_sum.h"
+#include "common/vec.h"
 
 namespace fusewire::FUSEWIRE_ISA {
 
@@ -19,7 +20,7 @@ struct Mode {
 
 constexpr int kRows = 16;  // rows whose roots are taken together: one vector of AVX-512
 
-// kRows rows of one tensor that lie at a constant distance, all of one token where there is a rotation.
+// Up to kRows rows of one tensor that lie at a constant distance, all of one token where there is a rotation.
 template <typename T>
 struct Rows {
   const T* x;
@@ -32,76 +33,67 @@ struct Rows {
 template <typename T>
 struct Vectors {
   const compute_t<T>* weight;  // [D] or null
-  const float* cos;            // [D/2] of this token
-  const float* sin;
-  compute_t<T>* head;  // scratch [D]
+  const float* cos;            // [D], each value twice
+  const float* sin;            // [D], each value twice, the first of them negated
 };
 
 // rstd_r = 1 / sqrt(mean(x_r^2) + eps)
 template <typename T, typename S>
-static void roots(const Rows<T>& rows, int64_t dim, double eps, S* rstd) {
+FUSEWIRE_INLINE void roots(const Rows<T>& rows, int64_t dim, double eps, S* rstd) {
   constexpr int W = kSumLanes<S>;
-  S lanes[kRows][W], sum[kRows];
+  S sum[kRows], lane[kRows][W];
   for (int64_t r = 0; r < rows.count; ++r) {
-    const T* x = rows.x + r * rows.x_stride;
-    const auto square = [x](int64_t i) {
-      const S v = static_cast<S>(to_float(x[i]));
-      return v * v;
-    };
+    const Squares<S, T> squares{rows.x + r * rows.x_stride};
     if (dim < W) {
-      sum[r] = torch_sum<S>(dim, square);
+      sum[r] = torch_sum<S>(squares, dim);
     } else {
-      torch_sum_lanes<S>(dim, square, lanes[r], &sum[r]);
+      torch_sum_lanes<S>(squares, dim, lane[r], &sum[r]);
     }
   }
   if (dim >= W) {
     for (int64_t r = 0; r < rows.count; ++r) {
-      for (int j = 0; j < W; ++j) sum[r] += lanes[r][j];
+      for (int j = 0; j < W; ++j) sum[r] += lane[r][j];
     }
   }
 #pragma omp simd
   for (int64_t r = 0; r < rows.count; ++r) rstd[r] = 1 / std::sqrt(sum[r] / static_cast<S>(dim) + static_cast<S>(eps));
 }
 
-// y = x * rstd * weight
-template <typename T, typename M>
-static inline compute_t<T> normalised(T x, typename M::S rstd, const compute_t<T>* weight, int64_t i) {
-  const compute_t<T> y = to_float(x) * rstd;
-  if (!weight) return y;
-  return (M::kRoundNorm ? round_to<T>(y) : y) * weight[i];
+// (v[1], v[0], v[3], v[2], ...)
+template <int N, typename C>
+FUSEWIRE_INLINE lanes<C, N> swap_pairs(lanes<C, N> v) {
+  if constexpr (sizeof(C) == 4) {
+    const auto pairs = bits_as<lanes<uint64_t, N / 2>>(v);
+    return bits_as<lanes<C, N>>((pairs << 32) | (pairs >> 32));
+  } else {
+    lanes<C, N> y;
+    for (int i = 0; i < N; ++i) y[i] = v[i ^ 1];
+    return y;
+  }
 }
 
-template <typename T, typename M>
-static void apply(const Rows<T>& rows, int64_t dim, const typename M::S* rstd, const Vectors<T>& v) {
+// head = x * rstd * weight; a pair of it (a, b) is turned to (a cos - b sin, b cos + a sin)
+template <typename T, typename M, bool kWeight>
+FUSEWIRE_INLINE void apply(const Rows<T>& rows, int64_t dim, const typename M::S* rstd, const Vectors<T>& v) {
   using C = compute_t<T>;
+  constexpr int N = kLanes<C>;
   for (int64_t r = 0; r < rows.count; ++r) {
     const T* x = rows.x + r * rows.x_stride;
     T* out = rows.out + r * rows.out_stride;
-    const typename M::S root = rstd[r];
-    if constexpr (!M::kRotate) {
-      if (v.weight) {
-#pragma omp simd
-        for (int64_t i = 0; i < dim; ++i) out[i] = from_float<T>(normalised<T, M>(x[i], root, v.weight, i));
-      } else {
-#pragma omp simd
-        for (int64_t i = 0; i < dim; ++i) out[i] = from_float<T>(normalised<T, M>(x[i], root, nullptr, i));
+    const lanes<C, N> root = splat<N>(static_cast<C>(rstd[r]));
+    for_columns<N>(dim, [&](const auto& column) __attribute__((always_inline)) {
+      lanes<C, N> y = column.load(x) * root;
+      if constexpr (kWeight) y = (M::kRoundNorm ? rounded<T, N>(y) : y) * column.load(v.weight);
+      if constexpr (M::kRotate) {
+        // in float for every dtype where the stock code is followed
+        using R = std::conditional_t<M::kRoundHead, float, C>;
+        if constexpr (M::kRoundHead) y = rounded<T, N>(y);
+        const auto head = __builtin_convertvector(y, lanes<R, N>);
+        const auto cos = __builtin_convertvector(column.load(v.cos), lanes<R, N>), sin = __builtin_convertvector(column.load(v.sin), lanes<R, N>);
+        y = __builtin_convertvector(head * cos + swap_pairs<N, R>(head) * sin, lanes<C, N>);
       }
-    } else {
-      C* head = v.head;
-#pragma omp simd
-      for (int64_t i = 0; i < dim; ++i) {
-        const C y = normalised<T, M>(x[i], root, v.weight, i);
-        head[i] = M::kRoundHead ? round_to<T>(y) : y;
-      }
-      // (a, b) -> (a cos - b sin, b cos + a sin); in float for every dtype where the stock code is followed
-      using R = std::conditional_t<M::kRoundHead, float, C>;
-#pragma omp simd
-      for (int64_t i = 0; i < dim / 2; ++i) {
-        const R a = static_cast<R>(head[2 * i]), b = static_cast<R>(head[2 * i + 1]), c = v.cos[i], s = v.sin[i];
-        out[2 * i] = from_float<T>(static_cast<C>(a * c - b * s));
-        out[2 * i + 1] = from_float<T>(static_cast<C>(b * c + a * s));
-      }
-    }
+      column.store(out, y);
+    });
   }
 }
 
@@ -109,9 +101,13 @@ template <typename T, typename M>
 static void block(const Rows<T>& rows, int64_t dim, double eps, const Vectors<T>& v) {
   typename M::S rstd[kRows];
   // The head dimensions of SD3 and Flux as constants: the loops over one row are unrolled
-  const auto run = [&](auto d) {
+  const auto run = [&](auto d) __attribute__((always_inline)) {
     roots<T, typename M::S>(rows, d, eps, rstd);
-    apply<T, M>(rows, d, rstd, v);
+    if (v.weight) {
+      apply<T, M, true>(rows, d, rstd, v);
+    } else {
+      apply<T, M, false>(rows, d, rstd, v);
+    }
   };
   if (dim == 64) return run(std::integral_constant<int64_t, 64>{});
   if (dim == 128) return run(std::integral_constant<int64_t, 128>{});
@@ -145,20 +141,21 @@ static void tokens(const QkNorm& n, const QkTensor& t, int64_t begin, int64_t en
   using C = compute_t<T>;
   const int64_t dim = n.dim, *xs = t.x_stride, *os = t.out_stride;
   const bool inner = xs[3] == 1 && os[3] == 1;
-  std::vector<C> weight(t.weight ? dim : 0), head(M::kRotate ? dim : 0);
+  std::vector<C> weight(t.weight ? dim : 0);
   for (int64_t i = 0; t.weight && i < dim; ++i) weight[i] = to_float(static_cast<const T*>(t.weight)[i * t.weight_stride]);
   std::vector<T> scratch(inner ? 0 : kRows * dim);
-  std::vector<float> table(M::kRotate ? dim : 0);
-  const Vectors<T> v{t.weight ? weight.data() : nullptr, table.data(), table.data() + dim / 2, head.data()};
+  std::vector<float> table(M::kRotate ? 2 * dim : 0);
+  const Vectors<T> v{t.weight ? weight.data() : nullptr, table.data(), table.data() + dim};
   // Without a rotation the heads of consecutive tokens are one run of rows where both tensors allow it
   const bool merge = !M::kRotate && xs[1] == t.heads * xs[2] && os[1] == t.heads * os[2];
   for (int64_t i = begin; i < end;) {
     const int64_t b = i / t.tokens, token = i % t.tokens;
     const int64_t run = !merge ? 1 : (end - i < t.tokens - token ? end - i : t.tokens - token);
-    if (M::kRotate) {
+    if constexpr (M::kRotate) {
       for (int64_t j = 0; j < dim / 2; ++j) {
-        table[j] = n.cos[token * n.cos_stride[0] + j * n.cos_stride[1]];
-        table[dim / 2 + j] = n.sin[token * n.sin_stride[0] + j * n.sin_stride[1]];
+        table[2 * j] = table[2 * j + 1] = n.cos[token * n.cos_stride[0] + j * n.cos_stride[1]];
+        table[dim + 2 * j + 1] = n.sin[token * n.sin_stride[0] + j * n.sin_stride[1]];
+        table[dim + 2 * j] = -table[dim + 2 * j + 1];
       }
     }
     const T* x = static_cast<const T*>(t.x) + b * xs[0] + token * xs[1];

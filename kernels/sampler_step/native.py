@@ -2,6 +2,35 @@
 
 from __future__ import annotations
 
+import torch
+
+from fusewire.kernels.library import CPU
+from fusewire.kernels.rounding import differs_from_stock, probe_values
+from fusewire.kernels.sampler_step import reference
+
+_differs = CPU.reason  # why the exact row stands down
+
+
+def compare_with_stock(op) -> None:
+    """Find out whether the kernel's exact mode and the installed torch agree."""
+    global _differs
+    if not CPU.loaded:
+        return
+    table = torch.tensor([[-0.0371234, 4.3]], dtype=torch.float64, device="cpu")
+    cases = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        sample, output = (probe_values(batch, 67, dtype=dtype, seed=batch) for batch in (1, 2))
+        cases += [(sample, output, None, table, 0, None, True), (sample, output[:1], None, table, 0, None, True)]
+    _differs = differs_from_stock(op, reference.flow_euler_step, cases)
+
 
 def why_not_flow_euler(sample, model_output, uncond, table, step, counter, exact) -> str:
-    return "not written yet"
+    if not CPU.loaded:
+        return CPU.reason
+    if sample.device.type != "cpu":
+        return f"sample is on {sample.device}"
+    if exact and _differs:
+        return _differs
+    if sample.dtype is not model_output.dtype:
+        return "sample and model_output differ in dtype"
+    return ""

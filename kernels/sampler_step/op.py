@@ -14,13 +14,14 @@ from fusewire.kernels.sampler_step.tables import COLUMNS
 
 
 def _fake_flow_euler(sample, model_output, uncond, table, step, counter, exact):
-    return torch.empty_like(sample, dtype=model_output.dtype)
+    return sample.new_empty(sample.shape, dtype=model_output.dtype)
 
 
 _backward, _setup = recomputing(reference.flow_euler_step)
 _flow_euler_op = define("flow_euler_step(Tensor sample, Tensor model_output, Tensor? uncond, Tensor table, SymInt step, Tensor? counter, bool exact)"
                         " -> Tensor",
                         fallback=reference.flow_euler_step, fake=_fake_flow_euler, backward=_backward, setup_context=_setup)
+native.compare_with_stock(_flow_euler_op)
 _flow_euler = Table("flow_euler_step", [
     Backend("cpu", native.why_not_flow_euler, _flow_euler_op),
     Backend("reference", always, reference.flow_euler_step),
@@ -42,8 +43,9 @@ def sampler_step(sample, model_output, table, step, *, uncond=None, method: str 
         method: ``"flow_euler"``.
         numerics: ``"exact"`` rounds as diffusers' pipeline and FlowMatchEulerDiscreteScheduler.step do, ``"close"`` once at the end.
 
-    Returns: sample's shape and layout, in model_output's dtype.
-    Raises: TypeError for a dtype, ValueError for a shape, a device, ``step``, ``method`` or ``numerics`` that is not as stated.
+    Returns: sample's shape, contiguous, in model_output's dtype.
+    Raises: TypeError for a dtype, ValueError for a shape, a device, ``step``, ``method`` or ``numerics`` that is not as stated; RuntimeError or
+        IndexError, where the kernel reads it, for a ``step`` in a tensor that lies outside the table.
     Source: Ho and Salimans (2022), "Classifier-Free Diffusion Guidance"; Liu et al. (2022), "Flow Straight and Fast".
     """
     if method not in _METHODS:

@@ -32,11 +32,11 @@ def flow_euler_step(sample, model_output, uncond, table, step: int, counter, exa
         velocity = cond.to(wide)
         if uncond is not None:
             velocity = uncond.to(wide) + row[1].to(wide) * (velocity - uncond.to(wide))
-        return (sample.to(wide) + row[0].to(wide) * velocity).to(cond.dtype)
+        return (sample.to(wide) + row[0].to(wide) * velocity).to(cond.dtype).contiguous()
     if uncond is not None:
         difference = cond - uncond
         # Pipelines multiply by a Python number, which keeps float32 precision beside a 16-bit tensor
         scaled = difference.to(compute_dtype(cond.dtype)) * row[1].to(compute_dtype(cond.dtype))
         cond = uncond + scaled.to(cond.dtype)
     # FlowMatchEulerDiscreteScheduler.step: float32 sample, but dt is a 0-dim float32 tensor, and dt * output has the output's dtype
-    return (sample.to(torch.float32) + row[0].to(torch.float32) * cond).to(cond.dtype)
+    return (sample.to(torch.float32) + row[0].to(torch.float32) * cond).to(cond.dtype).contiguous()

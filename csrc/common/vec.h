@@ -1,0 +1,185 @@
+// Short vectors of floats or doubles, and how rows of every storage type are loaded into and rounded out of them.
+// For *_kernels.cpp: everything lives in the namespace of the ISA level it is compiled for.
+//
+// They are GCC's and Clang's vector types: any lane count works at any level (the compiler splits what is wider than a register), which
+// is what lets one processor repeat the summation order of another. Intrinsics appear only where the types have no word for it.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "common/isa.h"
+#include "common/scalar.h"
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#define FUSEWIRE_INLINE inline __attribute__((always_inline))
+
+namespace fusewire::FUSEWIRE_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kRegisterBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kRegisterBytes = 32;
+#else
+inline constexpr int kRegisterBytes = 16;
+#endif
+
+template <typename C, int N>
+struct lanes_of { typedef C type __attribute__((vector_size(N * sizeof(C)))); };
+template <typename C, int N>
+using lanes = typename lanes_of<C, N>::type;
+// The lane count that fills a register.
+template <typename C>
+inline constexpr int kLanes = kRegisterBytes / sizeof(C);
+
+template <typename To, typename From>
+FUSEWIRE_INLINE To bits_as(const From& x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  std::memcpy(&y, &x, sizeof(To));
+  return y;
+}
+
+template <int N, typename C>
+FUSEWIRE_INLINE lanes<C, N> splat(C x) { return x - lanes<C, N>{}; }  // x - 0 keeps the sign of zero
+
+// a * b + c with one rounding.
+template <int N, typename C>
+FUSEWIRE_INLINE lanes<C, N> fma(lanes<C, N> a, lanes<C, N> b, lanes<C, N> c) {
+  constexpr int bytes = N * sizeof(C);
+  constexpr bool single = sizeof(C) == 4;
+  if constexpr (bytes > kRegisterBytes && kRegisterBytes == 32) {
+    using Half = lanes<C, N / 2>;
+    struct Pair { Half low, high; };
+    const auto x = bits_as<Pair>(a), y = bits_as<Pair>(b), z = bits_as<Pair>(c);
+    return bits_as<lanes<C, N>>(Pair{fma<N / 2, C>(x.low, y.low, z.low), fma<N / 2, C>(x.high, y.high, z.high)});
+  }
+#if defined(__AVX512F__)
+  if constexpr (bytes == 64 && single) return bits_as<lanes<C, N>>(_mm512_fmadd_ps(bits_as<__m512>(a), bits_as<__m512>(b), bits_as<__m512>(c)));
+  if constexpr (bytes == 64 && !single) return bits_as<lanes<C, N>>(_mm512_fmadd_pd(bits_as<__m512d>(a), bits_as<__m512d>(b), bits_as<__m512d>(c)));
+#endif
+#if defined(__FMA__)
+  if constexpr (bytes == 32 && single) return bits_as<lanes<C, N>>(_mm256_fmadd_ps(bits_as<__m256>(a), bits_as<__m256>(b), bits_as<__m256>(c)));
+  if constexpr (bytes == 32 && !single) return bits_as<lanes<C, N>>(_mm256_fmadd_pd(bits_as<__m256d>(a), bits_as<__m256d>(b), bits_as<__m256d>(c)));
+  if constexpr (bytes == 16 && single) return bits_as<lanes<C, N>>(_mm_fmadd_ps(bits_as<__m128>(a), bits_as<__m128>(b), bits_as<__m128>(c)));
+#endif
+  lanes<C, N> y;
+  for (int i = 0; i < N; ++i) y[i] = std::fma(a[i], b[i], c[i]);
+  return y;
+}
+
+// N elements of storage type T, as compute_t<T>.
+template <int N, typename T>
+FUSEWIRE_INLINE lanes<compute_t<T>, N> load(const T* p) {
+  if constexpr (sizeof(T) >= 4) {
+    lanes<T, N> x;
+    std::memcpy(&x, p, sizeof(x));
+    return x;
+  } else {
+    lanes<uint16_t, N> raw;
+    std::memcpy(&raw, p, sizeof(raw));
+    if constexpr (std::is_same_v<T, bfloat16>) return bits_as<lanes<float, N>>(__builtin_convertvector(raw, lanes<uint32_t, N>) << 16);
+#if defined(__AVX512F__)
+    if constexpr (N == 16) return bits_as<lanes<float, N>>(_mm512_cvtph_ps(bits_as<__m256i>(raw)));
+#endif
+#if defined(__F16C__)
+    if constexpr (N == 8) return bits_as<lanes<float, N>>(_mm256_cvtph_ps(bits_as<__m128i>(raw)));
+#endif
+    lanes<float, N> x;
+    for (int i = 0; i < N; ++i) x[i] = to_float(p[i]);
+    return x;
+  }
+}
+
+// The upper halves of the lanes hold bfloat16 after this: rounded to nearest even, denormals kept (vcvtneps2bf16 would take them for
+// zero). A NaN that came from bfloat16 or from arithmetic stays one: only payloads that fill the lower half as well would carry over.
+template <int N>
+FUSEWIRE_INLINE lanes<uint32_t, N> round_to_upper_half(lanes<float, N> x) {
+  const auto bits = bits_as<lanes<uint32_t, N>>(x);
+  return bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+template <int N, typename T>
+FUSEWIRE_INLINE void store(T* p, lanes<compute_t<T>, N> x) {
+  if constexpr (sizeof(T) >= 4) {
+    std::memcpy(p, &x, sizeof(x));
+  } else if constexpr (std::is_same_v<T, bfloat16>) {
+    const auto raw = __builtin_convertvector(round_to_upper_half<N>(x) >> 16, lanes<uint16_t, N>);
+    std::memcpy(p, &raw, sizeof(raw));
+  } else {
+#if defined(__AVX512F__)
+    if constexpr (N == 16) {
+      const __m256i raw = _mm512_cvtps_ph(bits_as<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      std::memcpy(p, &raw, sizeof(raw));
+      return;
+    }
+#endif
+#if defined(__F16C__)
+    if constexpr (N == 8) {
+      const __m128i raw = _mm256_cvtps_ph(bits_as<__m256>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      std::memcpy(p, &raw, sizeof(raw));
+      return;
+    }
+#endif
+    for (int i = 0; i < N; ++i) p[i] = from_float<T>(x[i]);
+  }
+}
+
+// What x becomes by being stored as T and loaded again.
+template <typename T, int N>
+FUSEWIRE_INLINE lanes<compute_t<T>, N> rounded(lanes<compute_t<T>, N> x) {
+  if constexpr (sizeof(T) >= 4) {
+    return x;
+  } else if constexpr (std::is_same_v<T, bfloat16>) {
+    return bits_as<lanes<float, N>>(round_to_upper_half<N>(x) & 0xffff0000u);
+  } else {
+    T through[N];
+    store<N>(through, x);
+    return load<N>(through);
+  }
+}
+
+// The first n < N elements; the other lanes are 0.
+template <int N, typename T>
+FUSEWIRE_INLINE lanes<compute_t<T>, N> load_part(const T* p, int64_t n) {
+  T part[N] = {};
+  std::memcpy(part, p, n * sizeof(T));
+  return load<N>(part);
+}
+template <int N, typename T>
+FUSEWIRE_INLINE void store_part(T* p, lanes<compute_t<T>, N> x, int64_t n) {
+  T part[N];
+  store<N>(part, x);
+  std::memcpy(p, part, n * sizeof(T));
+}
+
+// A column of a row: `load(p)` and `store(p, x)` at element j, whole vectors or the n left over.
+template <int N>
+struct Whole {
+  int64_t j;
+  template <typename T>
+  FUSEWIRE_INLINE auto load(const T* p) const { return FUSEWIRE_ISA::load<N>(p + j); }
+  template <typename T>
+  FUSEWIRE_INLINE void store(T* p, lanes<compute_t<T>, N> x) const { FUSEWIRE_ISA::store<N>(p + j, x); }
+};
+template <int N>
+struct Part {
+  int64_t j, n;
+  template <typename T>
+  FUSEWIRE_INLINE auto load(const T* p) const { return load_part<N>(p + j, n); }
+  template <typename T>
+  FUSEWIRE_INLINE void store(T* p, lanes<compute_t<T>, N> x) const { store_part<N>(p + j, x, n); }
+};
+
+// Calls body(column) for all columns of a row of `channels` elements.
+template <int N, typename Body>
+FUSEWIRE_INLINE void for_columns(int64_t channels, const Body& body) {
+  int64_t j = 0;
+  for (; j + N <= channels; j += N) body(Whole<N>{j});
+  if (j < channels) body(Part<N>{j, channels - j});
+}
+
+}  // namespace fusewire::FUSEWIRE_ISA

@@ -11,11 +11,13 @@
 
 #include "common/isa.h"
 #include "common/scalar.h"
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own AVX-512 intrinsics
+#pragma GCC diagnostic ignored "-Wpsabi"                // no vector type crosses a call that is not inlined
+#endif
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
-
-#define FUSEWIRE_INLINE inline __attribute__((always_inline))
 
 namespace fusewire::FUSEWIRE_ISA {
 
@@ -50,7 +52,7 @@ FUSEWIRE_INLINE lanes<C, N> splat(C x) { return x - lanes<C, N>{}; }  // x - 0 k
 template <int N, typename C>
 FUSEWIRE_INLINE lanes<C, N> fma(lanes<C, N> a, lanes<C, N> b, lanes<C, N> c) {
   constexpr int bytes = N * sizeof(C);
-  constexpr bool single = sizeof(C) == 4;
+  [[maybe_unused]] constexpr bool single = sizeof(C) == 4;
   if constexpr (bytes > kRegisterBytes && kRegisterBytes == 32) {
     using Half = lanes<C, N / 2>;
     struct Pair { Half low, high; };
@@ -174,10 +176,10 @@ struct Part {
   FUSEWIRE_INLINE void store(T* p, lanes<compute_t<T>, N> x) const { store_part<N>(p + j, x, n); }
 };
 
-// Calls body(column) for all columns of a row of `channels` elements.
+// Calls body(column) for the columns [begin, channels) of a row.
 template <int N, typename Body>
-FUSEWIRE_INLINE void for_columns(int64_t channels, const Body& body) {
-  int64_t j = 0;
+FUSEWIRE_INLINE void for_columns(int64_t begin, int64_t channels, const Body& body) {
+  int64_t j = begin;
   for (; j + N <= channels; j += N) body(Whole<N>{j});
   if (j < channels) body(Part<N>{j, channels - j});
 }

@@ -22,7 +22,7 @@ constexpr int kRows = 16;  // rows whose roots are taken together: one vector of
 
 // Up to kRows rows of one tensor that lie at a constant distance, all of one token where there is a rotation.
 template <typename T>
-struct Rows {
+struct HeadRows {
   const T* x;
   int64_t x_stride;
   T* out;
@@ -39,7 +39,7 @@ struct Vectors {
 
 // rstd_r = 1 / sqrt(mean(x_r^2) + eps)
 template <typename T, typename S>
-FUSEWIRE_INLINE void roots(const Rows<T>& rows, int64_t dim, double eps, S* rstd) {
+FUSEWIRE_INLINE void roots(const HeadRows<T>& rows, int64_t dim, double eps, S* rstd) {
   constexpr int W = kSumLanes<S>;
   S sum[kRows], lane[kRows][W];
   for (int64_t r = 0; r < rows.count; ++r) {
@@ -74,14 +74,14 @@ FUSEWIRE_INLINE lanes<C, N> swap_pairs(lanes<C, N> v) {
 
 // head = x * rstd * weight; a pair of it (a, b) is turned to (a cos - b sin, b cos + a sin)
 template <typename T, typename M, bool kWeight>
-FUSEWIRE_INLINE void apply(const Rows<T>& rows, int64_t dim, const typename M::S* rstd, const Vectors<T>& v) {
+FUSEWIRE_INLINE void apply(const HeadRows<T>& rows, int64_t dim, const typename M::S* rstd, const Vectors<T>& v) {
   using C = compute_t<T>;
   constexpr int N = kLanes<C>;
   for (int64_t r = 0; r < rows.count; ++r) {
     const T* x = rows.x + r * rows.x_stride;
     T* out = rows.out + r * rows.out_stride;
     const lanes<C, N> root = splat<N>(static_cast<C>(rstd[r]));
-    for_columns<N>(dim, [&](const auto& column) __attribute__((always_inline)) {
+    for_columns<N>(0, dim, [&](const auto& column) __attribute__((always_inline)) {
       lanes<C, N> y = column.load(x) * root;
       if constexpr (kWeight) y = (M::kRoundNorm ? rounded<T, N>(y) : y) * column.load(v.weight);
       if constexpr (M::kRotate) {
@@ -98,7 +98,7 @@ FUSEWIRE_INLINE void apply(const Rows<T>& rows, int64_t dim, const typename M::S
 }
 
 template <typename T, typename M>
-static void block(const Rows<T>& rows, int64_t dim, double eps, const Vectors<T>& v) {
+static void block(const HeadRows<T>& rows, int64_t dim, double eps, const Vectors<T>& v) {
   typename M::S rstd[kRows];
   // The head dimensions of SD3 and Flux as constants: the loops over one row are unrolled
   const auto run = [&](auto d) __attribute__((always_inline)) {
@@ -116,8 +116,8 @@ static void block(const Rows<T>& rows, int64_t dim, double eps, const Vectors<T>
 
 // Rows whose elements are not side by side go through scratch memory.
 template <typename T, typename M>
-static void strided_block(Rows<T> rows, const QkTensor& t, int64_t dim, double eps, const Vectors<T>& v, T* scratch) {
-  const Rows<T> given = rows;
+static void strided_block(HeadRows<T> rows, const QkTensor& t, int64_t dim, double eps, const Vectors<T>& v, T* scratch) {
+  const HeadRows<T> given = rows;
   if (t.x_stride[3] != 1) {
     for (int64_t r = 0; r < rows.count; ++r) {
       for (int64_t i = 0; i < dim; ++i) scratch[r * dim + i] = given.x[r * given.x_stride + i * t.x_stride[3]];
@@ -162,7 +162,7 @@ static void tokens(const QkNorm& n, const QkTensor& t, int64_t begin, int64_t en
     T* out = static_cast<T*>(t.out) + b * os[0] + token * os[1];
     for (int64_t row = 0; row < run * t.heads; row += kRows) {
       const int64_t left = run * t.heads - row;
-      const Rows<T> rows{x + row * xs[2], xs[2], out + row * os[2], os[2], left < kRows ? left : kRows};
+      const HeadRows<T> rows{x + row * xs[2], xs[2], out + row * os[2], os[2], left < kRows ? left : kRows};
       if (inner) {
         block<T, M>(rows, dim, n.eps, v);
       } else {

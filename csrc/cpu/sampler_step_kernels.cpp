@@ -20,7 +20,7 @@ static void run(const T* sample, const T* cond, const T* uncond, T* out, int64_t
   using C = compute_t<T>;
   constexpr int N = kLanes<C>;
   const auto round = [](lanes<C, N> v) __attribute__((always_inline)) { return kExact ? rounded<T, N>(v) : v; };
-  for_columns<N>(count, [&](const auto& column) __attribute__((always_inline)) {
+  for_columns<N>(0, count, [&](const auto& column) __attribute__((always_inline)) {
     lanes<C, N> v = column.load(cond);
     if constexpr (kGuidance) {
       const lanes<C, N> u = column.load(uncond);
@@ -36,8 +36,11 @@ template <typename T>
 static void choose(const FlowEuler& s) {
   using C = compute_t<T>;
   // Stock's dt is a 0-dim float32 tensor on the left of the product: it is rounded to T. Its guidance is a number: it is not.
-  const float narrow = static_cast<float>(s.dt);
-  const C dt = !s.exact ? static_cast<C>(s.dt) : sizeof(T) == 2 ? static_cast<C>(to_float(from_float<T>(narrow))) : static_cast<C>(narrow);
+  C dt = static_cast<C>(s.dt);
+  if (s.exact) {
+    dt = static_cast<float>(s.dt);
+    if constexpr (sizeof(T) == 2) dt = to_float(from_float<T>(dt));
+  }
   const C guidance = static_cast<C>(s.guidance);
   T buffers[3][kBlock];
   const bool inner = s.sample_stride == 1 && s.cond_stride == 1 && (!s.uncond || s.uncond_stride == 1);

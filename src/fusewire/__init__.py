@@ -4,6 +4,7 @@
 them out again. ``fusewire.ops`` has the kernels themselves.
 """
 
+import importlib as _importlib
 from pathlib import Path as _Path
 
 __version__ = "0.1.0"
@@ -12,3 +13,10 @@ __version__ = "0.1.0"
 _root = _Path(__file__).resolve().parents[2]
 if (_root / "setup.py").is_file() and (_root / "kernels").is_dir():
     __path__.append(str(_root))
+
+
+def __getattr__(name: str):
+    # Loaded when first used: ``import fusewire`` imports neither torch nor diffusers. swap, parity and profile are packages that can be called.
+    if name in ("ops", "swap", "parity", "profile"):
+        return _importlib.import_module(f"fusewire.{name}")
+    raise AttributeError(f"module 'fusewire' has no attribute {name!r}")

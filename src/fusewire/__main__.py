@@ -1,0 +1,3 @@
+from fusewire.cli import main
+
+main()

@@ -1,0 +1,274 @@
+"""The command line: ``fusewire demo | swap | parity | profile | bench | doctor``.
+
+Exit codes: 0 all holds, 1 a verdict fails, 2 bad input, 3 nothing to do, 130 interrupted. Results go to standard output, progress and errors to
+the error stream.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+from fusewire.errors import BadInput, NothingToDo
+
+CODES = "Exit codes: 0 all holds, 1 a verdict fails, 2 bad input, 3 nothing to do."
+app = typer.Typer(help=f"Fused kernels for text-to-image models: swap them in, profile the gain, prove the picture is the same.\n\n{CODES}",
+                  no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+
+TargetArg = Annotated[Optional[str], typer.Argument(
+    help="A diffusers folder, or a preset with random weights: sd3.5-medium, sd3.5-large, sd3-medium, sd3.5-tiny, sd3-tiny. "
+         "Default: the embedded pipeline, digits-sd3.", show_default=False)]
+Dtype = Annotated[str, typer.Option(help="Of weights and inputs: float32, bfloat16, float16 or float64.")]
+Numerics = Annotated[str, typer.Option(help="exact: torch.equal to stock. close: one rounding, other libraries. both.")]
+Layers = Annotated[Optional[int], typer.Option(help="Blocks of a preset.", show_default="the preset's own")]
+Size = Annotated[Optional[int], typer.Option(help="Picture width and height in pixels.", show_default="the model's own")]
+Steps = Annotated[int, typer.Option(help="Denoising steps of a pipeline.")]
+Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale of a pipeline.")]
+Prompt = Annotated[Optional[list[str]], typer.Option(help="Prompt of a pipeline; give it several times to take several in turn.", show_default=False)]
+Rounds = Annotated[int, typer.Option(help="Timed calls of each side, after one that warms up.")]
+Threads = Annotated[Optional[int], typer.Option(help="CPU threads.", show_default="torch's own")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+
+
+def guarded(command):
+    """Turn bad input and idle calls into one line and an exit code."""
+    @functools.wraps(command)
+    def run(*args, **kwargs):
+        _hush()
+        threads = kwargs.get("threads")
+        try:
+            if threads is not None:
+                _set_threads(threads)
+            code = command(*args, **kwargs)
+        except (BadInput, NothingToDo) as error:
+            code = 2 if isinstance(error, BadInput) else 3
+            _complain(str(error), code, kwargs.get("as_json", False))
+        raise typer.Exit(code)
+
+    return run
+
+
+def _complain(message: str, code: int, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"ok": False, "exit_code": code, "error": message}))
+    print(f"fusewire: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _set_threads(threads: int) -> None:
+    import torch
+
+    if threads < 1:
+        raise BadInput(f"--threads is {threads}; it should be at least 1")
+    torch.set_num_threads(threads)
+
+
+def _hush() -> None:
+    """Other libraries' notes and bars stay off the terminal; what matters of them is in our own reports."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    warnings.simplefilter("ignore")
+
+
+def _console() -> Console:
+    # A pipe or a file has no width of its own; tables cut to 80 columns would be of no use there.
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def _show(as_json: bool, result, *tables) -> int:
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=1))
+    else:
+        console = _console()
+        for table in tables:
+            console.print(table)
+            console.print()
+    return 0 if result.ok else 1
+
+
+def _load(target, dtype, layers=None, size=None):
+    from fusewire import targets
+    from fusewire.report.progress import bars
+
+    with bars() as tell:
+        tell("loading", 0, 1)
+        return targets.load(target, dtype=dtype, layers=layers, size=size)
+
+
+@app.command(epilog=CODES)
+@guarded
+def parity(target: TargetArg = None, dtype: Dtype = "float32", numerics: Numerics = "both", layers: Layers = None, size: Size = None,
+           steps: Steps = 28, seeds: Annotated[int, typer.Option(help="Pictures: seeds 0, 1, ...")] = 4, guidance: Guidance = 4.0,
+           prompt: Prompt = None, level: Annotated[Optional[list[str]], typer.Option(
+               help="op, block, model or picture; give it several times.", show_default="all")] = None,
+           threads: Threads = None, as_json: Json = False) -> int:
+    """Prove that a swapped model gives the same picture.
+
+    Every fused op, every block, the whole denoiser and (of a pipeline) whole pictures are compared with stock diffusers and with float64.
+    """
+    from fusewire.parity import LEVELS
+    from fusewire.parity import parity as prove
+    from fusewire.report import tables
+    from fusewire.report.progress import bars
+
+    if seeds < 1:
+        raise BadInput(f"--seeds is {seeds}; it should be at least 1")
+    loaded = _load(target, dtype, layers, size)
+    with bars() as tell:
+        result = prove(loaded.value, numerics=numerics, levels=level or LEVELS, inputs=loaded.inputs, prompts=prompt, seeds=range(seeds),
+                       steps=steps, guidance=guidance, size=loaded.size, name=loaded.name, progress=tell)
+    result.description = loaded.description
+    return _show(as_json, result, tables.swap_table(result.swaps, loaded.name), tables.parity_table(result))
+
+
+@app.command(epilog=CODES)
+@guarded
+def profile(target: TargetArg = None, dtype: Dtype = "float32", numerics: Numerics = "both", layers: Layers = None, size: Size = None,
+            compile: Annotated[bool, typer.Option("--compile", help="Time torch.compile too; it compiles for a minute or so.")] = False,
+            rounds: Rounds = 7, steps: Steps = 28, guidance: Guidance = 4.0, prompt: Prompt = None, threads: Threads = None,
+            as_json: Json = False) -> int:
+    """Show what was gained, and where the time goes.
+
+    Stock, swapped and compiled run in turn in one process; medians with quartiles, the arithmetic floor, stages, memory, the first call.
+    """
+    from fusewire.profile import profile as measure
+    from fusewire.report import tables
+    from fusewire.report.progress import bars
+
+    loaded = _load(target, dtype, layers, size)
+    with bars() as tell:
+        result = measure(loaded.value, numerics=numerics, compile=compile, rounds=rounds, inputs=loaded.inputs, prompts=prompt, steps=steps,
+                         guidance=guidance, size=loaded.size, name=loaded.name, progress=tell)
+    result.description = loaded.description
+    return _show(as_json, result, tables.profile_table(result), tables.kinds_table(result), tables.verdict_table(result))
+
+
+@app.command(epilog=CODES)
+@guarded
+def swap(model: TargetArg = None, dtype: Dtype = "float32", numerics: Annotated[str, typer.Option(help="exact or close.")] = "exact",
+         layers: Layers = None, size: Size = None,
+         dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be swapped; run nothing.")] = False,
+         threads: Threads = None, as_json: Json = False) -> int:
+    """Say what can be swapped in a model, and what is left alone and why.
+
+    Without --dry-run the swapped model also runs once, is restored, and has to give the very same output as before.
+    """
+    from fusewire.report import tables
+    from fusewire.trial import try_swap
+
+    loaded = _load(model, dtype, layers, size)
+    result = try_swap(loaded, numerics, dry_run=dry_run)
+    return _show(as_json, result, tables.swap_table({numerics: result.report}, loaded.name), *result.lines)
+
+
+@app.command(epilog=CODES)
+@guarded
+def bench(target: Annotated[str, typer.Argument(help="A preset or a diffusers folder whose fused ops are timed.")] = "sd3.5-medium",
+          op: Annotated[Optional[list[str]], typer.Option(help="Only this op; give it several times.", show_default="all")] = None,
+          dtype: Dtype = "float32", numerics: Numerics = "both", layers: Layers = None, size: Size = None, rounds: Rounds = 7,
+          threads: Threads = None, as_json: Json = False) -> int:
+    """Time every fused op on the shapes that a model gives it.
+
+    Each backend that can serve the call, against eager PyTorch and against a plain copy of the outputs. No speed-up is given for an op whose
+    parity fails.
+    """
+    from fusewire.profile.bench import bench as measure
+    from fusewire.report import tables
+    from fusewire.report.progress import bars
+
+    loaded = _load(target, dtype, layers, size)
+    with bars() as tell:
+        result = measure(loaded.value, numerics=numerics, only=op, inputs=loaded.inputs, rounds=rounds, name=loaded.name, progress=tell)
+    return _show(as_json, result, tables.bench_table(result))
+
+
+@app.command(epilog=CODES)
+@guarded
+def demo(out: Annotated[Path, typer.Option(help="Folder of index.html and report.json.")] = Path("report"),
+         target: Annotated[Optional[str], typer.Option(help="A diffusers folder.", show_default="the embedded pipeline")] = None,
+         preset: Annotated[str, typer.Option(help="The full-size shape.")] = "sd3.5-medium", layers: Layers = None, size: Size = None,
+         dtype: Annotated[Optional[list[str]], typer.Option(help="Give it several times.", show_default="float32, bfloat16")] = None,
+         steps: Steps = 28, seeds: Annotated[int, typer.Option(help="Pictures: seeds 0, 1, ...")] = 6, rounds: Rounds = 5,
+         compile: Annotated[bool, typer.Option(help="Time torch.compile of the full-size shape too.")] = True,
+         threads: Threads = None, as_json: Json = False) -> int:
+    """Do the main job once: parity and profile of the embedded pipeline and of a full-size shape, and a page to look at."""
+    from fusewire import targets
+    from fusewire.demo import Plan, run
+    from fusewire.report import tables
+    from fusewire.report.page import report_dict
+    from fusewire.report.progress import bars
+
+    if preset not in targets.PRESETS:
+        raise BadInput(f"--preset is {preset!r}; it should be one of {', '.join(targets.PRESETS)}")
+    if seeds < 1:
+        raise BadInput(f"--seeds is {seeds}; it should be at least 1")
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"--out is {str(out)!r}, which is a file; it should be a folder")
+    _needs_plots()
+    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 160) if as_json else _console()
+    reported: set[str] = set()
+
+    def show(result) -> None:
+        if hasattr(result, "curves"):
+            if result.target not in reported:
+                reported.add(result.target)
+                console.print(tables.swap_table(result.swaps, result.target), "")
+            console.print(tables.parity_table(result, full=False), "")
+        else:
+            console.print(tables.profile_table(result), "")
+
+    plan = Plan(target, preset, tuple(dtype or ("float32", "bfloat16")), layers, size, steps, tuple(range(seeds)), rounds, compile)
+    command = _command()
+    outcome = run(plan, out, command=command, bars=bars, show=show)
+    if outcome.skipped:
+        print(f"fusewire: {outcome.skipped}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(report_dict(outcome.parities, outcome.profiles, command=command, seconds=outcome.seconds), indent=1))
+    else:
+        for row in [row for p in outcome.parities for row in p.failed]:
+            console.print(f"[bold red]fails[/]: {row.level} {row.name}, {row.numerics}, {row.dtype}: {row.reason}")
+        for result in outcome.profiles:
+            for v in result.verdicts:
+                if not v.holds:
+                    console.print(f"[bold red]fails[/]: {result.target}, {result.dtype}: {v.name}: {v.detail}")
+        console.print(f"{'All verdicts hold' if outcome.ok else 'Not all verdicts hold'}, after {outcome.seconds / 60:.1f} minutes. The page: {outcome.page}",
+                      soft_wrap=True, highlight=False)
+    return 0 if outcome.ok else 1
+
+
+def _needs_plots() -> None:
+    import importlib.util
+
+    for package, name in (("matplotlib", "matplotlib"), ("PIL", "pillow"), ("jinja2", "jinja2")):
+        if importlib.util.find_spec(package) is None:
+            raise BadInput(f"{name} is not installed, and the page needs it: pip install 'fusewire[report]'")
+
+
+def _command() -> str:
+    """The command as it was typed, without any path of this machine."""
+    return " ".join(["fusewire", *(Path(word).name if "/" in word else word for word in sys.argv[1:])])
+
+
+@app.command(epilog=CODES)
+@guarded
+def doctor(as_json: Json = False) -> int:
+    """Say what each backend can do on this machine, and why not."""
+    from fusewire.doctor import diagnose
+    from fusewire.report import tables
+
+    found = diagnose()
+    return _show(as_json, found, *tables.doctor_tables(found))
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="fusewire")

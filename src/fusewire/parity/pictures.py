@@ -1,0 +1,130 @@
+"""Whole pictures: the same seeds through the stock and the swapped pipelines, step by step, and through a float64 trajectory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fusewire.copies import denoiser_of
+from fusewire.parity.result import Row, name_of
+from fusewire.parity.twin import float64_twin
+from fusewire.parity.verdict import PSNR_FLOOR, psnr
+
+PROMPTS = ("a handwritten red seven on white paper", "a handwritten blue three on yellow paper",
+           "a handwritten black eight on pink paper", "a handwritten green five on white paper")
+
+
+@dataclass
+class Run:
+    """What every run of a comparison shares. noise: [N, C, h, w], one row per seed, in the denoiser's dtype."""
+
+    prompts: list[str]
+    seeds: list[int]
+    steps: int
+    guidance: float
+    size: int | None
+    noise: torch.Tensor
+    call: dict  # more keyword arguments of the pipeline
+
+
+@dataclass
+class Trajectory:
+    """latents: one [N, C, h, w] after each step, on the CPU. pictures: [N, 3, H, W] float32 in 0..1, or None."""
+
+    latents: list[torch.Tensor]
+    pictures: torch.Tensor | None
+
+
+def plan(pipe, prompts, seeds, steps: int, guidance: float, size: int | None, call: dict | None) -> Run:
+    """Prompts and noise for ``pipe``: one picture per seed, the prompts taken in turn. The noise of a seed is the same in every dtype."""
+    _, model = denoiser_of(pipe)
+    side = model.config.sample_size if size is None else size // pipe.vae_scale_factor
+    shape = (model.config.in_channels, side, side)
+    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    prompts = list(prompts or PROMPTS)
+    return Run([prompts[i % len(prompts)] for i in range(len(seeds))], list(seeds), steps, guidance, size,
+               noise.to(model.device, model.dtype), dict(call or {}))
+
+
+def generate(pipe, run: Run, *, decode: bool = True, steps: int | None = None, tick=lambda: None) -> Trajectory:
+    """Run ``pipe`` from the noise of ``run``; the latents after each step, and the decoded pictures."""
+    latents: list[torch.Tensor] = []
+
+    def keep(_, step, timestep, tensors):
+        latents.append(tensors["latents"].detach().cpu().clone())
+        tick()
+        return tensors
+
+    images = pipe(prompt=run.prompts, num_inference_steps=steps or run.steps, guidance_scale=run.guidance, height=run.size, width=run.size,
+                  latents=run.noise.clone(), output_type="pt" if decode else "latent", callback_on_step_end=keep, **run.call).images
+    return Trajectory(latents, images.detach().float().cpu() if decode else None)
+
+
+def has_float64_trajectory(pipe) -> bool:
+    """True for Stable Diffusion 3 with the flow-matching Euler scheduler, whose loop ``float64_trajectory`` writes out."""
+    return type(pipe).__name__ == "StableDiffusion3Pipeline" and type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+
+
+@torch.inference_mode()
+def float64_trajectory(pipe, run: Run, tick=lambda: None) -> Trajectory:
+    """The flow-matching Euler loop with classifier-free guidance in float64, from the same noise, embeddings and weights.
+
+    x_(t+1) = x_t + (sigma_(t+1) - sigma_t) * v, v = v_uncond + guidance * (v_text - v_uncond). Esser et al. (2024), "Scaling Rectified Flow
+    Transformers for High-Resolution Image Synthesis"; the sigmas are those of the pipeline's own scheduler.
+    """
+    guided = run.guidance > 1
+    options = {key: value for key, value in run.call.items() if key == "max_sequence_length"}
+    text, negative, pooled, negative_pooled = pipe.encode_prompt(run.prompts, None, None, do_classifier_free_guidance=guided, **options)
+    if guided:
+        text, pooled = torch.cat([negative, text]), torch.cat([negative_pooled, pooled])
+    text, pooled = text.double(), pooled.double()
+    twin = float64_twin(pipe.transformer)
+    pipe.scheduler.set_timesteps(run.steps, device=run.noise.device)
+    sigmas, x, latents = pipe.scheduler.sigmas.double(), run.noise.double(), []
+    for i, t in enumerate(pipe.scheduler.timesteps):
+        both = torch.cat([x, x]) if guided else x
+        v = twin(hidden_states=both, timestep=t.expand(len(both)), encoder_hidden_states=text, pooled_projections=pooled, return_dict=False)[0]
+        if guided:
+            without, with_text = v.chunk(2)
+            v = without + run.guidance * (with_text - without)
+        x = x + (sigmas[i + 1] - sigmas[i]) * v
+        latents.append(x.cpu())
+        tick()
+    return Trajectory(latents, None)
+
+
+def relative_errors(trajectory: Trajectory, other: Trajectory) -> list[float]:
+    """||x - y|| / ||y|| after each step, over all pictures."""
+    return [((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in zip(trajectory.latents, other.latents)]
+
+
+def curves(stock: Trajectory, swapped: dict[str, Trajectory], true: Trajectory | None) -> dict[str, list[float]]:
+    """Error after each step: every variant against stock, and every variant, stock included, against float64."""
+    found = {f"{numerics} against stock": relative_errors(t, stock) for numerics, t in swapped.items()}
+    if true is not None:
+        found |= {f"{name} against float64": relative_errors(t, true) for name, t in {"stock": stock, **swapped}.items()}
+    return found
+
+
+def judge_pictures(run: Run, stock: Trajectory, swapped: dict[str, Trajectory]) -> list[Row]:
+    """One row for each seed and numerics. ``exact``: the final latents are torch.equal; ``close``: PSNR of the decoded picture."""
+    rows, dtype = [], stock.latents[-1].dtype
+    for numerics, trajectory in swapped.items():
+        for i, seed in enumerate(run.seeds):
+            got, want = trajectory.latents[-1][i], stock.latents[-1][i]
+            equal, decibel = torch.equal(got, want), psnr(trajectory.pictures[i], stock.pictures[i])
+            if numerics == "exact":
+                rule, holds, reason = "exact", equal, "" if equal else "final latents are not torch.equal to stock's"
+            else:
+                floor = PSNR_FLOOR[dtype]
+                rule, holds = f"PSNR >= {floor:g} dB", decibel >= floor
+                reason = "" if holds else f"PSNR {decibel:.1f} dB is under {floor:g} dB"
+            if not bool(torch.isfinite(got).all()) or math.isnan(decibel):
+                holds, reason = False, "NaN or infinity in the final latents"
+            difference = (got.double() - want.double()).abs()
+            rows.append(Row("picture", f"seed {seed}, {run.steps} steps", numerics, name_of(dtype), "", "x".join(map(str, got.shape)), rule,
+                            holds, equal, reason, max_difference=difference.max().item(), mean_difference=difference.mean().item(),
+                            mismatch=(got != want).double().mean().item(), psnr=decibel))
+    return rows

@@ -1,0 +1,190 @@
+"""The gain: stock, compiled and swapped in turn in one process, where the time goes, and how far the floor is.
+
+``fusewire.profile`` is this package, and calling it runs ``profile``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+
+from fusewire.callable_package import calls
+from fusewire.copies import check_target, denoiser_of, place_of, shared_copy
+from fusewire.errors import BadInput
+from fusewire.machine import describe, seconds
+from fusewire.parity import inputs_of, parse_numerics, pictures, swap_copies, ticker
+from fusewire.parity.blocks import Counting
+from fusewire.parity.result import name_of
+from fusewire.profile.floor import Floor, floor_of
+from fusewire.profile.kinds import StageClock, by_kind
+from fusewire.profile.result import ProfileResult, Row, Verdict
+from fusewire.profile.timing import Timing, alternate, peak_memory
+from fusewire.targets import check_finite
+from fusewire.targets import describe as describe_model
+
+__all__ = ["ProfileResult", "Row", "Verdict", "profile"]
+
+FIRST_CALL_LIMIT = 1.0  # seconds that the first call after swap may take longer than later ones
+
+
+def profile(pipe_or_module, *, numerics: str = "both", compile: bool = False, rounds: int = 7, inputs: dict | None = None,
+            prompts: Sequence[str] | None = None, seeds: Sequence[int] = (0,), steps: int = 28, guidance: float = 4.0, size: int | None = None,
+            call: dict | None = None, name: str | None = None, progress: Callable[[str, int, int], None] | None = None) -> ProfileResult:
+    """Time a pipeline or denoiser as it is, swapped in ``exact`` and in ``close``, and compiled, in turn in one process.
+
+    Args:
+        pipe_or_module: a diffusers pipeline or denoiser, not swapped; it is left as it is.
+        numerics: ``"exact"``, ``"close"`` or ``"both"``.
+        compile: time ``torch.compile`` of the denoiser too (its compilation takes a minute or so; it needs a C++ compiler).
+        rounds: timed calls of each side, after one that warms up.
+        inputs: keyword arguments of one call of a denoiser; random ones for an ``SD3Transformer2DModel`` unless given.
+        prompts, seeds, steps, guidance, size, call, name, progress: as for ``fusewire.parity``.
+
+    Returns: ProfileResult; ``.ok``, ``.rows``, ``.verdicts``, ``.kinds``, ``.stages``, ``.floor``, ``.to_dict()``.
+    Raises: BadInput, NothingToDo (ValueErrors) as ``fusewire.parity`` does.
+    """
+    check_target(pipe_or_module)
+    wanted = parse_numerics(numerics)
+    if rounds < 1 or steps < 1 or not seeds:
+        raise BadInput(f"rounds is {rounds}, steps is {steps}, seeds is {list(seeds)}; there should be at least one of each")
+    check_finite(pipe_or_module)
+    tell = progress or (lambda what, done, total: None)
+    is_pipe = not isinstance(pipe_or_module, nn.Module)
+    stock = shared_copy(pipe_or_module)
+    component, model = denoiser_of(stock)
+    device, dtype = place_of(model)
+    notes: list[str] = []
+    run = pictures.plan(stock, prompts, seeds, steps, guidance, size, call) if is_pipe else None
+    kwargs = None if is_pipe else inputs_of(model, inputs, size)
+
+    def caller(value):
+        if is_pipe:
+            return lambda: pictures.generate(value, run)
+        return lambda: _call(value, kwargs)
+
+    values, first, order = {"eager": stock}, {}, ["eager"]
+    tick = ticker(tell, "warm-up", 1 + compile + len(wanted))
+    first["eager"] = seconds(caller(stock), device)
+    tick()
+    if compile and not has_compiler():
+        notes.append("torch.compile was left out: it needs a C++ compiler, and none was found")
+    elif compile:
+        values["compile"] = shared_copy(pipe_or_module)
+        first["compile"] = _compile(values["compile"], component, caller, device, values)
+        order.append("compile")
+    tick()
+    took: dict[str, float] = {}
+    copies, swaps = swap_copies(pipe_or_module, wanted, took)
+    for variant, value in copies.items():
+        values[variant] = value
+        first[variant] = took[variant] + seconds(caller(value), device)
+        order.append(variant)
+        tick()
+
+    with ExitStack() as stack:
+        clocks = {variant: stack.enter_context(StageClock(values[variant])) for variant in order} if is_pipe else {}
+        sides = {variant: _clocked(caller(values[variant]), clocks.get(variant)) for variant in order}
+        timings = alternate(sides, device, rounds=rounds, tick=ticker(tell, "timing, in turn", (rounds + 1) * len(order)))
+        stages = {variant: {stage: 1e3 * s for stage, s in clock.medians(rounds).items()} for variant, clock in clocks.items()}
+
+    tick = ticker(tell, "where the time goes", 2 + 2 * len(order))
+    kinds, peaks, backends = {}, {}, {}
+    for variant in order:
+        if variant != "compile":  # generated kernels have no operator names that a kind could be read from
+            kinds[variant] = {kind: 1e3 * share * timings[variant].median for kind, share in by_kind(caller(values[variant]), device).items()}
+        tick()
+        with Counting() as counts:
+            peaks[variant] = peak_memory(caller(values[variant]), device)
+        backends[variant] = {backend: n for backend, n in counts.calls.items() if n}
+        tick()
+    floor = floor_of(caller(stock), dtype, device)
+    tick()
+
+    rows = [_row(variant, timings, floor, first[variant], peaks[variant], backends[variant]) for variant in order]
+    settings = dict(numerics=list(wanted), rounds=rounds, compile="compile" in values)
+    if is_pipe:
+        settings |= dict(prompts=run.prompts, seeds=run.seeds, steps=steps, guidance=guidance)
+    result = ProfileResult(name or type(pipe_or_module).__name__, describe_model(pipe_or_module), name_of(dtype), rows, [],
+                           _floor_dict(floor), kinds, stages, swaps, describe(), settings, notes)
+    result.verdicts = verdicts(rows)
+    tick()
+    return result
+
+
+@torch.inference_mode()
+def _call(module: nn.Module, kwargs: dict):
+    return module(**kwargs)
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile can find a C++ compiler."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++", "c++"))
+
+
+def _compile(value, component: str, caller, device, values: dict) -> float:
+    """Compile the denoiser of a copy; seconds of its first call, compilation included."""
+    torch._dynamo.reset()
+    if component:
+        setattr(value, component, torch.compile(getattr(value, component)))
+    else:
+        values["compile"] = value = torch.compile(value)
+    return seconds(caller(value), device)
+
+
+def _clocked(call, clock: StageClock | None):
+    if clock is None:
+        return call
+
+    def run():
+        clock.start()
+        call()
+        clock.stop()
+
+    return run
+
+
+def _row(variant: str, timings: dict[str, Timing], floor: Floor, first: float, peak: int | None, backends: dict[str, int]) -> Row:
+    timing, compiled = timings[variant], timings.get("compile")
+    low, high = timing.quartiles
+    return Row(variant, 1e3 * timing.median, 1e3 * low, 1e3 * high, timings["eager"].median / timing.median,
+               None if compiled is None else compiled.median / timing.median, floor.roofline / timing.median, 1e3 * first,
+               1e3 * (first - timing.median), None if peak is None else peak / 2**20, backends)
+
+
+def _floor_dict(floor: Floor) -> dict:
+    return dict(gflop=floor.flop / 1e9, gib=floor.bytes / 2**30, gemm_gflops=floor.rate / 1e9, bandwidth_gbs=floor.bandwidth / 1e9,
+                arithmetic_ms=1e3 * floor.arithmetic, memory_ms=1e3 * floor.memory, roofline_ms=1e3 * floor.roofline)
+
+
+def native_backends() -> list[str]:
+    """The backends, beyond the reference, that this installation has for this machine."""
+    from fusewire.kernels.library import CPU, CUDA
+
+    return [name for name, library in (("cpu", CPU), ("cuda", CUDA)) if library.loaded]
+
+
+def verdicts(rows: list[Row]) -> list[Verdict]:
+    """What has to hold of the swapped sides: fused kernels ran, the first call needed no compile step, and none is slower than eager."""
+    eager = next(row for row in rows if row.variant == "eager")
+    found = []
+    for row in rows:
+        if row.variant in ("eager", "compile"):
+            continue
+        native = sum(n for backend, n in row.backends.items() if backend != "reference")
+        available = native_backends()
+        ran = ", ".join(f"{backend} {n}" for backend, n in row.backends.items()) or "none"
+        found.append(Verdict(f"{row.variant}: fused kernels ran", native > 0 if available else bool(row.backends), f"calls by backend: {ran}"
+                             + ("" if available else "; no compiled library here, so the reference serves")))
+        found.append(Verdict(f"{row.variant}: no compile step", row.extra_first_ms < 1e3 * FIRST_CALL_LIMIT,
+                             f"first call {row.extra_first_ms:.0f} ms longer than later ones; the limit is {1e3 * FIRST_CALL_LIMIT:.0f} ms"))
+        found.append(Verdict(f"{row.variant}: not slower than eager", row.low_ms <= eager.high_ms,
+                             f"median {row.median_ms:.1f} ms against {eager.median_ms:.1f} ms; slower means beyond both quartiles"))
+    return found
+
+
+calls(__name__, profile)

@@ -1,0 +1,158 @@
+"""Folders that are half downloaded, damaged or hostile: one clear error each, and nothing loaded."""
+
+import json
+import shutil
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from fusewire import targets
+from fusewire.cli import app
+from fusewire.errors import BadInput
+from fusewire.folders import safetensors_header
+from tests.tiny import tiny_pipeline
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "tiny-sd3"
+    tiny_pipeline().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "tiny-sd3")
+
+
+def edit(path, change):
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def header_edit(path, change):
+    raw = path.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8:8 + length])
+    change(header)
+    new = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(new)) + new + raw[8 + length:])
+
+
+def poison(folder):
+    weights = load_file(folder / WEIGHTS)
+    weights["proj_out.bias"][3] = torch.inf
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def forget(folder):
+    weights = load_file(folder / WEIGHTS)
+    del weights["proj_out.bias"]
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def first(header):
+    return next(name for name in header if name != "__metadata__")
+
+
+def shard_outside(folder):
+    (folder / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
+
+
+def shard_missing(folder):
+    (folder / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "diffusion_pytorch_model-00001-of-00002.safetensors"}}))
+
+
+def truncate(path, count):
+    path.write_bytes(path.read_bytes()[:count])
+
+
+DAMAGE = {
+    "no index": (lambda f: (f / "model_index.json").unlink(), "neither model_index.json nor config.json"),
+    "index is half": (lambda f: truncate(f / "model_index.json", 60), "model_index.json is not valid JSON"),
+    "index is a list": (lambda f: (f / "model_index.json").write_text("[]"), "holds a list"),
+    "unknown pipeline": (lambda f: edit(f / "model_index.json", lambda d: d.update(_class_name="NoSuchPipeline")), "'NoSuchPipeline'"),
+    "pipeline is no pipeline": (lambda f: edit(f / "model_index.json", lambda d: d.update(_class_name="logging")), "'logging'"),
+    "code from elsewhere": (lambda f: edit(f / "model_index.json", lambda d: d.update(transformer=["evil", "Evil"])), "comes from 'evil'"),
+    "component missing": (lambda f: shutil.rmtree(f / "vae"), "component folder vae is missing"),
+    "config missing": (lambda f: (f / "transformer/config.json").unlink(), "half downloaded"),
+    "weights missing": (lambda f: (f / WEIGHTS).unlink(), "transformer has no .safetensors file"),
+    "text encoder's weights missing": (lambda f: (f / "text_encoder/model.safetensors").unlink(), "text_encoder has no .safetensors file"),
+    "only a pickle": (lambda f: (f / WEIGHTS).rename(f / "transformer/diffusion_pytorch_model.bin"), "a pickle can run code"),
+    "empty file": (lambda f: (f / WEIGHTS).write_bytes(b""), "truncated or no safetensors file"),
+    "cut off": (lambda f: truncate(f / WEIGHTS, (f / WEIGHTS).stat().st_size - 100), "is truncated"),
+    "cut in the header": (lambda f: truncate(f / WEIGHTS, 200), "truncated or no safetensors file"),
+    "header claims too much": (lambda f: (f / WEIGHTS).write_bytes(struct.pack("<Q", 2**63) + b"{}"), "its header claims 9223372036854775808 bytes"),
+    "header is noise": (lambda f: (f / WEIGHTS).write_bytes(struct.pack("<Q", 4) + b"\xff\xfe\x00\x01"), "damaged safetensors header"),
+    "tensor lies about its shape": (lambda f: header_edit(f / WEIGHTS, lambda h: h[first(h)].update(shape=[10**9, 10**9])), "needs"),
+    "negative shape": (lambda f: header_edit(f / WEIGHTS, lambda h: h[first(h)].update(shape=[-1])), "impossible header entry"),
+    "offsets beyond the end": (lambda f: header_edit(f / WEIGHTS, lambda h: h[first(h)].update(data_offsets=[0, 10**15])), "its header gives it"),
+    "shard missing": (shard_missing, "00001-of-00002.safetensors is missing"),
+    "shard outside": (shard_outside, "outside its folder"),
+    "another width": (lambda f: edit(f / "transformer/config.json", lambda d: d.update(num_attention_heads=3)), "config.json"),
+    "more layers": (lambda f: edit(f / "transformer/config.json", lambda d: d.update(num_layers=3)), "transformer lacks"),
+    "one weight missing": (forget, "'proj_out.bias'"),
+    "infinite weight": (poison, "weight transformer.proj_out.bias holds 1 values that are NaN or infinite"),
+    "half tokenizer": (lambda f: truncate(f / "tokenizer/tokenizer_config.json", 30), "tokenizer/tokenizer_config.json is not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage(folder, name):
+    damage, message = DAMAGE[name]
+    damage(folder)
+    result = CliRunner().invoke(app, ["swap", "--dry-run", str(folder)])
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr and result.stderr.count("\n") == 1 and "Traceback" not in result.output, result.stderr
+    assert str(folder) not in result.stderr
+
+
+def test_an_undamaged_folder_loads(folder):
+    loaded = targets.load(str(folder), dtype="bf16")
+    assert loaded.name == "tiny-sd3" and loaded.value.transformer.dtype is torch.bfloat16 and not loaded.value.transformer.training
+
+
+def test_a_denoiser_alone_loads(folder):
+    loaded = targets.load(str(folder / "transformer"))
+    assert type(loaded.value).__name__ == "SD3Transformer2DModel" and loaded.inputs is None
+
+
+def test_layers_are_for_presets(folder):
+    with pytest.raises(BadInput, match="can be set for presets only"):
+        targets.load(str(folder), layers=2)
+
+
+def test_size_has_to_fit(folder):
+    with pytest.raises(BadInput, match="multiple of 4"):
+        targets.load(str(folder), size=30)
+
+
+def test_a_file_is_no_target(folder):
+    with pytest.raises(BadInput, match="is a file"):
+        targets.load(str(folder / "model_index.json"))
+
+
+def test_header_of_a_sound_file(folder):
+    shapes = safetensors_header(folder / WEIGHTS)
+    assert shapes == {name: list(tensor.shape) for name, tensor in load_file(folder / WEIGHTS).items()}
+
+
+def test_presets_keep_their_seed():
+    state = torch.get_rng_state()
+    a, b, c = (targets.load("sd3.5-tiny", seed=seed).value.state_dict() for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a[name], b[name]) for name in a) and not torch.equal(a["proj_out.weight"], c["proj_out.weight"])
+
+
+def test_the_full_shape_is_that_of_the_published_model():
+    config = targets.PRESETS["sd3.5-medium"].config
+    assert config["num_attention_heads"] * config["attention_head_dim"] == 1536 == config["caption_projection_dim"]
+    preset = targets.PRESETS["sd3.5-medium"]
+    assert (preset.size // 16) ** 2 == 1024 and preset.text_tokens == 154 and round(preset.layers * preset.full_dual / preset.full_layers) == 2

@@ -1,0 +1,70 @@
+"""The float64 truth: free of float32 casts, sharing nothing with the model that it copies."""
+
+import pytest
+import torch
+from torch import nn
+
+from fusewire.copies import shared_copy
+from fusewire.parity import twin
+from tests.tiny import tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline()
+
+
+@pytest.fixture
+def inputs():
+    return dict(hidden_states=torch.randn(1, 4, 8, 8), encoder_hidden_states=torch.randn(1, 5, 32), pooled_projections=torch.randn(1, 32),
+                timestep=torch.tensor([500.0]), return_dict=False)
+
+
+def test_shared_copy_shares_weights_and_nothing_else(pipe):
+    copy = shared_copy(pipe)
+    assert copy.transformer is not pipe.transformer and copy.scheduler is not pipe.scheduler
+    assert all(a is b for a, b in zip(copy.transformer.parameters(), pipe.transformer.parameters()))
+    copy.transformer.transformer_blocks[0].register_forward_hook(lambda *a: None)
+    assert not pipe.transformer.transformer_blocks[0]._forward_hooks
+
+
+def test_twin_computes_in_float64_and_leaves_the_model_alone(pipe, inputs):
+    before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    with torch.inference_mode():
+        true = twin.float64_twin(pipe.transformer)(**twin.widen(inputs))[0]
+        stock = pipe.transformer(**inputs)[0]
+    assert true.dtype is torch.float64 and stock.dtype is torch.float32
+    assert 0 < (true - stock).abs().max() < 1e-4
+    after = pipe.transformer.state_dict()
+    assert all(after[name].dtype is torch.float32 and torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_block_by_block_is_the_same_truth(pipe, inputs, monkeypatch):
+    with torch.inference_mode():
+        at_once = twin.float64_twin(pipe.transformer)(**twin.widen(inputs))[0]
+        monkeypatch.setattr(twin, "AT_ONCE", 0)
+        late = twin.float64_twin(pipe.transformer)
+        assert late.transformer_blocks[0].ff.net[2].weight.dtype is torch.float32
+        assert torch.equal(late(**twin.widen(inputs))[0], at_once)
+        assert late.transformer_blocks[0].ff.net[2].weight.dtype is torch.float32
+
+
+def test_rms_norm_is_float64_inside():
+    """diffusers' RMSNorm takes its mean square in float32 whatever comes in: a plain ``.double()`` would be wrong in the eighth digit."""
+    from diffusers.models.normalization import RMSNorm
+
+    norm = RMSNorm(64, eps=1e-6)
+    nn.init.normal_(norm.weight)
+    x = torch.randn(3, 64, dtype=torch.float64)
+    want = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * norm.weight.double()
+    got = twin.float64_twin(norm)(x)
+    assert (got - want).abs().max() <= 1e-14
+    assert (norm.double()(x) - want).abs().max() > 1e-9
+
+
+def test_wrong_weights_would_show(pipe, inputs):
+    copy = shared_copy(pipe).transformer
+    copy.proj_out.weight = nn.Parameter(copy.proj_out.weight * 1.01)
+    with torch.inference_mode():
+        a, b = (twin.float64_twin(m)(**twin.widen(inputs))[0] for m in (copy, pipe.transformer))
+    assert (a - b).abs().max() > 1e-4

@@ -10,7 +10,7 @@ MAX_CHANNELS = 512  # rows are staged in buffers of this size
 def _why_not(q) -> str:
     if not CPU.loaded:
         return CPU.reason
-    if q.device.type != "cpu":
+    if not q.is_cpu:
         return f"q is on {q.device}"
     if not 0 < q.shape[3] <= MAX_CHANNELS:
         return f"the head dimension is {q.shape[3]}; 1 to {MAX_CHANNELS} are served"

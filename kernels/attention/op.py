@@ -39,8 +39,16 @@ _joint = Table("joint_attention", [
 ])
 
 
+_WEIGHTS = ("q_weight", "k_weight", "q2_weight", "k2_weight")
+
+
 def _check(names: tuple[str, str, str], q, k, v) -> None:
     """q [B, Tq, H, D], k and v [B, Tk, H_kv, D], one dtype, one device."""
+    if isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor):
+        dtype, device, shape, key_shape = q.dtype, q.device, q.shape, k.shape
+        if (k.dtype is dtype and v.dtype is dtype and dtype in checks.FLOATS and k.device == device and v.device == device and len(shape) == 4
+                and v.shape == key_shape and key_shape[::2] == shape[::2] and key_shape[3:] == shape[3:]):
+            return  # the common good input: everything below holds
     for name, x in zip(names, (q, k, v)):
         checks.floating(name, x)
         checks.rank(name, x, 4, "[B, T, H, D]")
@@ -57,11 +65,12 @@ def _check(names: tuple[str, str, str], q, k, v) -> None:
             raise ValueError(f"{name} is on {x.device}; it should be on {q.device}, where {names[0]} is")
 
 
-def _check_rest(q, weights: dict, scale, eps) -> None:
-    for name, weight in weights.items():
+def _check_rest(q, names: tuple[str, ...], weights: tuple, scale, eps) -> None:
+    for name, weight in zip(names, weights):
         if weight is not None:
             checks.vector(name, weight, q.shape[3], q.device)
-    checks.positive("eps", eps)
+    if not eps > 0:
+        checks.positive("eps", eps)
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; it should be a finite number or None")
 
@@ -86,8 +95,8 @@ def _full_mask(mask, q, k) -> torch.Tensor:
 
 def _cast(tensors: tuple) -> tuple:
     """What autocast makes of the arguments of PyTorch's attention: all in its dtype (float64 stays)."""
-    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")) or not all(isinstance(x, torch.Tensor) for x in tensors):
-        return tensors
+    if not all(isinstance(x, torch.Tensor) for x in tensors):
+        return tensors  # for _check to refuse
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
@@ -114,9 +123,10 @@ def attention(q, k, v, *, mask=None, causal: bool = False, scale: float | None =
     Raises: TypeError for a dtype, ValueError for a shape, a device, ``scale`` or ``eps`` that is not as stated.
     Source: Dao et al. (2022), "FlashAttention"; Vaswani et al. (2017).
     """
-    q, k, v = _cast((q, k, v))
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        q, k, v = _cast((q, k, v))
     _check(("q", "k", "v"), q, k, v)
-    _check_rest(q, {"q_weight": q_weight, "k_weight": k_weight}, scale, eps)
+    _check_rest(q, _WEIGHTS, (q_weight, k_weight), scale, eps)
     if mask is not None:
         mask = _full_mask(mask, q, k)
     return _attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps)
@@ -138,7 +148,8 @@ def joint_attention(q, k, v, q2, k2, v2, *, q_weight=None, k_weight=None, q2_wei
     Raises: TypeError for a dtype, ValueError for a shape, a device, ``scale`` or ``eps`` that is not as stated.
     Source: Esser et al. (2024), "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", the joint attention of MMDiT.
     """
-    q, k, v, q2, k2, v2 = _cast((q, k, v, q2, k2, v2))
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        q, k, v, q2, k2, v2 = _cast((q, k, v, q2, k2, v2))
     _check(("q", "k", "v"), q, k, v)
     _check(("q2", "k2", "v2"), q2, k2, v2)
     for name, x, other in (("q2", q2, q), ("k2", k2, k)):
@@ -148,5 +159,5 @@ def joint_attention(q, k, v, q2, k2, v2, *, q_weight=None, k_weight=None, q2_wei
         raise TypeError(f"q2 has dtype {q2.dtype}; it should be {q.dtype}, as q has")
     if q2.device != q.device:
         raise ValueError(f"q2 is on {q2.device}; it should be on {q.device}, where q is")
-    _check_rest(q, {"q_weight": q_weight, "k_weight": k_weight, "q2_weight": q2_weight, "k2_weight": k2_weight}, scale, eps)
+    _check_rest(q, _WEIGHTS, (q_weight, k_weight, q2_weight, k2_weight), scale, eps)
     return _joint(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale, eps)

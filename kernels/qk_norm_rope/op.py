@@ -7,7 +7,7 @@ import torch
 from fusewire.kernels import checks
 from fusewire.kernels.autograd import recomputing
 from fusewire.kernels.dispatch import Backend, Table, always
-from fusewire.kernels.library import define
+from fusewire.kernels.library import LIBRARY, define
 from fusewire.kernels.qk_norm_rope import native, reference
 from fusewire.kernels.rounding import is_exact
 
@@ -29,6 +29,15 @@ _rope_op = define(f"qk_norm_rope({_NAMES}{_REST}) -> (Tensor, Tensor)",
                   fallback=reference.qk_norm_rope, fake=_fake_rope, backward=_backward, setup_context=_setup)
 _into_op = define(f"qk_norm_into({_NAMES}Tensor(a!) q_out, Tensor(b!) k_out, {_REST}) -> ()",
                   fallback=reference.qk_norm_into, fake=_fake_into)
+
+
+def _moving_versions(keyset, *args):
+    torch.autograd.graph.increment_version(args[4:6])  # q_out, k_out
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return _into_op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+
+LIBRARY.impl("qk_norm_into", _moving_versions, "ADInplaceOrView", with_keyset=True)
 native.compare_with_stock(_rope_op)
 _rope = Table("qk_norm_rope", [
     Backend("cpu", native.why_not_rope, _rope_op),

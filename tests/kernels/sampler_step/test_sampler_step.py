@@ -163,7 +163,7 @@ BAD = {
     "device": (ValueError, "table is on meta", lambda a: {**a, "table": a["table"].to("meta")}),
     "method": (ValueError, "method is 'magic'", lambda a: {**a, "method": "magic"}),
     "numerics": (ValueError, "numerics is 'fast'", lambda a: {**a, "numerics": "fast"}),
-    "counter": ((RuntimeError, IndexError), "", lambda a: {**a, "step": torch.tensor(5)}),
+    "counter": ((RuntimeError, IndexError), "step is 5|out of range", lambda a: {**a, "step": torch.tensor(5)}),
 }
 
 

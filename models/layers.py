@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from typing import NamedTuple
 
@@ -40,7 +41,8 @@ GELU_PROJECTIONS: set[type] = set()
 def untouched(module: nn.Module) -> bool:
     """Nothing observes or replaces this instance's forward: no hook of any kind, no forward on the instance (as offloading puts there)."""
     own = module.__dict__
-    return not (own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own)
+    return not (own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own
+                or _global_forward_hooks or _global_forward_pre_hooks)
 
 
 def plain_linear(module: nn.Module) -> bool:

@@ -19,4 +19,6 @@ def __getattr__(name: str):
     # Loaded when first used: ``import fusewire`` imports neither torch nor diffusers. swap, parity and profile are packages that can be called.
     if name in ("ops", "swap", "parity", "profile"):
         return _importlib.import_module(f"fusewire.{name}")
+    if name in ("restore", "swapped"):
+        return getattr(_importlib.import_module("fusewire.swap"), name)
     raise AttributeError(f"module 'fusewire' has no attribute {name!r}")

@@ -1,0 +1,185 @@
+"""Swapping and restoring: plan over the whole tree first, then change all of it or nothing."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+from types import MethodType
+
+from torch import nn
+
+from fusewire.models.layers import How
+from fusewire.swap import families
+from fusewire.swap.families import Candidate
+from fusewire.swap.fused import stock_of
+from fusewire.swap.report import Entry, Report, SwapError, SwapWarning
+
+_warned: set[tuple[str, str]] = set()
+
+
+class Handle:
+    """A swap that was made. ``report`` says what it did; ``restore()`` puts every part back to what it was before it."""
+
+    def __init__(self, report: Report, changes: list[tuple[object, type]]):
+        self.report = report
+        self._changes = [(weakref.ref(instance), before) for instance, before in changes]  # the handle keeps no model alive
+
+    def restore(self) -> None:
+        """Give back the classes from before this swap. What is stock already, or no longer exists, is left as it is."""
+        for reference, before in reversed(self._changes):
+            instance = reference()
+            if instance is not None and stock_of(instance) is not None:
+                set_class(instance, before)
+        self._changes = []
+
+    def __repr__(self) -> str:
+        return f"<fusewire handle: {self.report}>"
+
+
+def swap(target, numerics: str, only: str | Iterable[str] | None, strict: bool) -> Handle:
+    how = How.of(numerics)
+    known, missing = families.load()
+    only = _names(only, sorted({op for family in known for op in family.ops}))
+    if only is not None:
+        how = How(how.numerics, attention=how.attention and "attention" in only, linear=how.linear and "linear" in only)
+    parts = list(_parts(target))
+    _check_loaded(parts)
+
+    report, changes, seen = Report(numerics), [], set()
+    for name, instance in parts:
+        for family in known:
+            for candidate in family.candidates(name, instance, how):
+                if id(candidate.instance) not in seen or candidate.fused is None:
+                    _settle(candidate, only, report, changes, seen)
+    if not report.swapped:
+        raise ValueError(_nothing_to_swap(target, report, missing))
+    unexpected = [entry for entry in report.left if not entry.by_choice]
+    if strict and unexpected:
+        raise SwapError(f"strict=True, and {len(unexpected)} of the ops would have been left at stock:\n{report}")
+    _apply(changes)
+    _warn(unexpected)
+    return Handle(report, [(instance, before) for instance, before, _ in changes])
+
+
+def restore(target) -> int:
+    swapped = [instance for _, instance in _parts(target) if stock_of(instance) is not None]
+    for instance in swapped:
+        set_class(instance, stock_of(instance))
+    return len(swapped)
+
+
+def set_class(instance, new: type) -> None:
+    """Change an instance's class, also inside the hooks that hold its old forward (offload, casting and cache hooks wrap the bound method)."""
+    old = type(instance)
+    slots = list(_forward_slots(instance, old))
+    instance.__class__ = new
+    for holder, key in slots:
+        method = MethodType(new.forward, instance)
+        if isinstance(holder, dict):
+            holder[key] = method
+        else:
+            setattr(holder, key, method)
+
+
+def _forward_slots(instance, cls: type) -> Iterator[tuple[object, str]]:
+    """Where ``cls.forward`` bound to this very instance is held: on the instance itself, by accelerate's hook, by diffusers' hook registry."""
+    if not isinstance(instance, nn.Module):
+        return
+    own = instance.__dict__
+    places = [(own, "forward"), (own, "_old_forward")]
+    for reference in getattr(own.get("_diffusers_hook"), "_fn_refs", ()):
+        places += [(vars(reference), "forward"), (vars(reference), "original_forward")]
+    for holder, key in places:
+        method = holder.get(key)
+        if isinstance(method, MethodType) and method.__self__ is instance and method.__func__ is cls.forward:
+            yield holder, key
+
+
+def _settle(candidate: Candidate, only, report: Report, changes: list, seen: set) -> None:
+    """Enter one candidate into the report, and into the changes where it is to be swapped."""
+    name, instance, ops, fused, reason, by_choice = candidate
+    if only is not None and not only.intersection(ops):
+        return
+    if fused is not None and isinstance(instance, nn.Module) and "forward" in instance.__dict__ and not list(_forward_slots(instance, type(instance))):
+        fused, reason = None, "its forward was replaced on the instance by something that does not call it through a hook we know"
+    if fused is None:
+        report.left.extend(Entry(name, op, reason, by_choice) for op in ops)
+        return
+    seen.add(id(instance))
+    report.swapped.extend(Entry(name, op) for op in ops)
+    if type(instance) is not fused:
+        changes.append((instance, type(instance), fused))
+
+
+def _apply(changes: list[tuple[object, type, type]]) -> None:
+    done = []
+    try:
+        for instance, before, fused in changes:
+            set_class(instance, fused)
+            done.append((instance, before))
+    except BaseException:
+        for instance, before in reversed(done):
+            set_class(instance, before)
+        raise
+
+
+def _parts(target) -> Iterator[tuple[str, object]]:
+    """(dotted name, instance) of everything in a pipeline or module that could be swapped, each once."""
+    if isinstance(target, nn.Module):
+        roots = {"": target}
+    elif isinstance(components := getattr(target, "components", None), dict):
+        roots = components
+        for name in ("transformer", "unet"):
+            if name in roots and roots[name] is None:
+                raise ValueError(f"pipe_or_module has {name}=None; it should be a pipeline with its model loaded")
+    elif hasattr(target, "set_timesteps") and hasattr(target, "step"):
+        roots = {"scheduler": target}
+    else:
+        raise TypeError(f"pipe_or_module is a {type(target).__name__}; it should be a diffusers pipeline, a torch.nn.Module or a scheduler")
+    seen = set()
+    for root, instance in roots.items():
+        if isinstance(instance, nn.Module):
+            for path, module in instance.named_modules(prefix=root):
+                if id(module) not in seen:
+                    seen.add(id(module))
+                    yield path, module
+        elif hasattr(instance, "step"):
+            yield root, instance
+
+
+def _check_loaded(parts: list[tuple[str, object]]) -> None:
+    """A parameter on the meta device has no values, unless an offload hook puts them there for each call."""
+    for name, instance in parts:
+        if isinstance(instance, nn.Module) and not hasattr(instance, "_hf_hook"):
+            for key, parameter in instance._parameters.items():
+                if parameter is not None and parameter.is_meta:
+                    raise ValueError(f"pipe_or_module is not loaded: {f'{name}.{key}'.lstrip('.')} is on the meta device")
+
+
+def _names(only, known: list[str]) -> set[str] | None:
+    if only is None:
+        return None
+    names = {only} if isinstance(only, str) else set(only)
+    unknown = sorted(names.difference(known), key=str)
+    if unknown or not names:
+        raise ValueError(f"only is {sorted(names, key=str)}; it should name some of {', '.join(known)}")
+    return names
+
+
+def _nothing_to_swap(target, report: Report, missing: str) -> str:
+    lines = [f"pipe_or_module is a {type(target).__name__} with nothing to swap for numerics={report.numerics!r}"]
+    if missing:
+        lines.append(missing)
+    lines += sorted({f"{entry.op}: {entry.reason}" for entry in report.left})
+    return "; ".join(lines)
+
+
+def _warn(entries: list[Entry]) -> None:
+    counts: dict[tuple[str, str], int] = {}
+    for entry in entries:
+        counts[entry.op, entry.reason] = counts.get((entry.op, entry.reason), 0) + 1
+    for (op, reason), count in counts.items():
+        if (op, reason) not in _warned:
+            _warned.add((op, reason))
+            warnings.warn(f"{op} stays stock in {count} module{'s' * (count > 1)}: {reason}", SwapWarning, stacklevel=4)

@@ -1,0 +1,85 @@
+"""``FlowMatchEulerDiscreteScheduler``: its step in one pass, without the look-up that makes the first step wait for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler, FlowMatchEulerDiscreteSchedulerOutput
+
+from fusewire import ops
+from fusewire.models.layers import How
+from fusewire.swap.families import Candidate, Family
+from fusewire.swap.fused import MAKERS, fused_class, stock_of, unknown_forward
+
+Stock = FlowMatchEulerDiscreteScheduler
+# As diffusers 0.40 to 0.42 has them.
+STEP = {Stock.step: ("9c0061a109be",), Stock._init_step_index: ("e9dd7f7f1a8b",), Stock.index_for_timestep: ("3a28dbd8a5b6",),
+        Stock.set_timesteps: ("19a2a6044f7b", "1dc788ed5307")}
+
+
+def _maker(how: How) -> dict:
+    def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"), s_noise=1.0, generator=None, per_token_timesteps=None,
+             return_dict=True):
+        index = _index(self, timestep)
+        sigmas = self.sigmas
+        if (index is None or per_token_timesteps is not None or self.config.stochastic_sampling or not 0 <= index < len(sigmas) - 1
+                or sigmas.dtype is not torch.float32 or not _same(model_output, sample)):
+            return Stock.step(self, model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, per_token_timesteps, return_dict)
+        previous = ops.sampler_step(sample, model_output, _table(self, sigmas, sample.device), index, numerics=how.numerics)
+        self._step_index = index + 1
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=previous) if return_dict else (previous,)
+
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
+        # Made on the CPU, so that whether all timesteps differ is known without asking the device, and then moved: the same bits.
+        Stock.set_timesteps(self, num_inference_steps, None, sigmas, mu, timesteps)
+        self._fusewire_distinct = len(set(self.timesteps.tolist())) == len(self.timesteps)
+        if device is not None:
+            self.sigmas, self.timesteps = self.sigmas.to(device), self.timesteps.to(device)
+
+    return {"step": step, "set_timesteps": set_timesteps}
+
+
+def _index(scheduler, timestep) -> int | None:
+    """The index of this step; None where only stock's own look-up (or its error) can tell."""
+    if scheduler._step_index is not None:
+        return scheduler._step_index
+    if not isinstance(timestep, torch.Tensor) or timestep.dim() or not timestep.is_floating_point():
+        return None
+    if scheduler._begin_index is not None:
+        return scheduler._begin_index
+    # Pipelines pass elements of scheduler.timesteps; where all differ, the place in memory is the index, and no value has to be fetched.
+    table = scheduler.timesteps
+    if scheduler.__dict__.get("_fusewire_distinct") and timestep.dtype is table.dtype and timestep.device == table.device and table.is_contiguous():
+        offset, rest = divmod(timestep.data_ptr() - table.data_ptr(), table.element_size())
+        if rest == 0 and 0 <= offset < len(table):
+            return offset
+    return None
+
+
+def _same(model_output, sample) -> bool:
+    return (isinstance(model_output, torch.Tensor) and isinstance(sample, torch.Tensor) and model_output.shape == sample.shape and sample.dim() > 0
+            and model_output.device == sample.device and model_output.is_floating_point() and sample.is_floating_point())
+
+
+def _table(scheduler, sigmas: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The step's scalars, made again when sigmas were set or changed, or the latents live elsewhere."""
+    cached = scheduler.__dict__.get("_fusewire_table")
+    if cached is None or cached[0] is not sigmas or cached[1] != sigmas._version or cached[2].device != device:
+        cached = scheduler.__dict__["_fusewire_table"] = (sigmas, sigmas._version, ops.flow_euler_table(sigmas).to(device))
+    return cached[2]
+
+
+MAKERS[Stock] = _maker
+
+
+def candidates(name: str, instance, how: How) -> Iterator[Candidate]:
+    stock = stock_of(instance) or type(instance)
+    if stock is Stock:
+        reason = unknown_forward(STEP)
+        yield Candidate(name, instance, ("sampler_step",), None if reason else fused_class(Stock, how), reason)
+    elif hasattr(instance, "set_timesteps"):
+        yield Candidate(name, instance, ("sampler_step",), None, f"{type(instance).__name__} has no fused step")
+
+
+FAMILY = Family("flow-euler scheduler", ("sampler_step",), candidates)

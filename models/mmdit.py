@@ -84,8 +84,12 @@ class JointTransformerBlock(nn.Module):
         return joint_block(self, hidden_states, encoder_hidden_states, temb, self.how)
 
 
-def joint_block(block, x, context, temb, how: How, **attention_kwargs):
-    """The forward of a block: our own, and of diffusers' ``JointTransformerBlock``. Submodules are called; their gates and norms are fused."""
+def joint_block(block, x, context, temb, how: How, attention_kwargs: Mapping | None = None):
+    """The forward of a block: our own, and of diffusers' ``JointTransformerBlock``. Submodules are called; their gates and norms are fused.
+
+    ``attention_kwargs``: more keywords for the attention layers.
+    """
+    more = attention_kwargs or {}
     y2 = gate_msa2 = attended2 = None
     if block.use_dual_attention:
         y, gate_msa, shift_mlp, scale_mlp, gate_mlp, y2, gate_msa2 = block.norm1(x, emb=temb)
@@ -96,9 +100,9 @@ def joint_block(block, x, context, temb, how: How, **attention_kwargs):
     else:
         y_context, c_gate_msa, c_shift_mlp, c_scale_mlp, c_gate_mlp = block.norm1_context(context, emb=temb)
 
-    attended, attended_context = block.attn(hidden_states=y, encoder_hidden_states=y_context, **attention_kwargs)
+    attended, attended_context = block.attn(hidden_states=y, encoder_hidden_states=y_context, **more)
     if y2 is not None:
-        attended2 = block.attn2(hidden_states=y2, **attention_kwargs)
+        attended2 = block.attn2(hidden_states=y2, **more)
     x, y = gate_residual_norm(block.norm2, x, attended, gate_msa, shift_mlp, scale_mlp, how, attended2, gate_msa2)
     x = feed_forward_residual(block.ff, y, gate_mlp, x, how)
     if block.context_pre_only:

@@ -75,15 +75,14 @@ def set_class(instance, new: type) -> None:
     slots = list(_forward_slots(instance, old))
     instance.__class__ = new
     for holder, key in slots:
-        method = MethodType(new.forward, instance)
-        if isinstance(holder, dict):
-            holder[key] = method
-        else:
-            setattr(holder, key, method)
+        holder[key] = MethodType(new.forward, instance)
+    if stock_of(instance) is None:
+        for key in [key for key in vars(instance) if key.startswith("_fusewire_")]:
+            del vars(instance)[key]
 
 
-def _forward_slots(instance, cls: type) -> Iterator[tuple[object, str]]:
-    """Where ``cls.forward`` bound to this very instance is held: on the instance itself, by accelerate's hook, by diffusers' hook registry."""
+def _forward_slots(instance, cls: type) -> Iterator[tuple[dict, str]]:
+    """(dictionary, key) of each place that holds ``cls.forward`` bound to this very instance: on the instance itself, by accelerate's hook, by diffusers' hook registry."""
     if not isinstance(instance, nn.Module):
         return
     own = instance.__dict__

@@ -33,24 +33,26 @@ def _maker(how: How) -> dict:
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
         # Made on the CPU, so that whether all timesteps differ is known without asking the device, and then moved: the same bits.
         Stock.set_timesteps(self, num_inference_steps, None, sigmas, mu, timesteps)
-        self._fusewire_distinct = len(set(self.timesteps.tolist())) == len(self.timesteps)
+        distinct = len(set(self.timesteps.tolist())) == len(self.timesteps)
         if device is not None:
             self.sigmas, self.timesteps = self.sigmas.to(device), self.timesteps.to(device)
+        self._fusewire_distinct = (self.timesteps, self.timesteps._version) if distinct else None
 
     return {"step": step, "set_timesteps": set_timesteps}
 
 
 def _index(scheduler, timestep) -> int | None:
     """The index of this step; None where only stock's own look-up (or its error) can tell."""
-    if scheduler._step_index is not None:
-        return scheduler._step_index
     if not isinstance(timestep, torch.Tensor) or timestep.dim() or not timestep.is_floating_point():
         return None
+    if scheduler._step_index is not None:
+        return scheduler._step_index
     if scheduler._begin_index is not None:
         return scheduler._begin_index
     # Pipelines pass elements of scheduler.timesteps; where all differ, the place in memory is the index, and no value has to be fetched.
     table = scheduler.timesteps
-    if scheduler.__dict__.get("_fusewire_distinct") and timestep.dtype is table.dtype and timestep.device == table.device and table.is_contiguous():
+    known, version = scheduler.__dict__.get("_fusewire_distinct") or (None, None)
+    if known is table and version == table._version and timestep.dtype is table.dtype and timestep.device == table.device:
         offset, rest = divmod(timestep.data_ptr() - table.data_ptr(), table.element_size())
         if rest == 0 and 0 <= offset < len(table):
             return offset

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+import torch
 from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward, JointTransformerBlock
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
@@ -44,7 +45,7 @@ def _block(how: How) -> dict:
     def forward(self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs=None):
         if self._chunk_size is not None:
             return JointTransformerBlock.forward(self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
-        return joint_block(self, hidden_states, encoder_hidden_states, temb, how, **(joint_attention_kwargs or {}))
+        return joint_block(self, hidden_states, encoder_hidden_states, temb, how, joint_attention_kwargs)
 
     return {"forward": forward}
 
@@ -77,11 +78,15 @@ def _adaln_continuous(how: How) -> dict:
 
 
 def _attention(how: How) -> dict:
+    without_attention = How(how.numerics, linear=how.linear)
+
     def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, **cross_attention_kwargs):
         # A processor that was set meanwhile (IP-Adapter, PAG, a user's own) does its own work; stock warns of keywords that it ignores.
         if cross_attention_kwargs or type(self.processor) is not JointAttnProcessor2_0:
             return Attention.forward(self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
-        return attention(self, hidden_states, encoder_hidden_states, how)
+        # A hook may run this with a function mode that intercepts PyTorch's attention (perturbed attention guidance): then that is what is called.
+        intercepted = how.attention and torch._C._len_torch_function_stack() and not layers.untouched(self)
+        return attention(self, hidden_states, encoder_hidden_states, without_attention if intercepted else how)
 
     return {"forward": forward}
 

@@ -1,0 +1,50 @@
+"""torch.compile of a swapped transformer: no graph break."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fusewire
+from tests.models.stock_sd3 import VARIANTS
+from tests.swap.tiny import inputs, run, stock_model
+
+
+@pytest.mark.parametrize("numerics", ["exact", "close"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fullgraph(variant, numerics):
+    torch._dynamo.reset()
+    model = stock_model(variant)
+    data = inputs()
+    want = run(model, data)
+    with fusewire.swapped(model, numerics):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        got = run(compiled, data)
+    assert (got - want).abs().max() <= 1e-5
+    torch._dynamo.reset()
+
+
+def test_inductor_and_a_swap_under_a_compiled_model():
+    torch._dynamo.reset()
+    model = stock_model("sd3", num_layers=1)
+    data = inputs()
+    want = run(model, data)
+    compiled = torch.compile(model, fullgraph=True)
+    assert (run(compiled, data) - want).abs().max() <= 1e-5
+    with fusewire.swapped(compiled):  # found inside the wrapper
+        assert (run(compiled, data) - want).abs().max() <= 1e-5
+    assert torch.equal(run(model, data), want)
+    torch._dynamo.reset()
+
+
+def test_repeated_blocks():
+    torch._dynamo.reset()
+    model = stock_model("sd3")
+    model._repeated_blocks = ["JointTransformerBlock"]
+    data = inputs()
+    want = run(model, data)
+    with fusewire.swapped(model):
+        model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+        assert all(block._compiled_call_impl is not None for block in model.transformer_blocks)
+        assert (run(model, data) - want).abs().max() <= 1e-5
+    torch._dynamo.reset()

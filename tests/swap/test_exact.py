@@ -1,0 +1,127 @@
+"""``numerics="exact"``: every output of a swapped model and pipeline is torch.equal to stock's, and stock's again after restore."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import SD3ControlNetModel, StableDiffusion3Img2ImgPipeline
+
+import fusewire
+from fusewire import ops
+from tests.models.stock_sd3 import SD3, VARIANTS, randomise
+from tests.swap.tiny import generate, inputs, run, stock_model, tiny_pipeline
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_transformer(variant, dtype):
+    model = stock_model(variant, dtype)
+    # Two resolutions in a row, odd token counts, batch 1 and 3.
+    cases = [inputs(1, 8, 12, 5, dtype), inputs(3, 6, 2, 1, dtype), inputs(1, 8, 12, 5, dtype)]
+    want = [run(model, data) for data in cases]
+    ops.reset_stats()
+    handle = fusewire.swap(model)
+    assert all(torch.equal(run(model, data), value) for data, value in zip(cases, want))
+    counts = {op: sum(calls.values()) for op, calls in ops.stats().items()}
+    used = ["adaln_modulate", "gate_residual", "gate_residual_adaln"] + (["adaln_modulate_dual", "qk_norm_rope", "qk_norm_into"] if variant == "sd3.5" else [])
+    assert all(counts[op] for op in used) and not counts["linear"] and not counts.get("joint_attention")
+    handle.restore()
+    ops.reset_stats()
+    assert all(torch.equal(run(model, data), value) for data, value in zip(cases, want))
+    assert not any(sum(calls.values()) for calls in ops.stats().values())
+
+
+@pytest.mark.parametrize("op, backend", [("adaln_modulate", "cpu"), ("adaln_modulate_dual", "cpu"), ("gate_residual", "cpu"), ("gate_residual_adaln", "cpu"),
+                                         ("qk_norm_rope", "cpu"), ("qk_norm_into", "cpu"), ("flow_euler_step", "cpu")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_native_backend_serves(op, backend, dtype):
+    from fusewire.kernels.library import CPU
+
+    if not CPU.loaded:
+        pytest.skip(CPU.reason)
+    pipe = tiny_pipeline("sd3.5", dtype)
+    with fusewire.swapped(pipe):
+        ops.reset_stats()
+        generate(pipe, steps=1)
+    calls = ops.stats()[op]
+    assert calls[backend] and sum(calls.values()) == calls[backend]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pipeline(variant, dtype):
+    pipe = tiny_pipeline(variant, dtype)
+    want = generate(pipe, batch=2)
+    with fusewire.swapped(pipe):
+        assert torch.equal(generate(pipe, batch=2), want)
+        assert not torch.equal(generate(pipe, batch=2, seed=1), want)
+    assert torch.equal(generate(pipe, batch=2), want)
+
+
+def test_pipeline_with_skip_layer_guidance_and_without_guidance():
+    pipe = tiny_pipeline()
+    for options in (dict(skip_guidance_layers=[1], skip_layer_guidance_stop=0.9), dict(guidance_scale=1.0)):
+        want = generate(pipe, **options)
+        with fusewire.swapped(pipe):
+            assert torch.equal(generate(pipe, **options), want)
+
+
+def test_image_to_image_pipeline_starts_in_the_middle_of_the_schedule():
+    pipe = tiny_pipeline(cls=StableDiffusion3Img2ImgPipeline)
+    options = dict(image=torch.rand(1, 3, 16, 24), strength=0.6, steps=5)
+    want = generate(pipe, **options)
+    with fusewire.swapped(pipe):
+        assert torch.equal(generate(pipe, **options), want)
+
+
+def test_controlnet_residuals_skipped_layers_and_keywords():
+    model = stock_model("sd3.5", num_layers=4)
+    data = inputs()
+    residuals = [torch.randn(2, 24, 32) for _ in range(2)]
+    cases = [dict(block_controlnet_hidden_states=residuals), dict(skip_layers=[0, 2]), dict(joint_attention_kwargs={}),
+             dict(joint_attention_kwargs={"scale": 0.5}), dict(joint_attention_kwargs={"unused": 1})]
+    want = [run(model, data, **case) for case in cases]
+    with fusewire.swapped(model):
+        assert all(torch.equal(run(model, data, **case), value) for case, value in zip(cases, want))
+    assert not torch.equal(want[0], want[2]) and not torch.equal(want[1], want[2])
+
+
+def test_controlnet_model_is_built_of_the_same_blocks():
+    model = randomise(SD3ControlNetModel(**SD3)).eval()
+    data = dict(inputs(), controlnet_cond=torch.randn(2, 4, 8, 12))
+    with torch.no_grad():
+        want = model(**data, return_dict=False)[0]
+        with fusewire.swapped(model) as handle:
+            got = model(**data, return_dict=False)[0]
+    assert len(want) == len(got) and all(torch.equal(a, b) for a, b in zip(got, want))
+    assert {"gate_residual_adaln", "adaln_modulate"} <= {entry.op for entry in handle.report.swapped}
+
+
+def test_gradients_of_a_swapped_model():
+    model = stock_model("sd3.5").train()
+    data = inputs()
+
+    def gradients():
+        model.zero_grad()
+        model(**data, return_dict=False)[0].square().mean().backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    want = gradients()
+    for numerics in ("exact", "close"):
+        for checkpointing in (False, True):
+            (model.enable_gradient_checkpointing if checkpointing else model.disable_gradient_checkpointing)()
+            with fusewire.swapped(model, numerics):
+                got = gradients()
+            assert got.keys() == want.keys()
+            for name, grad in got.items():
+                assert (grad - want[name]).abs().max() <= 1e-5 * want[name].abs().max() + 1e-7, (numerics, name)
+
+
+def test_first_swapped_call_compiles_nothing():
+    torch._dynamo.reset()
+    model = stock_model("sd3.5")
+    with fusewire.swapped(model):
+        run(model, inputs())
+    assert not torch._dynamo.utils.counters["stats"]

@@ -39,8 +39,6 @@ class Attention(nn.Module):
 
 def attention(module, x, context, how: How):
     """The whole layer: projections, norms, attention over [x, context], output projections (``pre_only``: none for the context)."""
-    if how.attention and torch.is_autocast_enabled(x.device.type):  # autocast casts what goes into SDPA; our op takes what it is given
-        how = How(how.numerics, linear=how.linear)
     out, out_context = _attend(module, x, context, how)
     projection, dropout = module.to_out
     out = linear(projection, out, how)
@@ -110,5 +108,5 @@ def _normed(q, k, gains, how: How):
 
 
 def _sdpa(q, k, v) -> torch.Tensor:
-    """PyTorch's attention on [B, H, T, D] -> [B, T, H * D]."""
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=0.0, is_causal=False).transpose(1, 2).flatten(2)
+    """PyTorch's attention on [B, H, T, D] -> [B, T, H * D] in q's dtype (autocast gives it another)."""
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=0.0, is_causal=False).transpose(1, 2).flatten(2).to(q.dtype)

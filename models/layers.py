@@ -30,7 +30,7 @@ class How(NamedTuple):
     def of(cls, numerics: str) -> How:
         """Everything that ``"exact"`` or ``"close"`` permits; ValueError for any other."""
         close = not is_exact(numerics)
-        return cls(numerics, attention=close and hasattr(ops, "attention"), linear=close)
+        return cls(numerics, attention=close, linear=close)
 
 
 # What a fused forward may read instead of calling. Both grow by the stock classes whose forwards ``fusewire.swap`` has verified.
@@ -62,6 +62,15 @@ def linear(module: nn.Module, x: torch.Tensor, how: How, activation: str | None 
         return ops.linear(x, parameters["weight"], parameters["bias"], activation=activation, numerics=how.numerics)
     y = module(x)
     return y if activation is None else F.gelu(y, approximate="tanh")
+
+
+def autocasts_norms(x: torch.Tensor) -> bool:
+    """Autocast makes a LayerNorm of this tensor compute in, and return, float32. It does so on accelerators, not on the CPU."""
+    return x.dtype in (torch.bfloat16, torch.float16) and not x.is_cpu and torch.is_autocast_enabled(x.device.type)
+
+
+def norm_input(x: torch.Tensor) -> torch.Tensor:
+    return x.float() if autocasts_norms(x) else x
 
 
 def gated_linear(module: nn.Module, x: torch.Tensor, gate: torch.Tensor, residual: torch.Tensor, how: How) -> torch.Tensor:
@@ -185,7 +194,7 @@ class AdaLayerNormZero(nn.Module):
 def ada_layer_norm_zero(module, x, emb, how: How):
     """-> (modulated x [B, T, C], gate_msa, shift_mlp, scale_mlp, gate_mlp [B, C])."""
     shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = linear(module.linear, module.silu(emb), how).chunk(6, dim=1)
-    y = ops.adaln_modulate(x, shift_msa, scale_msa, eps=module.norm.eps, numerics=how.numerics)
+    y = ops.adaln_modulate(norm_input(x), shift_msa, scale_msa, eps=module.norm.eps, numerics=how.numerics)
     return y, gate_msa, shift_mlp, scale_mlp, gate_mlp
 
 
@@ -193,7 +202,7 @@ def ada_layer_norm_zero_x(module, x, emb, how: How):
     """-> (modulated x, gate_msa, shift_mlp, scale_mlp, gate_mlp, second modulated x, gate_msa2)."""
     (shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp,
      shift_msa2, scale_msa2, gate_msa2) = linear(module.linear, module.silu(emb), how).chunk(9, dim=1)
-    y, y2 = ops.adaln_modulate_dual(x, shift_msa, scale_msa, shift_msa2, scale_msa2, eps=module.norm.eps, numerics=how.numerics)
+    y, y2 = ops.adaln_modulate_dual(norm_input(x), shift_msa, scale_msa, shift_msa2, scale_msa2, eps=module.norm.eps, numerics=how.numerics)
     return y, gate_msa, shift_mlp, scale_mlp, gate_mlp, y2, gate_msa2
 
 
@@ -213,12 +222,13 @@ class AdaLayerNormContinuous(nn.Module):
 
 def ada_layer_norm_continuous(module, x, emb, how: How) -> torch.Tensor:
     scale, shift = linear(module.linear, module.silu(emb).to(x.dtype), how).chunk(2, dim=1)
-    return ops.adaln_modulate(x, shift, scale, eps=module.norm.eps, numerics=how.numerics)
+    return ops.adaln_modulate(norm_input(x), shift, scale, eps=module.norm.eps, numerics=how.numerics)
 
 
 def gate_residual_norm(norm: nn.Module, x, y, gate, shift, scale, how: How, y2=None, gate2=None):
-    """-> (r, norm(r) * (1 + scale) + shift) with ``r = x + gate * y (+ gate2 * y2)``; an observed or unusual norm is called."""
-    if plain_layer_norm(norm):
+    """-> (r, norm(r) * (1 + scale) + shift) with ``r = x + gate * y (+ gate2 * y2)``; an observed or unusual norm, and
+    one that autocast casts for, is called."""
+    if plain_layer_norm(norm) and not autocasts_norms(x):
         return ops.gate_residual_adaln(x, y, gate, shift, scale, y2=y2, gate2=gate2, eps=norm.eps, numerics=how.numerics)
     r = ops.gate_residual(x, y, gate, numerics=how.numerics)
     if y2 is not None:

@@ -2,6 +2,7 @@
 
 ``swap`` changes instances only: a module's ``__class__`` becomes a subclass of its own class with the same name, whose forward is ours. No class,
 module or default of another library is changed, no state-dict key moves, and ``restore`` gives back the very same classes.
+``fusewire.swap`` is this package, and calling it runs ``swap``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from fusewire.callable_package import calls
 
 if TYPE_CHECKING:
     from fusewire.swap.engine import Handle
@@ -21,12 +24,12 @@ def swap(pipe_or_module, numerics: str = "exact", only: str | Iterable[str] | No
         pipe_or_module: a ``DiffusionPipeline``, a ``torch.nn.Module`` or a scheduler.
         numerics: ``"exact"``: every output stays ``torch.equal`` to stock's. ``"close"``: also what cannot be bit-equal (attention, other matrix
             products), with an error against float64 at most twice that of stock.
-        only: names of ops to swap (``fusewire.swap.OPS``), or None for all.
+        only: names of ops to swap, as the report gives them (``"adaln_modulate"``, ``"attention"``, ...), or None for all.
         strict: raise where something that could carry one of these ops is left alone for another reason than ``numerics`` or ``only``.
 
     Returns: a handle with ``.report`` (what was swapped, what was left and why) and ``.restore()``.
-    Raises: TypeError for a ``pipe_or_module`` of another kind; ValueError for an unknown ``numerics`` or ``only``, for a half-loaded model and where
-        there is nothing to swap; ``SwapError`` in strict mode. Then nothing has been changed.
+    Raises: TypeError for a ``pipe_or_module`` of another kind; BadInput (a ValueError) for an unknown ``numerics`` or ``only`` and for a half-loaded
+        model; NothingToDo (a ValueError) where there is nothing to swap; SwapError in strict mode. Then nothing has been changed.
     """
     from fusewire.swap import engine
 
@@ -51,3 +54,6 @@ def swapped(pipe_or_module, numerics: str = "exact", only: str | Iterable[str] |
         yield handle
     finally:
         handle.restore()
+
+
+calls(__name__, swap)

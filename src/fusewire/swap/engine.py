@@ -9,6 +9,8 @@ from types import MethodType
 
 from torch import nn
 
+from fusewire.errors import BadInput, NothingToDo
+from fusewire.kernels.rounding import NUMERICS
 from fusewire.models.layers import How
 from fusewire.swap import families
 from fusewire.swap.families import Candidate
@@ -38,6 +40,8 @@ class Handle:
 
 
 def swap(target, numerics: str, only: str | Iterable[str] | None, strict: bool) -> Handle:
+    if numerics not in NUMERICS:
+        raise BadInput(f"numerics is {numerics!r}; it should be 'exact' or 'close'")
     how = How.of(numerics)
     known, missing = families.load()
     only = _names(only, sorted({op for family in known for op in family.ops}))
@@ -53,7 +57,7 @@ def swap(target, numerics: str, only: str | Iterable[str] | None, strict: bool) 
                 if id(candidate.instance) not in seen or candidate.fused is None:
                     _settle(candidate, only, report, changes, seen)
     if not report.swapped:
-        raise ValueError(_nothing_to_swap(target, report, missing))
+        raise NothingToDo(_nothing_to_swap(target, report, missing))
     unexpected = [entry for entry in report.left if not entry.by_choice]
     if strict and unexpected:
         raise SwapError(f"strict=True, and {len(unexpected)} of the ops would have been left at stock:\n{report}")
@@ -131,7 +135,7 @@ def _parts(target) -> Iterator[tuple[str, object]]:
         roots = components
         for name in ("transformer", "unet"):
             if name in roots and roots[name] is None:
-                raise ValueError(f"pipe_or_module has {name}=None; it should be a pipeline with its model loaded")
+                raise BadInput(f"pipe_or_module has {name}=None; it should be a pipeline with its model loaded")
     elif hasattr(target, "set_timesteps") and hasattr(target, "step"):
         roots = {"scheduler": target}
     else:
@@ -153,7 +157,7 @@ def _check_loaded(parts: list[tuple[str, object]]) -> None:
         if isinstance(instance, nn.Module) and not hasattr(instance, "_hf_hook"):
             for key, parameter in instance._parameters.items():
                 if parameter is not None and parameter.is_meta:
-                    raise ValueError(f"pipe_or_module is not loaded: {f'{name}.{key}'.lstrip('.')} is on the meta device")
+                    raise BadInput(f"pipe_or_module is not loaded: {f'{name}.{key}'.lstrip('.')} is on the meta device")
 
 
 def _names(only, known: list[str]) -> set[str] | None:
@@ -162,7 +166,7 @@ def _names(only, known: list[str]) -> set[str] | None:
     names = {only} if isinstance(only, str) else set(only)
     unknown = sorted(names.difference(known), key=str)
     if unknown or not names:
-        raise ValueError(f"only is {sorted(names, key=str)}; it should name some of {', '.join(known)}")
+        raise BadInput(f"only is {sorted(names, key=str)}; it should name some of {', '.join(known)}")
     return names
 
 

@@ -7,7 +7,7 @@ import torch
 from fusewire.kernels import checks
 from fusewire.kernels.autograd import recomputing
 from fusewire.kernels.dispatch import Backend, Table, always
-from fusewire.kernels.library import LIBRARY, define
+from fusewire.kernels.library import define
 from fusewire.kernels.linear import native, reference
 from fusewire.kernels.rounding import is_exact
 
@@ -19,21 +19,34 @@ def _fake_linear(x, weight, bias, activation, gate, residual, exact):
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
+def _reference_act(x, weight, bias, activation):
+    return reference.linear(x, weight, bias, activation, None, None, False)
+
+
 _backward, _setup = recomputing(reference.linear)
 _linear_op = define("linear(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? gate, Tensor? residual, bool exact) -> Tensor",
                     fallback=reference.linear, fake=_fake_linear, backward=_backward, setup_context=_setup)
-LIBRARY.impl("linear", native.linear, "CPU")
 
 
-def _onednn(*args) -> torch.Tensor:
-    """The registered op where a graph is recorded (autograd, torch.compile); the bare call, which costs less, elsewhere."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return _linear_op(*args)
-    return native.linear(*args)
+_backward_act, _setup_act = recomputing(_reference_act)
+_onednn_op = define("linear_onednn(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor",
+                    fallback=native.onednn, fake=lambda x, weight, bias, activation: _fake_linear(x, weight, bias, activation, None, None, False),
+                    backward=_backward_act, setup_context=_setup_act)
+
+
+def _cpu(x, weight, bias, activation, gate, residual, exact) -> torch.Tensor:
+    if native.onednn_serves(x, weight, residual):
+        # Where a graph is recorded (autograd, torch.compile) the registered op, which has a formula; the bare call elsewhere.
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return _onednn_op(x, weight, bias, activation)
+        return native.onednn(x, weight, bias, activation)
+    if gate is not None:
+        gate = reference.over_tokens(gate, x)
+    return _linear_op(x, weight, bias, activation, gate, residual, exact)
 
 
 _linear = Table("linear", [
-    Backend("cpu", native.why_not_onednn, _onednn),
+    Backend("cpu", native.why_not_cpu, _cpu),
     Backend("reference", always, reference.linear),
 ])
 

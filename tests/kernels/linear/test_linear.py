@@ -5,16 +5,17 @@ import torch
 import torch.nn.functional as F
 
 from fusewire import ops
-from fusewire.kernels.linear import native, reference
-from fusewire.kernels.linear.op import _linear_op
+from fusewire.kernels.library import CPU, cpu_isa
+from fusewire.kernels.linear import reference
+from fusewire.kernels.linear.op import _linear_op, _onednn_op
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact
 
-# (shape of x, N): one row; no multiple of any block; the tail of a vector; a batch of tokens
-SHAPES = [((1, 63), 65), ((3, 11, 40), 129), ((2, 77, 96), 80), ((1, 16, 1, 33), 129)]
+# (shape of x, N): one row; no multiple of any block; the tail of a vector; a batch of tokens; two groups of rows, four slices, two blocks
+SHAPES = [((1, 63), 65), ((3, 11, 40), 129), ((2, 77, 96), 80), ((1, 16, 1, 33), 129), ((1009, 1153), 70)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-FAST = [torch.float32] + ([torch.bfloat16] if native.BFLOAT16 else [])
-needs_onednn = pytest.mark.skipif(not native.AVAILABLE, reason="this torch was built without oneDNN")
+FAST = [torch.float32, torch.bfloat16, torch.float16]
+needs_native = pytest.mark.skipif(not CPU.loaded or cpu_isa() == "base", reason="the compiled library does not serve linear here")
 
 
 def layer(shape, n, dtype, bias=True):
@@ -54,7 +55,7 @@ def test_gate_residual(dtype, gate_shape):
     assert_close(ops.linear(x, weight, bias, gate=gate, residual=residual, numerics="close"), want, plain)
 
 
-@needs_onednn
+@needs_native
 @pytest.mark.parametrize("dtype", FAST)
 @pytest.mark.parametrize("argument", range(5))
 def test_strided_input(dtype, argument):
@@ -71,10 +72,10 @@ def test_strided_input(dtype, argument):
             assert_exact(ops.linear(*laid[:3], gate=laid[3], residual=laid[4], numerics=numerics), want, layout.__name__)
 
 
-@needs_onednn
+@needs_native
 @pytest.mark.parametrize("dtype", FAST)
 def test_silent_off(dtype):
-    """silent-off: close runs oneDNN in float32 and bfloat16, exact never does."""
+    """silent-off: close runs a fast product, exact never does."""
     args = layer((2, 25, 24), 16, dtype)
     ops.linear(*args, numerics="close")
     assert ops.stats()["linear"] == {"cpu": 1, "reference": 0}
@@ -114,7 +115,7 @@ def test_gradients(numerics, epilogue):
         assert_close(got[i], want[i], plain[i], f"input {i}")
 
 
-@needs_onednn
+@needs_native
 def test_second_gradient():
     args = [t.requires_grad_() for t in layer((3, 8), 5, torch.float32)]
     first, = torch.autograd.grad(ops.linear(*args, activation="silu", numerics="close").sum(), args[:1], create_graph=True)
@@ -125,14 +126,18 @@ def test_second_gradient():
     assert (second.double() - want).abs().max() <= 1e-5 * want.abs().max()
 
 
-@needs_onednn
+@needs_native
 @pytest.mark.parametrize("dtype", FAST)
 def test_batch_coupling(dtype):
     """batch-coupling: one sample alone equals the same sample in a batch of 8."""
     x, weight, bias = layer((8, 77, 96), 80, dtype)
     together = ops.linear(x, weight, bias, activation="gelu_tanh", numerics="close")
+    gate, residual = torch.randn(8, 1, 80).to(dtype), torch.randn(8, 77, 80).to(dtype)
+    gated = ops.linear(x, weight, bias, gate=gate, residual=residual, numerics="close")
     for i in range(8):
-        assert_exact(ops.linear(x[i:i + 1], weight, bias, activation="gelu_tanh", numerics="close"), together[i:i + 1])
+        one = slice(i, i + 1)
+        assert_exact(ops.linear(x[one], weight, bias, activation="gelu_tanh", numerics="close"), together[one])
+        assert_exact(ops.linear(x[one], weight, bias, gate=gate[one], residual=residual[one], numerics="close"), gated[one])
 
 
 def test_alias():
@@ -157,16 +162,18 @@ def test_autocast():
             assert ops.linear(x, weight, bias, numerics=numerics).dtype is torch.bfloat16
 
 
-@needs_onednn
+@needs_native
 def test_registration():
     for args in [layer((2, 7, 24), 16, torch.float32), layer((2, 7, 24), 16, torch.float32, bias=False)]:
         args[0].requires_grad_(), args[1].requires_grad_()
         torch.library.opcheck(_linear_op, (*args, "gelu_tanh", None, None, False))
         permuted = args[0].detach().transpose(0, 1).contiguous().transpose(0, 1)
         torch.library.opcheck(_linear_op, (permuted, *args[1:], "none", torch.randn(2, 1, 16), torch.randn(2, 7, 16), False))
+        torch.library.opcheck(_onednn_op, (*args, "gelu"))
+        torch.library.opcheck(_onednn_op, (permuted, *args[1:], "silu"))
 
 
-@needs_onednn
+@needs_native
 @pytest.mark.parametrize("numerics", ["exact", "close"])
 def test_compile_fullgraph(numerics):
     x, weight, bias = layer((2, 7, 24), 16, torch.float32)

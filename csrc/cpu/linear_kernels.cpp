@@ -1,0 +1,231 @@
+// Linear layers: one block of the output, compiled once per ISA level.
+//
+// The weight is packed into slices of kDepth units, panels [unit][2 vectors of outputs]; the rows of x are copied beside each other (and
+// widened to float); tiles of kTileRows x 2 vectors are accumulated in registers over kDepth units, then added to the float block.
+// So a sum of many terms is a sum of partial sums, and every element is summed in one order, whatever the shapes, strides and threads.
+#include "cpu/linear.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cpu/linear_simd.h"
+
+namespace fusewire::FUSEWIRE_ISA {
+
+constexpr int kPanel = 2 * kLanes;
+constexpr int64_t kDepth = 384;
+constexpr int64_t kGroup = 252;  // rows whose sums stay in the second-level cache, beside a slice of the packed weight; 18 or 42 tiles
+constexpr int64_t kStride = kDepth + 16;  // of the copied rows; an odd number of cache lines, so that they spread over the cache's sets
+
+template <typename T>
+constexpr bool paired =
+#if defined(__AVX512BF16__)
+    std::is_same_v<T, bfloat16>;
+#else
+    false;
+#endif
+
+template <bool pairs>
+inline Units step(Units a, Units b, Units sum) {
+#if defined(__AVX512BF16__)
+  if constexpr (pairs) return multiply_add_pairs(a, b, sum);
+#endif
+  return multiply_add(a, b, sum);
+}
+
+// block[rows][kPanel] (+)= a[rows][depth] * b[depth][kPanel]
+template <int rows, bool pairs>
+static void tile(const float* a, const float* b, int64_t depth, float* block, int64_t stride, bool first) {
+  Units sum[rows][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+    sum[r][0] = sum[r][1] = zero();
+    __builtin_prefetch(block + r * stride, 1);
+    __builtin_prefetch(block + r * stride + kLanes, 1);
+  }
+  for (int64_t k = 0; k < depth; ++k, b += kPanel) {
+    const Units b0 = load(b), b1 = load(b + kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+      const Units x = broadcast(a + r * kStride + k);
+      sum[r][0] = step<pairs>(x, b0, sum[r][0]);
+      sum[r][1] = step<pairs>(x, b1, sum[r][1]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r, block += stride) {
+    store(block, first ? sum[r][0] : add(load(block), sum[r][0]));
+    store(block + kLanes, first ? sum[r][1] : add(load(block + kLanes), sum[r][1]));
+  }
+}
+
+using Tile = void (*)(const float*, const float*, int64_t, float*, int64_t, bool);
+template <bool pairs, int rows = kTileRows>
+static Tile tile_of(int64_t wanted) {
+  if constexpr (rows > 1) {
+    if (wanted < rows) return tile_of<pairs, rows - 1>(wanted);
+  }
+  return &tile<rows, pairs>;
+}
+
+// Elements [0, count) of a row as units; a lone last element of a pair is paired with 0.
+template <typename T>
+static void copy_row(const T* x, int64_t stride, int64_t count, float* out) {
+  if constexpr (paired<T>) {
+    T* to = reinterpret_cast<T*>(out);
+    if (stride == 1)
+      std::memcpy(to, x, count * sizeof(T));
+    else
+      for (int64_t i = 0; i < count; ++i) to[i] = x[i * stride];
+    if (count % 2) to[count].bits = 0;
+  } else if (stride == 1) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) out[i] = to_float(x[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) out[i] = to_float(x[i * stride]);
+  }
+}
+
+// Rows [0, rows) of the weight, elements [0, count) of each, to panel[unit][kPanel]; rows beyond are 0.
+template <typename T>
+static void pack(const T* weight, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t count, float* panel) {
+  constexpr int64_t unit = paired<T> ? 2 : 1;
+  const int64_t units = (count + unit - 1) / unit;
+  for (int64_t n = 0; n < kPanel; n += kLanes) {
+    for (int64_t k = 0; k < units; k += kLanes) {
+      const int64_t here = std::min<int64_t>(kLanes, units - k);
+      Units block[kLanes];
+      for (int64_t r = 0; r < kLanes; ++r) {
+        alignas(64) float row[kLanes] = {};
+        const T* from = weight + (n + r) * row_stride + k * unit * col_stride;
+        if (n + r < rows) {
+          if ((std::is_same_v<T, float> || paired<T>) && col_stride == 1 && (k + kLanes) * unit <= count) {
+            block[r] = load(reinterpret_cast<const float*>(from));
+            continue;
+          }
+          copy_row(from, col_stride, std::min(kLanes * unit, count - k * unit), row);
+        }
+        block[r] = load(row);
+      }
+      transpose(block);
+      for (int64_t i = 0; i < here; ++i) store(panel + (k + i) * kPanel + n, block[i]);
+    }
+  }
+}
+
+// e^x to about one unit in the last place: 2^n * e^r, r in [-ln 2 / 2, ln 2 / 2] (Cephes' polynomial). x is at most 88.
+inline float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = std::fma(x, 1.44269504f, 12582912.0f);  // the low bits of the sum are n
+  const float n = shifted - 12582912.0f;
+  const float r = std::fma(n, 2.12194440e-4f, std::fma(n, -0.693359375f, x));
+  float p = 1.9875691500e-4f;
+  p = std::fma(p, r, 1.3981999507e-3f);
+  p = std::fma(p, r, 8.3334519073e-3f);
+  p = std::fma(p, r, 4.1665795894e-2f);
+  p = std::fma(p, r, 1.6666665459e-1f);
+  p = std::fma(p, r, 5.0000001201e-1f);
+  p = std::fma(p * r, r, r) + 1.0f;
+  int32_t bits;
+  std::memcpy(&bits, &shifted, 4);
+  const int32_t power = (bits << 23) + (127 << 23);
+  float scale;
+  std::memcpy(&scale, &power, 4);
+  return p * scale;
+}
+
+// y / (1 + e^-z): silu for z = y; GELU's tanh form is y * sigmoid(2 u), u = sqrt(2 / pi) * (y + 0.044715 y^3)
+inline float logistic(float y, float z) { return z < -87.0f ? y * 0.0f : y / (1.0f + exponential(-z)); }
+
+static void activate(float* y, int64_t count, Activation activation) {
+  if (activation == Activation::gelu_tanh) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) y[i] = logistic(y[i], 1.5957691216f * std::fma(0.044715f * y[i] * y[i], y[i], y[i]));
+  } else if (activation == Activation::silu) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) y[i] = logistic(y[i], y[i]);
+  }
+}
+
+// The last row of a tensor that was read, as floats: neighbours often share one (bias, a gate for each sample).
+template <typename T>
+struct RowCache {
+  const T* last = nullptr;
+  alignas(64) float values[kLinearCols];
+  const float* read(const T* row, int64_t stride, int64_t count) {
+    if (row != last) {
+      if (stride == 1) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) values[i] = to_float(row[i]);
+      } else {
+        for (int64_t i = 0; i < count; ++i) values[i] = to_float(row[i * stride]);
+      }
+    }
+    last = row;
+    return values;
+  }
+};
+
+template <typename T>
+static void block(const LinearCall& c, const LinearBlock& b, float* scratch) {
+  constexpr int64_t unit = paired<T> ? 2 : 1, depth = kDepth * unit;
+  const int64_t slices = (c.inputs + depth - 1) / depth, slice = (b.cols + kPanel - 1) / kPanel * kPanel * kDepth;
+  float* const sums = scratch;                           // [kGroup][kLinearCols]
+  float* const rows = sums + kGroup * kLinearCols;       // [kTileRows][kStride]
+  float* const panels = rows + kTileRows * kStride;      // [slices][cols / kPanel][kDepth][kPanel]
+  const T* weight = static_cast<const T*>(c.weight) + b.col * c.weight_row;
+  const T* x = static_cast<const T*>(c.x.data);
+  RowCache<T> bias, gate, residual;
+  for (int64_t n = 0; n < b.cols; n += kPanel)
+    for (int64_t s = 0; s < slices; ++s)
+      pack(weight + n * c.weight_row + s * depth * c.weight_col, c.weight_row, c.weight_col, b.cols - n, std::min(depth, c.inputs - s * depth),
+           panels + s * slice + n * kDepth);
+  const int64_t groups = (b.rows + kGroup - 1) / kGroup, tiles = (b.rows + groups * kTileRows - 1) / (groups * kTileRows) * groups;
+  for (int64_t i = 0; i < groups * slices; ++i) {
+    const int64_t group = i / slices, s = i % slices, k = s * depth, count = std::min(depth, c.inputs - k), units = (count + unit - 1) / unit;
+    const int64_t top = group * (tiles / groups) * b.rows / tiles;  // the group's first row
+    for (int64_t t = group * (tiles / groups); t < (group + 1) * (tiles / groups); ++t) {
+      const int64_t begin = t * b.rows / tiles, end = (t + 1) * b.rows / tiles;  // tiles as equal as can be
+      if (begin == end) continue;
+      for (int64_t r = begin; r < end; ++r)
+        copy_row(x + c.x.offset(b.row + r) + k * c.x.channel, c.x.channel, count, rows + (r - begin) * kStride);
+      const Tile multiply = tile_of<paired<T>>(end - begin);
+      for (int64_t n = 0; n < b.cols; n += kPanel)
+        multiply(rows, panels + s * slice + n * kDepth, units, sums + (begin - top) * kLinearCols + n, kLinearCols, s == 0);
+      if (s + 1 < slices) continue;
+      for (int64_t r = begin; r < end; ++r) {
+        float* y = sums + (r - top) * kLinearCols;
+        if (c.bias) {
+          const float* values = bias.read(static_cast<const T*>(c.bias) + b.col * c.bias_stride, c.bias_stride, b.cols);
+#pragma omp simd
+          for (int64_t i = 0; i < b.cols; ++i) y[i] += values[i];
+        }
+        activate(y, b.cols, c.activation);
+        if (c.gate.data) {
+          const float* values = gate.read(static_cast<const T*>(c.gate.data) + c.gate.offset(b.row + r) + b.col * c.gate.channel, c.gate.channel, b.cols);
+#pragma omp simd
+          for (int64_t i = 0; i < b.cols; ++i) y[i] *= values[i];
+        }
+        if (c.residual.data) {
+          const float* values =
+              residual.read(static_cast<const T*>(c.residual.data) + c.residual.offset(b.row + r) + b.col * c.residual.channel, c.residual.channel, b.cols);
+#pragma omp simd
+          for (int64_t i = 0; i < b.cols; ++i) y[i] += values[i];
+        }
+        T* out = static_cast<T*>(c.out) + (b.row + r) * c.outputs + b.col;
+#pragma omp simd
+        for (int64_t i = 0; i < b.cols; ++i) out[i] = from_float<T>(y[i]);
+      }
+    }
+  }
+}
+
+int64_t linear_panel() { return kPanel; }
+int64_t linear_scratch(int64_t inputs, int64_t cols) {
+  return kGroup * kLinearCols + kTileRows * kStride + (inputs + kDepth - 1) / kDepth * kDepth * ((cols + kPanel - 1) / kPanel * kPanel);
+}
+void linear_block(const LinearCall& c, const LinearBlock& b, float* scratch, float) { block<float>(c, b, scratch); }
+void linear_block(const LinearCall& c, const LinearBlock& b, float* scratch, bfloat16) { block<bfloat16>(c, b, scratch); }
+void linear_block(const LinearCall& c, const LinearBlock& b, float* scratch, float16) { block<float16>(c, b, scratch); }
+
+}  // namespace fusewire::FUSEWIRE_ISA

@@ -1,7 +1,7 @@
 // QK norm with rotary embedding on the CPU: fusewire::qk_norm_rope and fusewire::qk_norm_into.
 #include "cpu/qk_norm_rope.h"
 
-#include "common/tensor.h"
+#include "common/empty.h"
 
 namespace fusewire {
 
@@ -46,8 +46,7 @@ static void qk_norm_into(const Tensor& q, const Tensor& k, const std::optional<T
 static std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& q, const Tensor& k, const std::optional<Tensor>& q_weight,
                                                const std::optional<Tensor>& k_weight, const std::optional<Tensor>& cos,
                                                const std::optional<Tensor>& sin, double eps, int64_t norm, bool exact) {
-  Tensor q_out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
-  Tensor k_out = torch::stable::new_empty(k, {k.size(0), k.size(1), k.size(2), k.size(3)});
+  const Tensor q_out = empty_contiguous(q), k_out = empty_contiguous(k);
   qk_norm_into(q, k, q_weight, k_weight, q_out, k_out, cos, sin, eps, norm, exact);
   return {q_out, k_out};
 }

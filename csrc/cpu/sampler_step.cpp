@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "common/tensor.h"
+#include "common/empty.h"
 
 namespace fusewire {
 
@@ -34,10 +34,8 @@ static Tensor flow_euler_step(const Tensor& sample, const Tensor& model_output, 
   STD_TORCH_CHECK(step >= 0 && step < table.size(0), "step is ", step, "; it should be from 0 to ", table.size(0) - 1);
   const double* row = static_cast<const double*>(table.const_data_ptr()) + step * table.stride(0);
   const bool batched = !uncond && model_output.size(0) != sample.size(0);  // [uncond; cond]
-  std::vector<int64_t> sizes(sample.dim());
-  int64_t total = 1;
-  for (int64_t i = 0; i < sample.dim(); ++i) total *= sizes[i] = sample.size(i);
-  Tensor out = torch::stable::new_empty(sample, {sizes.data(), sizes.size()});
+  const int64_t total = sample.numel();
+  const Tensor out = empty_contiguous(sample);
   const std::vector<Dim> dims = merged_dims(sample, model_output, uncond ? *uncond : model_output);
   const int64_t inner = dims.back().size;
   FUSEWIRE_SWITCH_FLOATS(sample.scalar_type(), "sampler_step", {

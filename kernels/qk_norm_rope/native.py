@@ -30,7 +30,7 @@ def compare_with_stock(op) -> None:
 def _why_not(q, q_weight, k_weight, norm, exact) -> str:
     if not CPU.loaded:
         return CPU.reason
-    if q.device.type != "cpu":
+    if not q.is_cpu:
         return f"q is on {q.device}"
     if exact and _differs[norm]:
         return _differs[norm]

@@ -49,7 +49,20 @@ _into = Table("qk_norm_into", [
 ])
 
 
+def _fits(q, k, q_weight, k_weight, rope, eps, norm) -> bool:
+    """The common call, q and k alike and no rope, in few comparisons; ``_check`` looks at the rest and finds out what is wrong."""
+    if rope is not None or not isinstance(q, torch.Tensor) or not isinstance(k, torch.Tensor):
+        return False
+    shape, dtype, device = q.shape, q.dtype, q.device
+    for weight in (q_weight, k_weight):
+        if weight is not None and not (weight.shape == shape[3:] and weight.dtype is dtype and weight.device == device):
+            return False
+    return len(shape) == 4 and dtype in checks.FLOATS and k.shape == shape and k.dtype is dtype and k.device == device and eps > 0 and norm in NORMS
+
+
 def _check(q, k, q_weight, k_weight, rope, eps, norm) -> None:
+    if _fits(q, k, q_weight, k_weight, rope, eps, norm):
+        return
     for name, x in (("q", q), ("k", k)):
         checks.floating(name, x)
         checks.rank(name, x, 4, "[B, T, H, D]")
@@ -78,6 +91,20 @@ def _check(q, k, q_weight, k_weight, rope, eps, norm) -> None:
             raise ValueError(f"{name} has shape {list(table.shape)}; it should be [{q.shape[1]}, {q.shape[3] // 2}]")
         if table.device != q.device:
             raise ValueError(f"{name} is on {table.device}; it should be on {q.device}, where q is")
+
+
+def _check_out(name, out, x, weight, norm) -> None:
+    checks.floating(name, out)
+    if out.shape != x.shape:
+        raise ValueError(f"{name} has shape {list(out.shape)}; it should be {list(x.shape)}")
+    dtype = x.dtype if weight is None or weight.dtype is x.dtype else reference.result_dtype(x, weight, norm)
+    if out.dtype is not dtype:
+        raise TypeError(f"{name} has dtype {out.dtype}; it should be {dtype}")
+    if out.device != x.device:
+        raise ValueError(f"{name} is on {out.device}; it should be on {x.device}, where q is")
+    strides = out.stride()
+    if 0 in strides and any(stride == 0 and size > 1 for stride, size in zip(strides, out.shape)):
+        raise ValueError(f"{name} has strides {list(strides)}; several of its elements share one place in memory")
 
 
 def qk_norm_rope(q, k, q_weight=None, k_weight=None, *, rope=None, eps: float = 1e-6, norm: str = "rms",
@@ -118,18 +145,10 @@ def qk_norm_into(q, k, q_weight, k_weight, q_out, k_out, *, rope=None, eps: floa
     _check(q, k, q_weight, k_weight, rope, eps, norm)
     code, exact = NORMS[norm], is_exact(numerics)
     cos, sin = (None, None) if rope is None else rope
-    for name, out, x, weight in (("q_out", q_out, q, q_weight), ("k_out", k_out, k, k_weight)):
-        checks.floating(name, out)
-        if out.shape != x.shape:
-            raise ValueError(f"{name} has shape {list(out.shape)}; it should be {list(x.shape)}")
-        if out.dtype is not (dtype := reference.result_dtype(x, weight, code)):
-            raise TypeError(f"{name} has dtype {out.dtype}; it should be {dtype}")
-        if out.device != x.device:
-            raise ValueError(f"{name} is on {out.device}; it should be on {x.device}, where q is")
-        if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape)):
-            raise ValueError(f"{name} has strides {list(out.stride())}; several of its elements share one place in memory")
+    _check_out("q_out", q_out, q, q_weight, code)
+    _check_out("k_out", k_out, k, k_weight, code)
     tensors = (q, k, q_weight, k_weight, q_out, k_out)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         q_new, k_new = _rope(q, k, q_weight, k_weight, cos, sin, eps, code, exact)
         q_out.copy_(q_new)
         k_out.copy_(k_new)

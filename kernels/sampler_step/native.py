@@ -27,7 +27,7 @@ def compare_with_stock(op) -> None:
 def why_not_flow_euler(sample, model_output, uncond, table, step, counter, exact) -> str:
     if not CPU.loaded:
         return CPU.reason
-    if sample.device.type != "cpu":
+    if not sample.is_cpu:
         return f"sample is on {sample.device}"
     if exact and _differs:
         return _differs

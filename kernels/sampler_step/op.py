@@ -76,7 +76,8 @@ def sampler_step(sample, model_output, table, step, *, uncond=None, method: str 
         counter, step = step, 0
     elif not 0 <= step < table.shape[0]:
         raise ValueError(f"step is {step}; it should be from 0 to {table.shape[0] - 1}")
+    device = sample.device
     for name, tensor in (("model_output", model_output), ("table", table), ("uncond", uncond), ("step", counter)):
-        if tensor is not None and tensor.device != sample.device:
-            raise ValueError(f"{name} is on {tensor.device}; it should be on {sample.device}, where sample is")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}; it should be on {device}, where sample is")
     return _METHODS[method](sample, model_output, uncond, table, step, counter, is_exact(numerics))

@@ -1,0 +1,55 @@
+"""QK norm against the eager formula, torch.compile of it (warm), and a clone of the outputs.
+
+``python benchmarks/test_qk_norm_rope.py [--rounds N] [--json FILE]``
+"""
+
+from __future__ import annotations
+
+import torch
+
+from alternating import main, measure
+from fusewire import ops
+from registry import REGISTRY
+
+
+def eager(q, k, weight, rope):
+    """diffusers' RMSNorm and apply_rotary_emb, as formulas that torch.compile can fuse."""
+    def one(x):
+        y = x * torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + 1e-6)
+        y = (y.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else y) * weight
+        if rope is None:
+            return y
+        real, imaginary = y.reshape(*y.shape[:-1], -1, 2).unbind(-1)
+        turned = torch.stack([-imaginary, real], dim=-1).flatten(3)
+        return (y.float() * rope[0][None, :, None] + turned.float() * rope[1][None, :, None]).to(y.dtype)
+
+    return one(q), one(k)
+
+
+def rows(rounds: int):
+    for case in REGISTRY["qk_norm_rope"]:
+        for name in case.dtypes:
+            dtype = getattr(torch, name)
+            q, k, weight = torch.randn(case.shape).to(dtype), torch.randn(case.shape).to(dtype), torch.rand(case.shape[-1]).to(dtype)
+            angle = torch.randn(case.shape[1], case.shape[3] // 2)
+            rope = (angle.cos(), angle.sin()) if "rotated" in case.what else None
+            doubled = None if rope is None else tuple(table.repeat_interleave(2, dim=-1) for table in rope)
+            q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+            compiled = torch.compile(eager)
+            ops.reset_stats()
+            times = measure({
+                "exact": lambda: ops.qk_norm_rope(q, k, weight, weight, rope=rope),
+                "close": lambda: ops.qk_norm_rope(q, k, weight, weight, rope=rope, numerics="close"),
+                "into": lambda: ops.qk_norm_into(q, k, weight, weight, q_out, k_out, rope=rope),
+                "clone": lambda: (q.clone(), k.clone()),
+                "compile": lambda: compiled(q, k, weight, doubled),
+                "eager": lambda: eager(q, k, weight, doubled),
+            }, rounds)
+            assert ops.stats()["qk_norm_rope"]["reference"] == 0
+            yield {"shape": case.what, "size": list(case.shape), "dtype": name, "backend": "cpu", **times,
+                   "compile/exact": round(times["compile"] / times["exact"], 2), "exact/clone": round(times["exact"] / times["clone"], 2),
+                   "GB/s": round(case.elements * q.element_size() / times["exact"] / 1e3, 1)}
+
+
+if __name__ == "__main__":
+    main(__doc__.splitlines()[0], rows)

@@ -93,6 +93,12 @@ def test_themes_and_narrow_screens(written):
         assert len(re.findall(rf"--{name}:", text)) == 2, f"--{name} is not set for both themes"
 
 
+def test_the_style_arrives_unescaped(written):
+    text, _, _ = written
+    style = text[text.index("<style>"):text.index("</style>")]
+    assert ".tiles > div" in style and "&gt;" not in style and "&#34;" not in style
+
+
 def test_no_path_of_this_machine(written):
     text, data, folder = written
     for leak in (str(folder), "/home/", "/root/", "/work/", "/tmp/"):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -34,9 +37,8 @@ def kind_of(operator: str) -> str:
 
 def by_kind(call: Callable[[], object], device: torch.device) -> dict[str, float]:
     """Share of the time, 0 to 1, of each kind in one call. A fused op counts where its main part belongs."""
-    # On the CPU the dispatcher's own profiler will do: the other one writes to the terminal.
     gpu = device.type == "cuda"
-    with torch.autograd.profiler.profile(use_kineto=gpu, use_device="cuda" if gpu else None) as found:
+    with _muted(), torch.autograd.profiler.profile(use_device="cuda" if gpu else None) as found:
         call()
         synchronise(device)
     spent = dict.fromkeys(KINDS, 0.0)
@@ -45,6 +47,20 @@ def by_kind(call: Callable[[], object], device: torch.device) -> dict[str, float
             spent[kind_of(event.key)] += event.self_device_time_total if gpu else event.self_cpu_time_total
     total = sum(spent.values()) or 1.0
     return {kind: value / total for kind, value in spent.items()}
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    """PyTorch's profiler writes notes of its own to file descriptor 2 and has no switch for them: they go nowhere."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 class StageClock:

@@ -69,8 +69,8 @@ def tiles(parities: list[ParityResult], profiles: list[ProfileResult]) -> list[d
         close, compiled = profile.row("close"), profile.row("compile")
         if close is not None and not profile.stages:
             found.append(dict(big=f"{close.against_eager:.2f}x", tone="good" if close.against_eager > 1 else "bad",
-                              small=f"faster than eager, {profile.target} in {profile.dtype}, close"
-                                    + (f"; {close.against_compile:.2f}x against torch.compile" if compiled else "")))
+                              small=f"the speed of eager: {profile.target} in {profile.dtype}, close"
+                                    + (f"; {close.against_compile:.2f}x that of torch.compile" if compiled else "")))
     first = [row.extra_first_ms for p in profiles for row in p.rows if row.variant in ("exact", "close")]
     if first:
         found.append(dict(big=f"{max(0.0, max(first)) / 1e3:.2f} s", tone="", small="longest extra time of a first call after swap: no compile step"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_Tensor = torch.Tensor
 
 
 def floating(name: str, tensor: torch.Tensor) -> None:
@@ -33,31 +34,43 @@ def positive(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}; it should be greater than 0")
 
 
-def tokens(name: str, tensor: torch.Tensor) -> None:
-    """``tensor`` is a floating [B, T, C]."""
-    floating(name, tensor)
-    rank(name, tensor, 3, "[B, T, C]")
+def modulated(x: torch.Tensor, names: tuple[str, ...], modulations: tuple[torch.Tensor, ...], like_names: tuple[str, ...] = (),
+              likes: tuple[torch.Tensor, ...] = ()) -> None:
+    """``x`` is a floating [B, T, C]; each of ``modulations`` modulates it ([B, C], [B, 1, C] or [B, T, C]); each of ``likes`` has its shape.
+    All are floating and on one device.
+    """
+    if isinstance(x, _Tensor) and x.dtype in FLOATS and x.dim() == 3:
+        device, shape = x.device, x.shape
+        batch, length, channels = shape
+        shapes = ((batch, channels), (batch, 1, channels), shape)
+        for tensor in modulations:
+            if not (isinstance(tensor, _Tensor) and tensor.dtype in FLOATS and tensor.shape in shapes and tensor.device == device):
+                break
+        else:
+            for tensor in likes:
+                if not (isinstance(tensor, _Tensor) and tensor.dtype in FLOATS and tensor.shape == shape and tensor.device == device):
+                    break
+            else:
+                return
+    _explain(x, names, modulations, like_names, likes)
 
 
-def like(x: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
-    """``tensor`` is floating and has x's shape and device."""
-    floating(name, tensor)
-    if tensor.shape != x.shape:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}; it should be {list(x.shape)}, as x")
-    same_device(name, tensor, x.device)
-
-
-def modulations(x: torch.Tensor, names: tuple[str, ...], tensors: tuple[torch.Tensor, ...]) -> None:
-    """Each tensor modulates ``x`` [B, T, C]: floating, [B, C], [B, 1, C] or [B, T, C], on x's device."""
-    device, (batch, length, channels) = x.device, x.shape
-    for name, tensor in zip(names, tensors):
+def _explain(x, names, modulations, like_names, likes) -> None:
+    """Raise what is wrong with the arguments of ``modulated``."""
+    floating("x", x)
+    rank("x", x, 3, "[B, T, C]")
+    batch, length, channels = x.shape
+    for name, tensor in zip(like_names, likes):
         floating(name, tensor)
-        shape = tensor.shape
-        if not (shape == (batch, channels) or shape == (batch, 1, channels) or shape == (batch, length, channels)):
-            raise ValueError(f"{name} has shape {list(shape)}; for x of shape {list(x.shape)} it should be "
+        if tensor.shape != x.shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; it should be {list(x.shape)}, as x")
+        same_device(name, tensor, x.device)
+    for name, tensor in zip(names, modulations):
+        floating(name, tensor)
+        if tensor.shape not in ((batch, channels), (batch, 1, channels), x.shape):
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; for x of shape {list(x.shape)} it should be "
                              f"[{batch}, {channels}], [{batch}, 1, {channels}] or [{batch}, {length}, {channels}]")
-        if tensor.device != device:
-            same_device(name, tensor, device)
+        same_device(name, tensor, x.device)
 
 
 def vector(name: str, tensor: torch.Tensor | None, channels: int, device: torch.device) -> None:

@@ -67,3 +67,5 @@ def define(schema: str, *, fallback: Callable, fake: Callable, backward: Callabl
 
 
 LIBRARY.define("cpu_isa() -> int")
+LIBRARY.define("cpu_layer_norm_moments(Tensor x, float eps, int order, Tensor(a!) out) -> ()")
+LIBRARY.define("cpu_layer_norm_order(Tensor x, int order) -> ()")

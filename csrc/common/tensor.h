@@ -8,6 +8,7 @@
 #include <optional>
 #include <tuple>
 
+#include "common/rows.h"
 #include "common/scalar.h"
 
 namespace fusewire {
@@ -25,14 +26,23 @@ using torch::stable::Tensor;
     default: STD_TORCH_CHECK(false, name, ": unsupported dtype");                                          \
   }
 
-// A modulation tensor [B, C], [B, 1, C] or [B, T, C] as strides over (batch, token, channel): broadcast dimensions have stride 0.
-struct Modulation {
-  const void* data;
-  int64_t batch, token, channel;
-};
-inline Modulation modulation(const Tensor& m, int64_t tokens) {
-  const bool per_token = m.dim() == 3 && m.size(1) == tokens && m.size(1) != 1;
-  return {m.data_ptr(), m.stride(0), per_token ? m.stride(1) : 0, m.stride(m.dim() - 1)};
+// x [B, T, C].
+inline Rows rows(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+// A modulation tensor [B, C], [B, 1, C] or [B, T, C].
+inline Rows modulation(const Tensor& m) {
+  if (m.dim() == 2) return {m.const_data_ptr(), m.stride(0), 0, m.stride(1)};
+  return {m.const_data_ptr(), m.stride(0), m.size(1) == 1 ? 0 : m.stride(1), m.stride(2)};
+}
+
+// A new contiguous CPU tensor [B, T, C] of x's shape and dtype: half the time of new_empty, which goes through the dispatcher.
+inline Tensor empty_rows(const Tensor& x) {
+  const int64_t sizes[] = {x.size(0), x.size(1), x.size(2)}, strides[] = {sizes[1] * sizes[2], sizes[2], 1};
+  int32_t dtype;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(3, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 }  // namespace fusewire

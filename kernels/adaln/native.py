@@ -1,17 +1,107 @@
-"""What csrc/cpu/adaln.cpp serves: the predicates of the room's CPU rows."""
+"""What csrc/cpu/adaln.cpp serves: the predicates of the room's CPU rows.
+
+A predicate runs at every call. It first tests, on attributes alone, whether everything is as it should be, and looks for the reason only where not.
+"""
 
 from __future__ import annotations
 
+import torch
+
+from fusewire.kernels.adaln import reference
+from fusewire.kernels.checks import FLOATS
 from fusewire.kernels.library import CPU
+from fusewire.kernels.rounding import differs_from_stock, probe_values
+
+# csrc/common/stock_order.h, likeliest first: fused_plain_tail, fused, portable
+_ORDERS = (2, 1, 0)
+# A row's tail alone; one and several vectors; one and several chunks of 16 vectors; a deep cascade. Many tails, because the compilers that
+# built PyTorch differ in whether they fuse its multiply-adds, which shows in few of the rows.
+_WIDTHS = (*range(1, 16), 23, 31, 64, 100, 131, 255, 300, 1100, 1536, 2311, 4613)
+_stands_down: dict[tuple[torch.dtype, bool], str] = {}  # (dtype, rms) -> why the exact rows do
 
 
-def why_not_modulate(x, shift, scale, weight, bias, eps, rms, exact) -> str:
+def _finds_order(dtype: torch.dtype) -> bool:
+    """Set the order of summation in which our layer-norm statistics and the installed torch's agree bit for bit."""
+    wide = torch.promote_types(dtype, torch.float32)
+    rows = [probe_values(1, width, dtype=dtype, seed=seed) + offset for width in _WIDTHS for seed, offset in ((1.0, 0), (1.3, 0), (1.7, 5))]
+    # With float32 weights, torch returns the statistics of 16-bit rows in float32
+    stock = [torch.cat(torch.native_layer_norm(x, x.shape[-1:], x.new_ones(x.shape[-1], dtype=wide), x.new_zeros(x.shape[-1], dtype=wide), 1e-6)[1:], -1)
+             for x in rows]
+    for order in _ORDERS:
+        if all(torch.equal(_moments(x, order), want) for x, want in zip(rows, stock)):
+            torch.ops.fusewire.cpu_layer_norm_order(rows[0], order)
+            return True
+    return False
+
+
+def _moments(x: torch.Tensor, order: int) -> torch.Tensor:
+    out = x.new_empty((x.shape[0], 2), dtype=torch.promote_types(x.dtype, torch.float32))
+    torch.ops.fusewire.cpu_layer_norm_moments(x, 1e-6, order, out)
+    return out
+
+
+def compare_with_stock(op) -> None:
+    """Find out, for each dtype and norm, whether ``op`` (adaln_modulate) in exact mode and the installed torch agree."""
+    if not CPU.loaded:
+        return
+    for dtype in FLOATS:
+        known = _finds_order(dtype)
+        for rms in (False, True):
+            if not known and not rms:
+                _stands_down[dtype, rms] = f"torch {torch.__version__} sums the rows of layer_norm in an order that the kernel does not know"
+                continue
+            cases = []
+            for width in (5, 40, 300, 1536):
+                vectors = [probe_values(1, width, dtype=dtype, seed=seed) for seed in (2, 3, 4, 5)]
+                for weight, bias in ((None, None), (vectors[2][0], vectors[3][0]), (vectors[2][0], None)):
+                    cases.append((probe_values(1, 1, width, dtype=dtype), vectors[0], vectors[1], weight, bias, 1e-6, rms, True))
+            reason = differs_from_stock(op, reference.adaln_modulate, cases)
+            if reason:
+                _stands_down[dtype, rms] = reason
+
+
+def _why_not(x, rms: bool, exact: bool, named) -> str:
     if not CPU.loaded:
         return CPU.reason
     if x.device.type != "cpu":
-        return f"x is on {x.device.type}"
-    if not (x.dtype is shift.dtype is scale.dtype):
-        return "x, shift and scale differ in dtype"
-    if exact or rms or weight is not None or bias is not None:
-        return "the CPU kernel serves the plain LayerNorm with numerics='close'"
-    return ""
+        return f"x is on {x.device}"
+    for name, tensor in named:
+        if tensor is not None and tensor.dtype is not x.dtype:
+            return f"{name} has dtype {tensor.dtype}, x has {x.dtype}"
+    if exact and rms and x.shape[0] * x.shape[1] == 1 and x.shape[2] >= 32768:
+        return "torch splits the sum of one row this long between its threads"
+    if exact and not rms and dict(named).get("weight", x) is None and dict(named).get("bias") is not None:
+        return "torch rounds a layer norm with a bias but no weight in a way of its own"
+    return _stands_down.get((x.dtype, rms), "") if exact else ""
+
+
+def why_not_modulate(x, shift, scale, weight, bias, eps, rms, exact) -> str:
+    dtype = x.dtype
+    if (x.is_cpu and shift.dtype is dtype and scale.dtype is dtype and weight is None and bias is None and not rms and not _stands_down
+            and CPU.loaded):
+        return ""
+    return _why_not(x, rms, exact, (("shift", shift), ("scale", scale), ("weight", weight), ("bias", bias)))
+
+
+def why_not_modulate_dual(x, shift, scale, shift2, scale2, eps, exact) -> str:
+    dtype = x.dtype
+    if (x.is_cpu and shift.dtype is dtype and scale.dtype is dtype and shift2.dtype is dtype and scale2.dtype is dtype and not _stands_down
+            and CPU.loaded):
+        return ""
+    return _why_not(x, False, exact, (("shift", shift), ("scale", scale), ("shift2", shift2), ("scale2", scale2)))
+
+
+def why_not_gate(x, y, gate, exact) -> str:
+    if x.is_cpu and y.dtype is x.dtype and gate.dtype is x.dtype and CPU.loaded:
+        return ""
+    return _why_not(x, False, False, (("y", y), ("gate", gate)))
+
+
+def why_not_gate_modulate(x, y, gate, y2, gate2, shift, scale, weight, bias, eps, rms, exact) -> str:
+    dtype = x.dtype
+    if (x.is_cpu and y.dtype is dtype and gate.dtype is dtype and shift.dtype is dtype and scale.dtype is dtype
+            and (y2 is None or (y2.dtype is dtype and gate2.dtype is dtype)) and weight is None and bias is None and not rms and not _stands_down
+            and CPU.loaded):
+        return ""
+    return _why_not(x, rms, exact, (("y", y), ("gate", gate), ("y2", y2), ("gate2", gate2), ("shift", shift), ("scale", scale),
+                                    ("weight", weight), ("bias", bias)))

@@ -51,14 +51,18 @@ _modulate = Table("adaln_modulate", [
     Backend("reference", always, reference.adaln_modulate),
 ])
 _modulate_dual = Table("adaln_modulate_dual", [
+    Backend("cpu", native.why_not_modulate_dual, _modulate_dual_op),
     Backend("reference", always, reference.adaln_modulate_dual),
 ])
 _gate = Table("gate_residual", [
+    Backend("cpu", native.why_not_gate, _gate_op),
     Backend("reference", always, reference.gate_residual),
 ])
 _gate_modulate = Table("gate_residual_adaln", [
+    Backend("cpu", native.why_not_gate_modulate, _gate_modulate_op),
     Backend("reference", always, reference.gate_residual_adaln),
 ])
+native.compare_with_stock(_modulate_op)
 
 
 def _is_rms(norm: str) -> bool:
@@ -84,8 +88,7 @@ def adaln_modulate(x, shift, scale, *, eps: float = 1e-6, norm: str = "layer", w
     Raises: TypeError for a dtype, ValueError for a shape, a device, ``eps``, ``norm`` or ``numerics`` that is not as stated.
     Source: Peebles and Xie (2023), "Scalable Diffusion Models with Transformers", adaLN-Zero.
     """
-    checks.tokens("x", x)
-    checks.modulations(x, ("shift", "scale"), (shift, scale))
+    checks.modulated(x, ("shift", "scale"), (shift, scale))
     if weight is not None or bias is not None:
         checks.vector("weight", weight, x.shape[-1], x.device)
         checks.vector("bias", bias, x.shape[-1], x.device)
@@ -106,8 +109,7 @@ def adaln_modulate_dual(x, shift, scale, shift2, scale2, *, eps: float = 1e-6, n
     Raises: as ``adaln_modulate``.
     Source: Stable Diffusion 3.5 medium (MMDiT-X), whose first blocks feed a joint and a self-attention from one norm.
     """
-    checks.tokens("x", x)
-    checks.modulations(x, ("shift", "scale", "shift2", "scale2"), (shift, scale, shift2, scale2))
+    checks.modulated(x, ("shift", "scale", "shift2", "scale2"), (shift, scale, shift2, scale2))
     checks.positive("eps", eps)
     return _modulate_dual(x, shift, scale, shift2, scale2, eps, is_exact(numerics))
 
@@ -125,9 +127,7 @@ def gate_residual(x, y, gate, *, numerics: str = "exact") -> torch.Tensor:
     Raises: TypeError for a dtype, ValueError for a shape, a device or ``numerics`` that is not as stated.
     Source: Peebles and Xie (2023), "Scalable Diffusion Models with Transformers", adaLN-Zero.
     """
-    checks.tokens("x", x)
-    checks.like(x, "y", y)
-    checks.modulations(x, ("gate",), (gate,))
+    checks.modulated(x, ("gate",), (gate,), ("y",), (y,))
     return _gate(x, y, gate, is_exact(numerics))
 
 
@@ -146,14 +146,11 @@ def gate_residual_adaln(x, y, gate, shift, scale, *, y2=None, gate2=None, eps: f
     Raises: as ``adaln_modulate``, and ValueError where only one of ``y2`` and ``gate2`` is given.
     Source: the adaLN-Zero block of Peebles and Xie (2023), between its attention and its MLP.
     """
-    checks.tokens("x", x)
-    checks.like(x, "y", y)
-    checks.modulations(x, ("gate", "shift", "scale"), (gate, shift, scale))
+    checks.modulated(x, ("gate", "shift", "scale"), (gate, shift, scale), ("y",), (y,))
     if y2 is not None or gate2 is not None:
         if y2 is None or gate2 is None:
             raise ValueError(f"{'y2' if y2 is None else 'gate2'} is None; y2 and gate2 should be given together")
-        checks.like(x, "y2", y2)
-        checks.modulations(x, ("gate2",), (gate2,))
+        checks.modulated(x, ("gate2",), (gate2,), ("y2",), (y2,))
     if weight is not None or bias is not None:
         checks.vector("weight", weight, x.shape[-1], x.device)
         checks.vector("bias", bias, x.shape[-1], x.device)

@@ -1,0 +1,194 @@
+// Mean and variance of contiguous rows. For *_kernels.cpp.
+#pragma once
+#include "common/stock_order.h"
+#include "common/vec.h"
+
+namespace fusewire::FUSEWIRE_ISA {
+
+// a * b + c, with one rounding where Fused, otherwise with two.
+template <bool Fused, int N, typename C>
+FUSEWIRE_INLINE lanes<C, N> stock_fma(lanes<C, N> a, lanes<C, N> b, lanes<C, N> c) {
+  if constexpr (Fused) return fma<N, C>(a, b, c);
+  return a * b + c;
+}
+template <typename C>
+FUSEWIRE_INLINE C stock_fma(bool fused, C a, C b, C c) { return fused ? std::fma(a, b, c) : a * b + c; }
+
+// The moments of a row as PyTorch's layer norm computes them, bit for bit (ATen's RowwiseMoments, since 2.0): Welford's updates per lane in chunks
+// of 16 vectors, the chunks' moments added pairwise up a cascade, then the row's tail element by element, then the lanes one after another.
+// A vector of 16-bit elements counts as one: both its halves are folded into the same lanes.
+template <typename T, bool Fused>
+class StockMoments {
+  using C = compute_t<T>;
+  static constexpr int N = 32 / sizeof(C), kHalves = sizeof(C) / sizeof(T), kChunk = 16, kDepth = 48;
+  using V = lanes<C, N>;
+  struct Sums {
+    int64_t count = 0;
+    V mean{}, square{};
+  };
+
+  int64_t channels_, vectors_;
+  int depth_;
+  bool fused_tail_;
+  C share_[N], before_[N];  // adding lane i: its share of the count so far, and the count before it
+
+  FUSEWIRE_INLINE static void add(Sums& to, int64_t count, V mean, V square) {
+    const int64_t total = to.count + count;
+    const C share = total == 0 ? C(0) : static_cast<C>(count) / static_cast<C>(total);
+    const V delta = mean - to.mean, step = splat<N>(share) * delta, weighted = delta * splat<N>(static_cast<C>(to.count));
+    const V squares = to.square + square;
+    to.mean = to.mean + step;
+    to.square = stock_fma<Fused, N, C>(weighted, step, squares);
+    to.count = total;
+  }
+
+  // G chunks of `count` vectors side by side: their updates are independent, which hides the latency of each.
+  template <int G>
+  FUSEWIRE_INLINE static void update(const T* x, int64_t count, V (&mean)[G][kHalves], V (&square)[G][kHalves]) {
+    for (int g = 0; g < G; ++g)
+      for (int h = 0; h < kHalves; ++h) mean[g][h] = square[g][h] = V{};
+    for (int64_t j = 0; j < count; ++j) {
+      const V part = splat<N>(C(1) / static_cast<C>(j + 1));
+      for (int g = 0; g < G; ++g) {
+        for (int h = 0; h < kHalves; ++h) {
+          const V value = load<N>(x + ((g * kChunk + j) * kHalves + h) * N);
+          const V delta = value - mean[g][h];
+          mean[g][h] = stock_fma<Fused, N, C>(part, delta, mean[g][h]);
+          square[g][h] = stock_fma<Fused, N, C>(delta, value - mean[g][h], square[g][h]);
+        }
+      }
+    }
+  }
+
+  template <int G>
+  FUSEWIRE_INLINE void chunks(const T* x, int64_t first, int64_t count, Sums* stack) const {
+    V mean[G][kHalves], square[G][kHalves];
+    update<G>(x + first * kChunk * kHalves * N, count, mean, square);
+    for (int g = 0; g < G; ++g) {
+      for (int h = 0; h < kHalves; ++h) add(stack[0], count, mean[g][h], square[g][h]);
+      int64_t mask = first + g + 1;
+      for (int level = 1; level < depth_ && (mask & 1) == 0; ++level, mask >>= 1) {
+        add(stack[level], stack[level - 1].count, stack[level - 1].mean, stack[level - 1].square);
+        stack[level - 1] = Sums{};
+      }
+    }
+  }
+
+ public:
+  StockMoments(int64_t channels, StockOrder order)
+      : channels_(channels), vectors_(channels / (N * kHalves)), fused_tail_(order == StockOrder::fused) {
+    const int64_t chunk_count = (vectors_ + kChunk - 1) / kChunk;
+    depth_ = 1;
+    while ((int64_t{1} << depth_) < chunk_count) ++depth_;
+    const int64_t per_lane = vectors_ * kHalves, tail = channels - vectors_ * N * kHalves;
+    for (int i = 0; i < N; ++i) {
+      const int64_t before = tail + i * per_lane, total = before + per_lane;
+      share_[i] = total == 0 ? C(0) : static_cast<C>(per_lane) / static_cast<C>(total);
+      before_[i] = static_cast<C>(before);
+    }
+  }
+
+  // Means and variances of R rows x[r] [channels]. The rows are independent; the last, serial step runs over all of them at once.
+  template <int R>
+  void operator()(const T* const (&x)[R], C (&mean)[R], C (&variance)[R]) const {
+    C means[N][R], squares[N][R];
+    C tail_mean[R], tail_square[R];
+    for (int r = 0; r < R; ++r) {
+      Sums stack[kDepth];
+      int64_t chunk = 0;
+      const int64_t full = vectors_ / kChunk;
+      constexpr int kSide = (kRegisterBytes == 64 ? 6 : 4) / kHalves;
+      for (; chunk + kSide <= full; chunk += kSide) chunks<kSide>(x[r], chunk, kChunk, stack);
+      for (; chunk + 2 <= full; chunk += 2) chunks<2>(x[r], chunk, kChunk, stack);
+      for (; chunk < full; ++chunk) chunks<1>(x[r], chunk, kChunk, stack);
+      if (vectors_ % kChunk) chunks<1>(x[r], chunk, vectors_ % kChunk, stack);
+      for (int level = 1; level < depth_; ++level) add(stack[0], stack[level].count, stack[level].mean, stack[level].square);
+      for (int i = 0; i < N; ++i) means[i][r] = stack[0].mean[i], squares[i][r] = stack[0].square[i];
+
+      C m = 0, s = 0;
+      int64_t count = 0;
+      for (int64_t i = vectors_ * N * kHalves; i < channels_; ++i) {
+        const C value = to_float(x[r][i]), delta = value - m;
+        m += delta / static_cast<C>(++count);
+        s = stock_fma(fused_tail_, delta, value - m, s);
+      }
+      tail_mean[r] = m, tail_square[r] = s;
+    }
+    for (int i = 0; i < N; ++i) {
+      for (int r = 0; r < R; ++r) {
+        const C delta = means[i][r] - tail_mean[r];
+        tail_mean[r] = stock_fma(Fused, share_[i], delta, tail_mean[r]);
+        tail_square[r] += stock_fma(Fused, delta * delta * share_[i], before_[i], squares[i][r]);
+      }
+    }
+    for (int r = 0; r < R; ++r) mean[r] = tail_mean[r], variance[r] = tail_square[r] / static_cast<C>(channels_);
+  }
+};
+
+// Mean and variance of a row of n > 0, accurate whatever the mean: mean = pivot + offset, both needed where the variance is far below mean^2.
+template <typename C>
+struct Moments { C pivot, offset, variance; };
+
+// Sums of x - pivot and of its squares in one pass, pivot being the mean of the row's first elements. Where that pivot is more than a standard
+// deviation off, the subtraction of offset^2 would cost digits: then once more around the mean just found.
+template <typename X>
+FUSEWIRE_INLINE Moments<compute_t<X>> pivot_moments(const X* x, int64_t n) {
+  using C = compute_t<X>;
+  constexpr int N = kLanes<C>, kSide = 4;
+  using V = lanes<C, N>;
+  C pivot = 0;
+  const int64_t head = n < N ? n : N;
+  for (int64_t i = 0; i < head; ++i) pivot += to_float(x[i]);
+  pivot /= static_cast<C>(head);
+  for (int pass = 0;; ++pass) {
+    V sum[kSide]{}, square[kSide]{};
+    const V around = splat<N>(pivot);
+    const auto take = [&](int s, V value) {
+      const V d = value - around;
+      sum[s] += d;
+      square[s] = fma<N, C>(d, d, square[s]);
+    };
+    int64_t i = 0;
+    for (; i + kSide * N <= n; i += kSide * N) {
+      for (int s = 0; s < kSide; ++s) take(s, load<N>(x + i + s * N));
+    }
+    for (; i + N <= n; i += N) take(0, load<N>(x + i));
+    const V sums = (sum[0] + sum[1]) + (sum[2] + sum[3]), squares = (square[0] + square[1]) + (square[2] + square[3]);
+    C total = 0, total_square = 0;
+    for (int l = 0; l < N; ++l) total += sums[l], total_square += squares[l];
+    for (; i < n; ++i) {
+      const C d = to_float(x[i]) - pivot;
+      total += d;
+      total_square += d * d;
+    }
+    const C offset = total / static_cast<C>(n), square_offset = offset * offset, variance = total_square / static_cast<C>(n) - square_offset;
+    if (pass == 1 || !(square_offset > variance)) return {pivot, offset, variance > 0 ? variance : (variance == variance ? C(0) : variance)};
+    pivot += offset;
+  }
+}
+
+// The mean of the squares of a row of n > 0.
+template <typename X>
+FUSEWIRE_INLINE compute_t<X> mean_square(const X* x, int64_t n) {
+  using C = compute_t<X>;
+  constexpr int N = kLanes<C>, kSide = 4;
+  lanes<C, N> square[kSide]{};
+  int64_t i = 0;
+  for (; i + kSide * N <= n; i += kSide * N) {
+    for (int s = 0; s < kSide; ++s) {
+      const auto value = load<N>(x + i + s * N);
+      square[s] = fma<N, C>(value, value, square[s]);
+    }
+  }
+  for (; i + N <= n; i += N) {
+    const auto value = load<N>(x + i);
+    square[0] = fma<N, C>(value, value, square[0]);
+  }
+  const auto squares = (square[0] + square[1]) + (square[2] + square[3]);
+  C total = 0;
+  for (int l = 0; l < N; ++l) total += squares[l];
+  for (; i < n; ++i) total += to_float(x[i]) * to_float(x[i]);
+  return total / static_cast<C>(n);
+}
+
+}  // namespace fusewire::FUSEWIRE_ISA

@@ -114,7 +114,7 @@ class AdalnRows {
       for (int r = 0; r < K; ++r) {
         C mean;
         if constexpr (kExact) {
-          mean = torch_sum<C>(n_, [p = x[r]](int64_t i) { return to_float(p[i]) * to_float(p[i]); }) / static_cast<C>(n_);
+          mean = torch_sum<C>(Squares<C, X>{x[r]}, n_) / static_cast<C>(n_);
         } else {
           mean = mean_square(x[r], n_);
         }

@@ -58,12 +58,23 @@ def define(schema: str, *, fallback: Callable, fake: Callable, backward: Callabl
     ``torch.library.register_autograd``'s; an op without them refuses to be differentiated rather than dropping a gradient.
     """
     name = schema.split("(", 1)[0]
+    _DEFINED[name] = (schema, {"fake": fake, "backward": backward, "setup_context": setup_context})
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fusewire::{name}", fake, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"fusewire::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     return getattr(torch.ops.fusewire, name).default
+
+
+_DEFINED: dict[str, tuple[str, dict]] = {}
+
+
+def variant(op: torch._ops.OpOverload, suffix: str, kernel: Callable) -> torch._ops.OpOverload:
+    """Declare ``fusewire::<op>_<suffix>``: ``op`` with ``kernel`` in the place of its fallback. The same schema, fake kernel and gradients."""
+    name = op._schema.name.split("::")[1]
+    schema, parts = _DEFINED[name]
+    return define(f"{name}_{suffix}{schema.removeprefix(name)}", fallback=kernel, **parts)
 
 
 LIBRARY.define("cpu_isa() -> int")

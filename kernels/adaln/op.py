@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from fusewire.kernels import checks
-from fusewire.kernels.adaln import native, reference
+from fusewire.kernels.adaln import native, reference, triton_limits
 from fusewire.kernels.adaln.reference import normalised_dtype, promoted
 from fusewire.kernels.autograd import recomputing
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import define
 from fusewire.kernels.rounding import is_exact
+from fusewire.kernels.triton_rows import row as triton_row
 
 
 def _fake_modulate(x, shift, scale, weight, bias, eps, rms, exact):
@@ -48,18 +49,22 @@ _gate_modulate_op = _register(
 
 _modulate = Table("adaln_modulate", [
     Backend("cpu", native.why_not_modulate, _modulate_op),
+    triton_row(_modulate_op, triton_limits.why_not_modulate, "adaln.adaln_modulate"),
     Backend("reference", always, reference.adaln_modulate),
 ])
 _modulate_dual = Table("adaln_modulate_dual", [
     Backend("cpu", native.why_not_modulate_dual, _modulate_dual_op),
+    triton_row(_modulate_dual_op, triton_limits.why_not_modulate_dual, "adaln.adaln_modulate_dual"),
     Backend("reference", always, reference.adaln_modulate_dual),
 ])
 _gate = Table("gate_residual", [
     Backend("cpu", native.why_not_gate, _gate_op),
+    triton_row(_gate_op, triton_limits.why_not_gate, "adaln.gate_residual"),
     Backend("reference", always, reference.gate_residual),
 ])
 _gate_modulate = Table("gate_residual_adaln", [
     Backend("cpu", native.why_not_gate_modulate, _gate_modulate_op),
+    triton_row(_gate_modulate_op, triton_limits.why_not_gate_modulate, "adaln.gate_residual_adaln"),
     Backend("reference", always, reference.gate_residual_adaln),
 ])
 native.compare_with_stock(_modulate_op)

@@ -8,8 +8,9 @@ from fusewire.kernels import checks
 from fusewire.kernels.autograd import recomputing
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import define
-from fusewire.kernels.linear import native, reference
+from fusewire.kernels.linear import native, reference, triton_limits
 from fusewire.kernels.rounding import is_exact
+from fusewire.kernels.triton_rows import row as triton_row
 
 
 def _fake_linear(x, weight, bias, activation, gate, residual, exact):
@@ -47,6 +48,8 @@ def _cpu(x, weight, bias, activation, gate, residual, exact) -> torch.Tensor:
 
 _linear = Table("linear", [
     Backend("cpu", native.why_not_cpu, _cpu),
+    Backend("cuda", triton_limits.why_not_cublaslt, triton_limits.cublaslt),
+    triton_row(_linear_op, triton_limits.why_not_epilogue, "linear.linear"),
     Backend("reference", always, reference.linear),
 ])
 

@@ -8,8 +8,9 @@ from fusewire.kernels import checks
 from fusewire.kernels.autograd import recomputing
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import LIBRARY, define
-from fusewire.kernels.qk_norm_rope import native, reference
+from fusewire.kernels.qk_norm_rope import native, reference, triton_limits
 from fusewire.kernels.rounding import is_exact
+from fusewire.kernels.triton_rows import row as triton_row
 
 NORMS = {"rms": reference.RMS, "torch_rms": reference.TORCH_RMS}
 _NAMES = "Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, "
@@ -41,10 +42,12 @@ LIBRARY.impl("qk_norm_into", _moving_versions, "ADInplaceOrView", with_keyset=Tr
 native.compare_with_stock(_rope_op)
 _rope = Table("qk_norm_rope", [
     Backend("cpu", native.why_not_rope, _rope_op),
+    triton_row(_rope_op, triton_limits.why_not_rope, "qk_norm_rope.qk_norm_rope"),
     Backend("reference", always, reference.qk_norm_rope),
 ])
 _into = Table("qk_norm_into", [
     Backend("cpu", native.why_not_into, _into_op),
+    triton_row(_into_op, triton_limits.why_not_into, "qk_norm_rope.qk_norm_into"),
     Backend("reference", always, reference.qk_norm_into),
 ])
 

@@ -9,8 +9,9 @@ from fusewire.kernels.autograd import recomputing
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import define
 from fusewire.kernels.rounding import is_exact
-from fusewire.kernels.sampler_step import native, reference
+from fusewire.kernels.sampler_step import native, reference, triton_limits
 from fusewire.kernels.sampler_step.tables import COLUMNS
+from fusewire.kernels.triton_rows import row as triton_row
 
 
 def _fake_flow_euler(sample, model_output, uncond, table, step, counter, exact):
@@ -24,6 +25,7 @@ _flow_euler_op = define("flow_euler_step(Tensor sample, Tensor model_output, Ten
 native.compare_with_stock(_flow_euler_op)
 _flow_euler = Table("flow_euler_step", [
     Backend("cpu", native.why_not_flow_euler, _flow_euler_op),
+    triton_row(_flow_euler_op, triton_limits.why_not_flow_euler, "sampler_step.flow_euler_step"),
     Backend("reference", always, reference.flow_euler_step),
 ])
 _METHODS = {"flow_euler": _flow_euler}

@@ -1,0 +1,261 @@
+"""Flash attention in Triton over a sequence given in one or two segments (image and text), which are never concatenated.
+
+Dao et al., "FlashAttention" (2022) and Dao, "FlashAttention-2" (2023): blocks of keys in turn, a running maximum and sum for each query,
+scores in base 2. One program owns a block of queries of one head and reads the keys of both segments, always in the same order: no atomics,
+and no result depends on the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fusewire.kernels.attention.triton_limits import default_scale
+from fusewire.kernels.qk_norm_rope import triton_kernel as qk_norm
+from fusewire.kernels.qk_norm_rope.reference import RMS
+from fusewire.kernels.triton_base import INTERPRETED, arch_of, launch, narrow, strided
+from fusewire.kernels.tuning import attention_tile
+
+NO_MASK, BOOL, ADDITIVE = 0, 1, 2
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234e38)  # just above float32's lowest
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if INTERPRETED:  # the interpreter multiplies the bit patterns of bfloat16
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _queries(q, q_t, q_d, weight, weight_d, i_tile, tokens, eps, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(a block of queries [BLOCK_M, BLOCK_D], their numbers in the segment); RMS-normalised over the head dimension where there is a weight."""
+    i_q = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    b_q = tl.load(q + i_q.to(tl.int64)[:, None] * q_t + o_d.to(tl.int64)[None, :] * q_d, mask=(i_q < tokens)[:, None] & (o_d < DIM)[None, :], other=0.0)
+    if weight is not None:
+        b_x = b_q.to(tl.float32)
+        b_w = tl.load(weight + o_d.to(tl.int64) * weight_d, mask=o_d < DIM, other=0.0).to(tl.float32)
+        b_q = narrow(b_x * tl.rsqrt(tl.sum(b_x * b_x, 1) / DIM + eps)[:, None] * b_w[None, :], q.dtype.element_ty)
+    return b_q, i_q
+
+
+@triton.jit
+def _masked(b_s, p_mask, mask_k, o_n, m_qn, MASK: tl.constexpr):
+    """Scores (base 2) plus the mask of keys ``o_n``; -inf where a key is not seen."""
+    b_m = tl.load(p_mask + o_n.to(tl.int64)[None, :] * mask_k, mask=m_qn, other=0)
+    if MASK == 1:
+        return tl.where(m_qn & (b_m != 0), b_s, float("-inf"))
+    # A finite mask stays finite in base 2: a row of float32's lowest counts all its keys alike
+    b_m = b_m.to(tl.float32)
+    return tl.where(m_qn & (b_m != float("-inf")), b_s + tl.maximum(b_m * LOG2E, LOWEST), float("-inf"))
+
+
+@triton.jit
+def _attend(
+    b_acc, b_max, b_sum, b_q, i_q, q_tokens, k, k_t, k_d, v, v_t, v_d, start, end, p_mask, mask_k, scale,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, CHECKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    """The keys [start, end) of one segment. CHECKED: they may fill less than whole blocks."""
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < DIM
+    o_start = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
+    p_k = k + o_start[None, :] * k_t + o_d.to(tl.int64)[:, None] * k_d
+    p_v = v + o_start[:, None] * v_t + o_d.to(tl.int64)[None, :] * v_d
+    step_k, step_v = tl.full([], BLOCK_N, tl.int64) * k_t, tl.full([], BLOCK_N, tl.int64) * v_t
+    for i_n in range(start, end, BLOCK_N):
+        o_n = i_n + tl.arange(0, BLOCK_N)
+        m_n = o_n < end
+        if CHECKED and DIM != BLOCK_D:
+            b_k = tl.load(p_k, mask=m_n[None, :] & m_d[:, None], other=0.0)
+            b_v = tl.load(p_v, mask=m_n[:, None] & m_d[None, :], other=0.0)
+        elif CHECKED:
+            b_k = tl.load(p_k, mask=m_n[None, :], other=0.0)
+            b_v = tl.load(p_v, mask=m_n[:, None], other=0.0)
+        elif DIM != BLOCK_D:
+            b_k = tl.load(p_k, mask=m_d[:, None], other=0.0)
+            b_v = tl.load(p_v, mask=m_d[None, :], other=0.0)
+        else:
+            b_k = tl.load(p_k)
+            b_v = tl.load(p_v)
+        b_s = _dot(b_q, b_k, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
+        if MASK == 0 and not CAUSAL and not CHECKED:
+            b_max_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
+            b_safe = b_max_new
+            b_s = tl.fma(b_s, tl.full([BLOCK_M, BLOCK_N], 1.0, tl.float32) * scale, tl.broadcast_to(-b_safe[:, None], [BLOCK_M, BLOCK_N]))
+        else:
+            b_s *= scale
+            m_qn = (i_q < q_tokens)[:, None] & m_n[None, :]
+            if CAUSAL:
+                m_qn = m_qn & (i_q[:, None] >= o_n[None, :])
+            if MASK:
+                b_s = _masked(b_s, p_mask, mask_k, o_n, m_qn, MASK)
+            else:
+                b_s = tl.where(m_qn, b_s, float("-inf"))
+            if MASK or CAUSAL:
+                # 0 * NaN is NaN: the values of keys that no query of the block sees do not enter the product
+                b_v = tl.where((tl.max(b_s, 0) != float("-inf"))[:, None], b_v, 0.0)
+            b_max_new = tl.maximum(b_max, tl.max(b_s, 1))
+            b_safe = tl.where(b_max_new == float("-inf"), 0.0, b_max_new)  # a query that has seen no key yet: -inf - -inf would be NaN
+            b_s -= b_safe[:, None]
+        b_p = tl.exp2(b_s)
+        b_alpha = tl.exp2(b_max - b_safe)
+        b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
+        b_acc = _dot(narrow(b_p, v.dtype.element_ty), b_v, b_acc * b_alpha[:, None], PRECISION)
+        b_max = b_max_new
+        p_k += step_k
+        p_v += step_v
+    return b_acc, b_max, b_sum
+
+
+@triton.jit
+def _attend_segment(
+    b_acc, b_max, b_sum, b_q, i_q, q_tokens, k, k_t, k_d, v, v_t, v_d, end, p_mask, mask_k, scale,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    """The keys [0, end) of one segment: whole blocks without bounds checks, then the rest."""
+    whole = end // BLOCK_N * BLOCK_N
+    b_acc, b_max, b_sum = _attend(
+        b_acc, b_max, b_sum, b_q, i_q, q_tokens, k, k_t, k_d, v, v_t, v_d, 0, whole, p_mask, mask_k, scale,
+        MASK, CAUSAL, False, PRECISION, BLOCK_M, BLOCK_N, DIM, BLOCK_D)
+    return _attend(
+        b_acc, b_max, b_sum, b_q, i_q, q_tokens, k, k_t, k_d, v, v_t, v_d, whole, end, p_mask, mask_k, scale,
+        MASK, CAUSAL, True, PRECISION, BLOCK_M, BLOCK_N, DIM, BLOCK_D)
+
+
+@triton.jit
+def _finish(out, lse, lse_base, b_acc, b_max, b_sum, i_q, i_b, i_h, tokens, heads, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A query that saw no key gives 0, and minus infinity as its log-sum-exp. ``out``: contiguous [B, T, H, D]."""
+    b_acc = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    o_d = tl.arange(0, BLOCK_D)
+    o_out = (((i_b * tokens + i_q) * heads + i_h) * DIM)[:, None] + o_d[None, :]
+    tl.store(out + o_out, narrow(b_acc, out.dtype.element_ty), mask=(i_q < tokens)[:, None] & (o_d < DIM)[None, :])
+    if lse is not None:
+        b_lse = tl.where(b_sum == 0.0, float("-inf"), (b_max + tl.log2(b_sum)) / LOG2E)
+        tl.store(lse + lse_base + i_q, b_lse, mask=i_q < tokens)
+
+
+# Numbers of tokens are not specialised on: no recompilation for each picture size
+@triton.jit(do_not_specialize=["tiles", "tiles2", "q_tokens", "q2_tokens", "k_tokens", "k2_tokens", "heads", "group"])
+def attention_kernel(
+    q, q_b, q_t, q_h, q_d, q_weight, q_weight_d, k, k_b, k_t, k_h, k_d, v, v_b, v_t, v_h, v_d, out,
+    q2, q2_b, q2_t, q2_h, q2_d, q2_weight, q2_weight_d, k2, k2_b, k2_t, k2_h, k2_d, v2, v2_b, v2_t, v2_h, v2_d, out2,
+    mask, mask_b, mask_h, mask_q, mask_k, lse, tiles, tiles2, q_tokens, q2_tokens, k_tokens, k2_tokens, heads, group, scale, eps,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
+):
+    """softmax(q k^T * scale + mask) v; ``scale`` is in base 2, strides of q, k and v other than the last are in UNIT elements. Programs: blocks of queries fastest, then heads, then samples.
+
+    The second segment (q2, ...) is None where there is one only; mask and causal go with one segment.
+    """
+    program = tl.program_id(0)
+    i_tile, i_bh = program % (tiles + tiles2), (program // (tiles + tiles2)).to(tl.int64)
+    i_b, i_h = i_bh // heads, i_bh % heads
+    i_kv = i_h // group
+    if q2 is None:
+        tokens = q_tokens
+        b_q, i_q = _queries(q + (i_b * q_b + i_h * q_h) * UNIT, q_t * UNIT, q_d, q_weight, q_weight_d, i_tile, q_tokens, eps, DIM, BLOCK_M, BLOCK_D)
+    else:
+        second = i_tile >= tiles
+        tokens = tl.where(second, q2_tokens, q_tokens)
+        if second:
+            b_q, i_q = _queries(q2 + (i_b * q2_b + i_h * q2_h) * UNIT, q2_t * UNIT, q2_d, q2_weight, q2_weight_d, i_tile - tiles, q2_tokens, eps, DIM, BLOCK_M, BLOCK_D)
+        else:
+            b_q, i_q = _queries(q + (i_b * q_b + i_h * q_h) * UNIT, q_t * UNIT, q_d, q_weight, q_weight_d, i_tile, q_tokens, eps, DIM, BLOCK_M, BLOCK_D)
+
+    end = k_tokens
+    if CAUSAL:
+        end = tl.minimum(k_tokens, (i_tile + 1) * BLOCK_M)
+    p_mask = mask
+    if MASK:
+        p_mask = mask + i_b * mask_b + i_h * mask_h + i_q.to(tl.int64)[:, None] * mask_q
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_acc, b_max, b_sum = _attend_segment(
+        b_acc, b_max, b_sum, b_q, i_q, tokens, k + (i_b * k_b + i_kv * k_h) * UNIT, k_t * UNIT, k_d, v + (i_b * v_b + i_kv * v_h) * UNIT, v_t * UNIT, v_d, end,
+        p_mask, mask_k, scale, MASK, CAUSAL, PRECISION, BLOCK_M, BLOCK_N, DIM, BLOCK_D)
+    if k2 is not None:
+        b_acc, b_max, b_sum = _attend_segment(
+            b_acc, b_max, b_sum, b_q, i_q, tokens, k2 + (i_b * k2_b + i_kv * k2_h) * UNIT, k2_t * UNIT, k2_d, v2 + (i_b * v2_b + i_kv * v2_h) * UNIT, v2_t * UNIT, v2_d, k2_tokens,
+            p_mask, mask_k, scale, MASK, CAUSAL, PRECISION, BLOCK_M, BLOCK_N, DIM, BLOCK_D)
+
+    lse_base = i_bh * (q_tokens + q2_tokens)
+    if q2 is None:
+        _finish(out, lse, lse_base, b_acc, b_max, b_sum, i_q, i_b, i_h, q_tokens, heads, DIM, BLOCK_D)
+    else:
+        if second:
+            _finish(out2, lse, lse_base + q_tokens, b_acc, b_max, b_sum, i_q, i_b, i_h, q2_tokens, heads, DIM, BLOCK_D)
+        else:
+            _finish(out, lse, lse_base, b_acc, b_max, b_sum, i_q, i_b, i_h, q_tokens, heads, DIM, BLOCK_D)
+
+
+def _unit(*tensors: torch.Tensor | None) -> int:
+    """The elements in 16 bytes where every row (head dimension) of the tensors starts at a multiple of 16 bytes, otherwise 1.
+
+    Triton sees by itself that a stride is a multiple of 16 elements; rows of 40 or 72 would be loaded one element at a time.
+    """
+    unit = 16 // tensors[0].dtype.itemsize
+    return unit if all(stride % unit == 0 for tensor in tensors if tensor is not None for stride in strided(tensor, 4)[1:4]) else 1
+
+
+def _in_units(tensor: torch.Tensor | None, unit: int) -> tuple:
+    pointer, *strides, last = strided(tensor, 4)
+    return (pointer, *(stride // unit for stride in strides), last)
+
+
+def _launch(first, second, mask, weights, lse, causal: bool, scale: float | None, eps: float) -> None:
+    """``first``, ``second``: (q, k, v, out) of a segment, the second of None where there is one only; ``weights``: those of q and q2."""
+    q, k = first[:2]
+    q2, k2 = second[:2]
+    batch, q_tokens, heads, dim = q.shape
+    q2_tokens, k2_tokens = (0 if x is None else x.shape[1] for x in (q2, k2))
+    tile = attention_tile(dim, q.dtype.itemsize, mask is not None, arch_of(q.device))
+    tiles, tiles2 = triton.cdiv(q_tokens, tile.queries), triton.cdiv(q2_tokens, tile.queries)
+    kind = NO_MASK if mask is None else BOOL if mask.dtype is torch.bool else ADDITIVE
+    segments = []
+    unit = _unit(*first[:3], *second[:3])
+    for (queries, keys, values, out), weight in zip((first, second), weights):
+        segments += [*_in_units(queries, unit), *strided(weight, 1), *_in_units(keys, unit), *_in_units(values, unit), out]
+    launch(
+        attention_kernel, batch * heads * (tiles + tiles2), q, *segments,
+        *strided(mask.view(torch.uint8) if kind == BOOL else mask, 4), lse, tiles, tiles2, q_tokens, q2_tokens, k.shape[1], k2_tokens,
+        heads, heads // max(k.shape[2], 1), default_scale(scale, dim) * LOG2E.value, eps,
+        MASK=kind, CAUSAL=causal, PRECISION=tile.precision, BLOCK_M=tile.queries, BLOCK_N=tile.keys, DIM=dim, BLOCK_D=tile.dim, UNIT=unit,
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,  # fused where the code says so: equal bits for any layout
+    )
+
+
+def _normalised_keys(keys, weights, eps: float) -> list:
+    """The keys, those with a weight RMS-normalised into fresh tensors by one launch: every block of queries reads them again, so once is best."""
+    wanted = [i for i, weight in enumerate(weights) if weight is not None]
+    if not wanted:
+        return list(keys)
+    fresh = {i: torch.empty_like(keys[i], memory_format=torch.contiguous_format) for i in wanted}
+    one, other = wanted[0], wanted[-1]
+    if one == other:  # the second tensor of the launch has no tokens
+        qk_norm.qk_norm_into(keys[one], keys[one][:, :0], weights[one], None, fresh[one], fresh[one][:, :0], None, None, eps, RMS, False)
+    else:
+        qk_norm.qk_norm_into(keys[one], keys[other], weights[one], weights[other], fresh[one], fresh[other], None, None, eps, RMS, False)
+    return [fresh.get(i, x) for i, x in enumerate(keys)]
+
+
+def attention(q, k, v, mask, q_weight, k_weight, causal: bool, scale: float | None, eps: float, lse=None) -> torch.Tensor:
+    """``lse``: None, or float32 [B, H, Tq] that receives the natural log-sum-exp of each query's scores."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    (k,) = _normalised_keys((k,), (k_weight,), eps)
+    _launch((q, k, v, out), (None,) * 4, mask, (q_weight, None), lse, causal, scale, eps)
+    return out
+
+
+def joint_attention(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale: float | None, eps: float,
+                    lse=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """``lse``: None, or float32 [B, H, T + T2]."""
+    out, out2 = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, q2))
+    k, k2 = _normalised_keys((k, k2), (k_weight, k2_weight), eps)
+    _launch((q, k, v, out), (q2, k2, v2, out2), None, (q_weight, q2_weight), lse, False, scale, eps)
+    return out, out2

@@ -1,0 +1,32 @@
+"""What triton_kernel.py serves: the predicates of the room's Triton rows."""
+
+from __future__ import annotations
+
+import torch
+
+from fusewire.kernels.triton_rows import why_not
+
+MAX_DIM = 512  # head dimensions; a block of queries and its result are held in registers and shared memory
+
+
+def default_scale(scale: float | None, dim: int) -> float:
+    return dim**-0.5 if scale is None else scale
+
+
+def _why_not(q, scale, *tensors) -> str:
+    if reason := why_not(q, *tensors):
+        return reason
+    if not 0 < q.shape[3] <= MAX_DIM:
+        return f"the head dimension is {q.shape[3]}; 1 to {MAX_DIM} are served"
+    if scale is not None and scale <= 0:
+        return "scale is not positive"
+    return ""
+
+
+def why_not_attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps) -> str:
+    additive = None if mask is None or mask.dtype is torch.bool else mask
+    return _why_not(q, scale, k, v, additive, q_weight, k_weight)
+
+
+def why_not_joint(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale, eps) -> str:
+    return _why_not(q, scale, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight)

@@ -1,0 +1,137 @@
+"""The launches that compiled.py compiles: shapes of real models, on meta tensors."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from fusewire.kernels.adaln import triton_kernel as adaln
+from fusewire.kernels.attention import triton_kernel as attention
+from fusewire.kernels.linear import triton_kernel as linear
+from fusewire.kernels.qk_norm_rope import triton_kernel as qk_norm_rope
+from fusewire.kernels.qk_norm_rope.reference import RMS
+from fusewire.kernels.sampler_step import triton_kernel as sampler_step
+
+SHORT = {torch.bfloat16: "bf16", torch.float32: "f32"}  # float16 differs from bfloat16 in one conversion instruction
+CASES: dict = {}
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def case(name: str):
+    def add(function):
+        CASES[name] = function
+        return function
+    return add
+
+
+def _tokens(channels: int, dtype, tokens: int = 1024, batch: int = 2):
+    """x and the nine chunks of one modulation tensor."""
+    return meta(batch, tokens, channels, dtype=dtype), meta(batch, 9 * channels, dtype=dtype).chunk(9, -1)
+
+
+for _channels, _dtype in itertools.product((64, 1152, 1536, 3072, 8192, 16384), SHORT):
+    @case(f"adaln_modulate {_channels} {SHORT[_dtype]}")
+    def _(channels=_channels, dtype=_dtype):
+        x, m = _tokens(channels, dtype)
+        adaln.adaln_modulate(x, m[0], m[1], None, None, 1e-6, False, False)
+
+    @case(f"gate_residual_adaln two gates {_channels} {SHORT[_dtype]}")
+    def _(channels=_channels, dtype=_dtype):
+        x, m = _tokens(channels, dtype)
+        adaln.gate_residual_adaln(x, x, m[0], x, m[1], m[2], m[3], None, None, 1e-6, False, False)
+
+    if _channels == 1536:
+        @case(f"adaln_modulate_dual {_channels} {SHORT[_dtype]}")
+        def _(channels=_channels, dtype=_dtype):
+            x, m = _tokens(channels, dtype)
+            adaln.adaln_modulate_dual(x, *m[:4], 1e-6, False)
+
+        @case(f"gate_residual exact {_channels} {SHORT[_dtype]}")
+        def _(channels=_channels, dtype=_dtype):
+            x, m = _tokens(channels, dtype)
+            adaln.gate_residual(x, x, m[0], True)
+
+        @case(f"adaln_modulate exact {_channels} {SHORT[_dtype]}")
+        def _(channels=_channels, dtype=_dtype):
+            x, m = _tokens(channels, dtype)
+            adaln._launch(x, (), adaln.NONE, None, None, ((m[0], m[1]),), 1e-6, True, (torch.empty_like(x),))
+
+        @case(f"linear gate residual {_channels} {SHORT[_dtype]}")
+        def _(channels=_channels, dtype=_dtype):
+            x, m = _tokens(channels, dtype)
+            linear.epilogue(x, None, "none", m[0].unsqueeze(1), x, False)
+
+        @case(f"linear bias gelu_tanh {_channels} {SHORT[_dtype]}")
+        def _(channels=_channels, dtype=_dtype):
+            x, _ = _tokens(channels, dtype)
+            linear.epilogue(x, meta(channels, dtype=dtype), "gelu_tanh", None, None, False)
+
+# The same values in other layouts: the order of the sums must be that of the plain one
+LAYOUTS = {
+    "unaligned": lambda x: meta(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape),
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "reversed": lambda x: x.permute(*range(x.dim())[::-1]).contiguous().permute(*range(x.dim())[::-1]),
+    "step two": lambda x: meta(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)[..., ::2],
+    "sliced": lambda x: meta(*x.shape[:-1], 3 * x.shape[-1], dtype=x.dtype)[..., x.shape[-1]:2 * x.shape[-1]],
+}
+for _channels, (_name, _layout) in itertools.product((1536, 1000, 63), {"plain": lambda x: x, **LAYOUTS}.items()):
+    @case(f"layout of adaln {_channels}: {_name}")
+    def _(channels=_channels, layout=_layout):
+        x, m = _tokens(channels, torch.bfloat16)
+        adaln.gate_residual_adaln(layout(x), layout(x), layout(m[0]), None, None, layout(m[1]), layout(m[2]), None, None, 1e-6, False, False)
+
+for _dim, (_name, _layout) in itertools.product((64, 40, 9), {"plain": lambda x: x, **LAYOUTS}.items()):
+    @case(f"layout of qk_norm {_dim}: {_name}")
+    def _(dim=_dim, layout=_layout):
+        q, w = meta(2, 1178, 24, dim), meta(dim)
+        qk_norm_rope.qk_norm_rope(layout(q), layout(q), layout(w), w, None, None, 1e-6, RMS, False)
+
+for _name, _layout in {"plain": lambda x: x, **LAYOUTS}.items():
+    @case(f"layout of attention 64: {_name}")
+    def _(layout=_layout):
+        q = layout(meta(2, 1024, 24, 64))
+        attention.attention(q, q, q, None, None, None, False, None, 1e-6)
+
+for _dim, _dtype in itertools.product((40, 64, 128, 256), SHORT):
+    @case(f"qk_norm_rope {_dim} {SHORT[_dtype]}")
+    def _(dim=_dim, dtype=_dtype):
+        q, k = meta(2, 1178, 3 * 24 * dim, dtype=dtype).view(2, 1178, 3, 24, dim).unbind(2)[:2]
+        table = meta(1178, dim // 2, dtype=torch.float32)
+        qk_norm_rope.qk_norm_rope(q, k, meta(dim, dtype=dtype), meta(dim, dtype=dtype), table, table, 1e-6, RMS, False)
+
+for _dtype in SHORT:
+    @case(f"qk_norm_into joint buffer 64 {SHORT[_dtype]}")
+    def _(dtype=_dtype):
+        q, joint, w = meta(2, 1024, 24, 64, dtype=dtype), meta(2, 1178, 24, 64, dtype=dtype), meta(64, dtype=dtype)
+        qk_norm_rope.qk_norm_into(q, q, w, w, joint[:, :1024], joint[:, :1024], None, None, 1e-6, RMS, False)
+
+    @case(f"flow_euler_step guided {SHORT[_dtype]}")
+    def _(dtype=_dtype):
+        sampler_step.flow_euler_step(meta(1, 16, 128, 128, dtype=torch.float32), meta(2, 16, 128, 128, dtype=dtype), None,
+                                     meta(28, 2, dtype=torch.float64), 0, meta(dtype=torch.int64), True)
+
+MASKS = {"": lambda q: None, " bool": lambda q: meta(q.shape[0], 1, q.shape[1], q.shape[1], dtype=torch.bool),
+         " additive": lambda q: meta(q.shape[0], 1, 1, q.shape[1], dtype=torch.float32)}
+for _dim, _dtype, _mask in itertools.product((16, 40, 64, 72, 96, 128, 160, 256, 512), SHORT, MASKS):
+    @case(f"attention {_dim} {SHORT[_dtype]}{_mask}")
+    def _(dim=_dim, dtype=_dtype, mask=_mask):
+        q = meta(2, 1024, 24, dim, dtype=dtype)
+        attention.attention(q, q, q, MASKS[mask](q), None, None, False, None, 1e-6)
+
+for _dim, _dtype in itertools.product((64, 128), SHORT):
+    @case(f"attention {_dim} {SHORT[_dtype]} causal")
+    def _(dim=_dim, dtype=_dtype):
+        q = meta(2, 1024, 24, dim, dtype=dtype)
+        attention.attention(q, q, q, None, None, None, True, None, 1e-6)
+
+    @case(f"joint_attention {_dim} {SHORT[_dtype]}")
+    def _(dim=_dim, dtype=_dtype):
+        q, q2, w = meta(2, 1024, 24, dim, dtype=dtype), meta(2, 154, 24, dim, dtype=dtype), meta(dim, dtype=dtype)
+        attention.joint_attention(q, q, q, q2, q2, q2, w, None, w, None, None, 1e-6)
+
+QUICK = ("adaln_modulate 1536 bf16", "gate_residual_adaln two gates 3072 f32", "gate_residual exact 1536 f32", "linear gate residual 1536 bf16",
+         "qk_norm_into joint buffer 64 bf16", "flow_euler_step guided bf16", "attention 64 bf16", "joint_attention 128 bf16", "attention 72 bf16 bool")

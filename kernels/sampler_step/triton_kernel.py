@@ -1,0 +1,75 @@
+"""Guidance and one flow-matching Euler step in Triton: one pass over the latents, the step's scalars read from the table on the device.
+
+Every operation is elementwise, so ``exact`` gives the bits of eager PyTorch on the same device: each rounding of the eager chain is done in
+registers, and multiplications are not fused with additions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from fusewire.kernels.sampler_step.reference import halves
+from fusewire.kernels.triton_base import INTERPRETED, arch_of, elementwise, launch, narrow, rounded
+from fusewire.kernels.tuning import flat_tile
+
+@triton.jit
+def _base(x, i_0, i_1, i_2, x_0, x_1, x_2):
+    return x + i_0 * x_0 + i_1 * x_1 + i_2 * x_2
+
+
+@triton.jit(do_not_specialize=["step", "steps", "n_1", "n_2", "blocks"])
+def flow_euler_kernel(
+    sample, sample_0, sample_1, sample_2, sample_3, cond, cond_0, cond_1, cond_2, cond_3, uncond, uncond_0, uncond_1, uncond_2, uncond_3,
+    out, out_0, out_1, out_2, out_3, table, table_row, table_column, steps, step, counter, n_1, n_2, n_3, blocks,
+    EXACT: tl.constexpr, ROUND_DT: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """sample + dt * (uncond + guidance * (cond - uncond)) over [n_0, n_1, n_2, n_3]; uncond None: no guidance. One program: a block of n_3."""
+    program = tl.program_id(0)
+    i_outer, i_block = program // blocks, program % blocks
+    i_0 = (i_outer // (n_1 * n_2)).to(tl.int64)
+    i_1, i_2 = (i_outer // n_2 % n_1).to(tl.int64), (i_outer % n_2).to(tl.int64)
+    o = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = o < n_3
+
+    row = step if counter is None else tl.load(counter)
+    # A row outside the table gives NaN, not whatever lies beside it
+    inside = (row >= 0) & (row < steps)
+    p_row = table + row.to(tl.int64) * table_row
+    dt = tl.load(p_row, mask=inside, other=float("nan")).to(tl.float32)
+
+    dtype: tl.constexpr = cond.dtype.element_ty
+    b_v = tl.load(_base(cond, i_0, i_1, i_2, cond_0, cond_1, cond_2) + o * cond_3, mask=mask, other=0.0).to(tl.float32)
+    if uncond is not None:
+        guidance = tl.load(p_row + table_column, mask=inside, other=float("nan")).to(tl.float32)
+        b_u = tl.load(_base(uncond, i_0, i_1, i_2, uncond_0, uncond_1, uncond_2) + o * uncond_3, mask=mask, other=0.0).to(tl.float32)
+        if EXACT:
+            b_v = rounded(b_u + rounded(guidance * rounded(b_v - b_u, dtype), dtype), dtype)
+        else:
+            b_v = b_u + guidance * (b_v - b_u)
+    b_x = tl.load(_base(sample, i_0, i_1, i_2, sample_0, sample_1, sample_2) + o * sample_3, mask=mask, other=0.0).to(tl.float32)
+    if EXACT:
+        if ROUND_DT:
+            dt = rounded(dt, dtype)
+        b_x += rounded(dt * b_v, dtype)
+    else:
+        b_x += dt * b_v
+    tl.store(_base(out, i_0, i_1, i_2, out_0, out_1, out_2) + o * out_3, narrow(b_x, out.dtype.element_ty), mask=mask)
+
+
+def flow_euler_step(sample, model_output, uncond, table, step: int, counter, exact: bool) -> torch.Tensor:
+    cond, uncond = halves(model_output, uncond, sample.shape[0])
+    out = torch.empty_like(sample, dtype=cond.dtype)
+    sizes, (sample, cond, uncond, out_view) = elementwise(out, sample, cond, uncond, out)
+    block, warps = flat_tile(sizes[3], arch_of(out.device))
+    blocks = triton.cdiv(sizes[3], block)
+    # Beside a 0-dim tensor on the GPU, eager PyTorch rounds dt to the output's dtype before it multiplies; beside one on the CPU it does not
+    launch(
+        flow_euler_kernel, math.prod(sizes[:3]) * blocks, out, *sample, *cond, *uncond, *out_view,
+        table, *table.stride(), table.shape[0], step, counter, *sizes[1:], blocks,
+        EXACT=exact, ROUND_DT=not INTERPRETED.value, BLOCK=block, num_warps=warps, num_stages=1, enable_fp_fusion=False,
+    )
+    return out

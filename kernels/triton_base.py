@@ -1,0 +1,126 @@
+"""What the rooms' Triton kernels share: launches under the tensor's device, and the casts that keep the rounding contract.
+
+Imported by the triton_kernel.py files only, which are imported when the first call is served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+
+from fusewire.kernels.triton_rows import INTERPRETED as _INTERPRETED
+from fusewire.kernels.tuning import Arch, cuda_arch, hip_arch
+
+INTERPRETED = tl.constexpr(_INTERPRETED)
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+GRID_LIMIT = 2**31 - 1  # programs along x; y and z, with 65,535, are never used
+
+_archs: dict[int, Arch] = {}
+_elsewhere: tuple[Arch, object] | None = None
+
+
+def arch_of(device: torch.device) -> Arch:
+    """The architecture of a CUDA or ROCm device. The interpreter is treated as sm_90."""
+    if _elsewhere is not None:
+        return _elsewhere[0]
+    if device.type != "cuda":
+        return cuda_arch(9, 0)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _archs:
+        properties = torch.cuda.get_device_properties(index)
+        hip = torch.version.hip is not None
+        _archs[index] = hip_arch(properties.gcnArchName) if hip else cuda_arch(properties.major, properties.minor)
+    return _archs[index]
+
+
+def launch(kernel, programs: int, tensor: torch.Tensor, *args, **options) -> None:
+    """Run ``programs`` programs of ``kernel`` on the device of ``tensor`` and its current stream. No program: no launch.
+
+    Neither synchronises nor tunes, so that a call can be captured in a CUDA graph (once the kernel is compiled).
+    """
+    if programs > GRID_LIMIT:
+        raise ValueError(f"{kernel.__name__} would need {programs} programs; the limit is {GRID_LIMIT}")
+    if programs == 0:
+        return
+    if _elsewhere is not None:
+        _elsewhere[1](kernel, programs, args, options)
+        return
+    with torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext():
+        kernel[(programs,)](*args, **options)
+
+
+@contextmanager
+def launches_go_to(arch: Arch, receive) -> Iterator[None]:
+    """Inside, launchers choose for ``arch`` and hand ``receive(kernel, programs, args, options)`` what they would have launched.
+
+    Meta tensors do: only shapes, strides and alignment are looked at. This is how the kernels are compiled where there is no GPU.
+    """
+    global _elsewhere
+    before, _elsewhere = _elsewhere, (arch, receive)
+    try:
+        yield
+    finally:
+        _elsewhere = before
+
+
+def strided(tensor: torch.Tensor | None, dims: int) -> tuple:
+    """The tensor and its strides, as kernels take them; (None, 0, ..., 0) for None. A stride over a single element is 0, as it could be anything."""
+    if tensor is None:
+        return (None,) + (0,) * dims
+    return (tensor, *(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride())))
+
+
+def over_tokens(tensor: torch.Tensor | None) -> tuple:
+    """``strided`` of a modulation [B, C], [B, 1, C] or [B, T, C], as one of [B, T, C] whose token stride may be 0."""
+    return strided(tensor.unsqueeze(1) if tensor is not None and tensor.dim() == 2 else tensor, 3)
+
+
+def vector_aligned(tensor: torch.Tensor) -> bool:
+    """Whether rows of ``tensor`` can be stored 16 bytes at a time, as Triton sees it: strides are multiples of 16 elements, the last one is 1."""
+    *outer, inner = strided(tensor, tensor.dim())[1:]
+    return inner == 1 and tensor.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in outer)
+
+
+def elementwise(out: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[list[int], list[tuple]]:
+    """Four sizes that serve an elementwise kernel over tensors of ``out``'s shape, and each tensor with its four strides (None with zeros).
+
+    Dimensions are sorted by out's strides, those of one element dropped, and neighbours merged where every tensor's strides allow: dense
+    tensors of one layout become one run. ``out`` has at most four dimensions.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    order = sorted((i for i, size in enumerate(out.shape) if size != 1), key=lambda i: -out.stride(i))
+    sizes: list[int] = []
+    strides: list[list[int]] = [[] for _ in given]
+    for i in order:
+        size = out.shape[i]
+        if sizes and all(mine[-1] == tensor.stride(i) * size for mine, tensor in zip(strides, given)):
+            sizes[-1] *= size
+            for mine, tensor in zip(strides, given):
+                mine[-1] = tensor.stride(i)
+        else:
+            sizes.append(size)
+            for mine, tensor in zip(strides, given):
+                mine.append(tensor.stride(i))
+    padding = [1] * (4 - len(sizes))
+    found = iter(strides)
+    return padding + sizes, [(tensor, *(([0] * len(padding) + next(found)) if tensor is not None else [0] * 4)) for tensor in tensors]
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """float32 ``x`` rounded to nearest even in ``dtype``. (The interpreter's cast to bfloat16 truncates: there the rounding is done on the bits.)"""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000) & 0xFFFF0000
+        return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+    return x.to(dtype)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 ``x`` with the rounding that storing it in ``dtype`` would cause; still float32, so it costs registers only."""
+    return narrow(x, dtype).to(tl.float32)

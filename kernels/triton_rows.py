@@ -1,0 +1,71 @@
+"""The Triton rows of the dispatch tables: whether Triton can serve a call, decided without importing it.
+
+Triton is imported when the first call is served, so that importing Fusewire costs nothing where it is missing or not needed, and never
+touches a GPU. Under ``TRITON_INTERPRET=1`` the same kernels run on CPU tensors, slowly, where the backend is forced to "triton".
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+
+from fusewire.kernels.dispatch import Backend, forced_backend
+from fusewire.kernels.library import variant
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")  # as Triton reads it when it is imported
+MISSING = "" if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+@torch.compiler.assume_constant_result
+def too_old(index: int | None) -> str:
+    """Why the CUDA device ``index`` is too old for Triton, or ``""``."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0):
+        return ""
+    return "the GPU's compute capability is below 8.0"
+
+
+def why_not(x: torch.Tensor, *tensors: torch.Tensor | None) -> str:
+    """Why Triton cannot serve a call of these tensors; ``""`` where it can."""
+    if MISSING:
+        return MISSING
+    if INTERPRETED:
+        if x.device.type != "cpu" or forced_backend() != "triton":
+            return "Triton interprets (TRITON_INTERPRET=1): only for CPU tensors, and only where the backend is forced"
+    elif x.device.type != "cuda":
+        return f"x is on {x.device.type}"
+    elif reason := too_old(x.device.index):
+        return reason
+    for tensor in (x, *tensors):
+        if tensor is not None and tensor.dtype not in FLOATS:
+            return f"an argument has dtype {tensor.dtype}"
+    return ""
+
+
+def row(op: torch._ops.OpOverload, why_not: Callable[..., str], launcher: str) -> Backend:
+    """The Triton row of ``op``. ``launcher``: "<room>.<function>", the function of the room's triton_kernel.py that takes the op's arguments.
+
+    Where a graph is recorded (autograd, torch.compile, a dispatch mode) the call is the registered op ``<op>_triton``; the launcher alone
+    serves the rest, at less overhead. An op that changes its arguments is always called as an op, so that their version counters move.
+    """
+    room, function = launcher.split(".")
+    found: list[Callable] = []
+
+    def launch(*args):
+        if not found:
+            found.append(getattr(importlib.import_module(f"fusewire.kernels.{room}.triton_kernel"), function))
+        return found[0](*args)
+
+    registered = variant(op, "triton", launch)
+    if op._schema.is_mutable:
+        return Backend("triton", why_not, registered)
+
+    def run(*args):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return registered(*args)
+        return launch(*args)
+
+    return Backend("triton", why_not, run)

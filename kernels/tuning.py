@@ -1,0 +1,100 @@
+"""Tile sizes and warps of the Triton kernels: pure functions of shape and architecture, never of the batch and never of a timing.
+
+The order in which a row is summed must not depend on the batch, so nothing here sees the number of rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+KIB = 1024
+
+
+class Arch(NamedTuple):
+    """A GPU architecture: ``kind`` "cuda" or "hip"; ``name`` "sm_90" or "gfx942"; lanes of a warp; bytes of shared memory that a block may have."""
+
+    kind: str
+    name: str
+    warp: int
+    shared: int
+
+
+def cuda_arch(major: int, minor: int) -> Arch:
+    """163 KiB of shared memory a block on sm_80, 227 KiB on sm_90 and sm_100; the consumer parts (sm_86, sm_89, sm_120) have 99 KiB."""
+    number = 10 * major + minor
+    return Arch("cuda", f"sm_{number}", 32, {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(number, 99) * KIB)
+
+
+def hip_arch(name: str) -> Arch:
+    """``name`` as "gfx942". CDNA (gfx9..) has warps of 64 lanes; all have 64 KiB of shared memory a block, gfx950 160 KiB."""
+    name = name.split(":")[0]
+    return Arch("hip", name, 64 if name.startswith("gfx9") else 32, (160 if name == "gfx950" else 64) * KIB)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+class RowTile(NamedTuple):
+    """``rows`` rows of ``block`` columns in one program of ``warps`` warps."""
+
+    block: int
+    rows: int
+    warps: int
+
+
+def row_tile(channels: int, arch: Arch) -> RowTile:
+    """One program holds whole rows in registers: 16 elements a thread (two 16-byte loads of a 16-bit type), at least 2048 elements a program."""
+    block = power_of_2(channels)
+    rows = max(1, 2048 // block)
+    return RowTile(block, rows, min(block * rows // (16 * arch.warp), 16))
+
+
+def aligned(channels: int, inputs, outputs) -> bool:
+    """Whether a kernel that sums over ``channels`` may load vectors. ``inputs``, ``outputs``: dtypes.
+
+    Triton gives each thread as many neighbouring elements as the widest vector of any load or store takes, and the order of the sum follows.
+    The outputs are contiguous and fresh. Where their rows keep 16-byte alignment and no input is narrower, they alone decide, so that the
+    inputs' layouts cannot change a bit of the result; elsewhere every access is one element wide.
+    """
+    return channels % 16 == 0 and min(dtype.itemsize for dtype in inputs) >= min(dtype.itemsize for dtype in outputs)
+
+
+def flat_tile(elements: int, arch: Arch) -> tuple[int, int]:
+    """(block, warps) of an elementwise kernel over runs of ``elements`` contiguous elements: 8 a thread, at most 1024 a program."""
+    block = min(max(power_of_2(elements), 64), 1024)
+    return block, max(block // (8 * arch.warp), 1)
+
+
+class AttentionTile(NamedTuple):
+    """Blocks of queries and keys, the padded head dimension, and how float32 is multiplied."""
+
+    queries: int
+    keys: int
+    dim: int
+    warps: int
+    stages: int
+    precision: str
+
+
+def attention_tile(dim: int, itemsize: int, masked: bool, arch: Arch) -> AttentionTile:
+    """``dim``: the head dimension; ``itemsize``: bytes of an element. The key blocks in flight and the queries must fit into shared memory."""
+    padded = max(power_of_2(dim), 16)
+    large = arch.shared >= 160 * KIB
+    hopper = arch.kind == "cuda" and arch.shared >= 227 * KIB  # wgmma reads its operands from shared memory: more registers are left
+    if itemsize == 4:
+        # Three TF32 products come close to float32; AMD has float32 matrix instructions
+        queries, keys, warps, stages = (64, 32, 8, 2 if large else 1) if padded <= 128 else (32, 16, 8, 1)
+        return AttentionTile(queries, keys, padded, warps, stages, "ieee" if arch.kind == "hip" else "tf32x3")
+    if padded > 256:
+        queries, keys, warps, stages = (32, 32, 8, 2) if large else (32, 16, 8, 1)
+    elif arch.kind == "hip":
+        queries, keys, warps, stages = (128, 64, 4, 1) if padded <= 64 else (64, 32, 4, 1)
+    elif padded <= 64:
+        queries, keys, warps, stages = (128, 128 if hopper and not masked else 64, 8, 3 if large else 2)
+    elif padded <= 128:
+        queries, keys, warps, stages = (128, 32 if masked else 64, 8, 3) if large else (64, 32, 4, 2)
+    else:
+        queries, keys, warps, stages = (128, 32, 8, 2) if hopper and not masked else (64, 32, 8, 2) if large else (64, 16, 8, 2)
+    return AttentionTile(queries, keys, padded, warps, stages, "ieee")

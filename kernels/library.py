@@ -74,7 +74,16 @@ def variant(op: torch._ops.OpOverload, suffix: str, kernel: Callable) -> torch._
     """Declare ``fusewire::<op>_<suffix>``: ``op`` with ``kernel`` in the place of its fallback. The same schema, fake kernel and gradients."""
     name = op._schema.name.split("::")[1]
     schema, parts = _DEFINED[name]
-    return define(f"{name}_{suffix}{schema.removeprefix(name)}", fallback=kernel, **parts)
+    other = define(f"{name}_{suffix}{schema.removeprefix(name)}", fallback=kernel, **parts)
+    written = [i for i, argument in enumerate(op._schema.arguments) if argument.alias_info is not None and argument.alias_info.is_write]
+    if written:
+        def move_versions(keyset, *args):
+            torch.autograd.graph.increment_version([args[i] for i in written])
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                return other(*args)
+
+        LIBRARY.impl(f"{name}_{suffix}", move_versions, "ADInplaceOrView", with_keyset=True)
+    return other
 
 
 LIBRARY.define("cpu_isa() -> int")

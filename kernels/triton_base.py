@@ -124,3 +124,11 @@ def narrow(x, dtype: tl.constexpr):
 def rounded(x, dtype: tl.constexpr):
     """float32 ``x`` with the rounding that storing it in ``dtype`` would cause; still float32, so it costs registers only."""
     return narrow(x, dtype).to(tl.float32)
+
+
+@triton.jit
+def fused(x, y, z):
+    """x * y + z with one rounding, for float32 tensors of one shape. (The interpreter rounds twice: there it is done in float64.)"""
+    if INTERPRETED:
+        return (x.to(tl.float64) * y.to(tl.float64) + z.to(tl.float64)).to(tl.float32)
+    return tl.fma(x, y, z)

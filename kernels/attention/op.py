@@ -7,10 +7,11 @@ import math
 import torch
 
 from fusewire.kernels import checks
-from fusewire.kernels.attention import native, reference
+from fusewire.kernels.attention import native, reference, triton_limits
 from fusewire.kernels.autograd import recomputing
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import define
+from fusewire.kernels.triton_rows import row as triton_row
 
 
 def _fake_attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps):
@@ -31,10 +32,12 @@ _joint_op = define("joint_attention(Tensor q, Tensor k, Tensor v, Tensor q2, Ten
                    fallback=reference.joint_attention, fake=_fake_joint, backward=_backward, setup_context=_setup)
 _attention = Table("attention", [
     Backend("cpu", native.why_not_attention, _attention_op),
+    triton_row(_attention_op, triton_limits.why_not_attention, "attention.attention"),
     Backend("reference", always, reference.attention),
 ])
 _joint = Table("joint_attention", [
     Backend("cpu", native.why_not_joint, _joint_op),
+    triton_row(_joint_op, triton_limits.why_not_joint, "attention.joint_attention"),
     Backend("reference", always, reference.joint_attention),
 ])
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from fusewire.kernels.attention.triton_limits import default_scale
 from fusewire.kernels.qk_norm_rope import triton_kernel as qk_norm
 from fusewire.kernels.qk_norm_rope.reference import RMS
-from fusewire.kernels.triton_base import INTERPRETED, arch_of, launch, narrow, strided
+from fusewire.kernels.triton_base import INTERPRETED, arch_of, fused, launch, narrow, strided
 from fusewire.kernels.tuning import attention_tile
 
 NO_MASK, BOOL, ADDITIVE = 0, 1, 2
@@ -40,17 +40,6 @@ def _queries(q, q_t, q_d, weight, weight_d, i_tile, tokens, eps, DIM: tl.constex
         b_w = tl.load(weight + o_d.to(tl.int64) * weight_d, mask=o_d < DIM, other=0.0).to(tl.float32)
         b_q = narrow(b_x * tl.rsqrt(tl.sum(b_x * b_x, 1) / DIM + eps)[:, None] * b_w[None, :], q.dtype.element_ty)
     return b_q, i_q
-
-
-@triton.jit
-def _masked(b_s, p_mask, mask_k, o_n, m_qn, MASK: tl.constexpr):
-    """Scores (base 2) plus the mask of keys ``o_n``; -inf where a key is not seen."""
-    b_m = tl.load(p_mask + o_n.to(tl.int64)[None, :] * mask_k, mask=m_qn, other=0)
-    if MASK == 1:
-        return tl.where(m_qn & (b_m != 0), b_s, float("-inf"))
-    # A finite mask stays finite in base 2: a row of float32's lowest counts all its keys alike
-    b_m = b_m.to(tl.float32)
-    return tl.where(m_qn & (b_m != float("-inf")), b_s + tl.maximum(b_m * LOG2E, LOWEST), float("-inf"))
 
 
 @triton.jit
@@ -82,25 +71,29 @@ def _attend(
             b_k = tl.load(p_k)
             b_v = tl.load(p_v)
         b_s = _dot(b_q, b_k, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
-        if MASK == 0 and not CAUSAL and not CHECKED:
-            b_max_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
-            b_safe = b_max_new
-            b_s = tl.fma(b_s, tl.full([BLOCK_M, BLOCK_N], 1.0, tl.float32) * scale, tl.broadcast_to(-b_safe[:, None], [BLOCK_M, BLOCK_N]))
-        else:
-            b_s *= scale
-            m_qn = (i_q < q_tokens)[:, None] & m_n[None, :]
-            if CAUSAL:
-                m_qn = m_qn & (i_q[:, None] >= o_n[None, :])
-            if MASK:
-                b_s = _masked(b_s, p_mask, mask_k, o_n, m_qn, MASK)
-            else:
-                b_s = tl.where(m_qn, b_s, float("-inf"))
-            if MASK or CAUSAL:
-                # 0 * NaN is NaN: the values of keys that no query of the block sees do not enter the product
-                b_v = tl.where((tl.max(b_s, 0) != float("-inf"))[:, None], b_v, 0.0)
-            b_max_new = tl.maximum(b_max, tl.max(b_s, 1))
+        m_qn = (i_q < q_tokens)[:, None] & m_n[None, :]
+        if CAUSAL:
+            m_qn = m_qn & (i_q[:, None] >= o_n[None, :])
+        if MASK:
+            b_m = tl.load(p_mask + o_n.to(tl.int64)[None, :] * mask_k, mask=m_qn, other=0)
+        if MASK == 1:
+            m_qn = m_qn & (b_m != 0)
+        if MASK == 2:
+            m_qn = m_qn & (b_m != float("-inf"))
+            # A finite mask stays finite in base 2: a row of float32's lowest counts all its keys alike
+            b_s = b_s * scale + tl.maximum(b_m.to(tl.float32) * LOG2E, LOWEST)
+        if MASK or CAUSAL or CHECKED:
+            b_s = tl.where(m_qn, b_s, float("-inf"))
+        if MASK or CAUSAL:
+            # 0 * NaN is NaN: the values of keys that no query of the block sees do not enter the product
+            b_v = tl.where((tl.max(b_s, 0) != float("-inf"))[:, None], b_v, 0.0)
+        unit = 1.0 if MASK == 2 else scale
+        b_max_new = tl.maximum(b_max, tl.max(b_s, 1) * unit)
+        b_safe = b_max_new
+        if MASK or CAUSAL or CHECKED:
             b_safe = tl.where(b_max_new == float("-inf"), 0.0, b_max_new)  # a query that has seen no key yet: -inf - -inf would be NaN
-            b_s -= b_safe[:, None]
+        # One rounding of s * scale - max, which is near zero for the keys that count
+        b_s = fused(b_s, tl.full([BLOCK_M, BLOCK_N], 1.0, tl.float32) * unit, tl.broadcast_to(-b_safe[:, None], [BLOCK_M, BLOCK_N]))
         b_p = tl.exp2(b_s)
         b_alpha = tl.exp2(b_max - b_safe)
         b_sum = b_sum * b_alpha + tl.sum(b_p, 1)

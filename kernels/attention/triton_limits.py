@@ -16,8 +16,9 @@ def default_scale(scale: float | None, dim: int) -> float:
 def _why_not(q, scale, *tensors) -> str:
     if reason := why_not(q, *tensors):
         return reason
-    if not 0 < q.shape[3] <= MAX_DIM:
-        return f"the head dimension is {q.shape[3]}; 1 to {MAX_DIM} are served"
+    limit = MAX_DIM if q.dtype.itemsize == 2 else MAX_DIM // 2
+    if not 0 < q.shape[3] <= limit:
+        return f"the head dimension is {q.shape[3]}; 1 to {limit} are served in {q.dtype}"
     if scale is not None and scale <= 0:
         return "scale is not positive"
     return ""

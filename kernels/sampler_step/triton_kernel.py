@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fusewire.kernels.sampler_step.reference import halves
-from fusewire.kernels.triton_base import INTERPRETED, arch_of, elementwise, launch, narrow, rounded
+from fusewire.kernels.triton_base import arch_of, elementwise, launch, narrow, rounded
 from fusewire.kernels.tuning import flat_tile
 
 @triton.jit
@@ -25,7 +25,7 @@ def _base(x, i_0, i_1, i_2, x_0, x_1, x_2):
 def flow_euler_kernel(
     sample, sample_0, sample_1, sample_2, sample_3, cond, cond_0, cond_1, cond_2, cond_3, uncond, uncond_0, uncond_1, uncond_2, uncond_3,
     out, out_0, out_1, out_2, out_3, table, table_row, table_column, steps, step, counter, n_1, n_2, n_3, blocks,
-    EXACT: tl.constexpr, ROUND_DT: tl.constexpr, BLOCK: tl.constexpr,
+    EXACT: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """sample + dt * (uncond + guidance * (cond - uncond)) over [n_0, n_1, n_2, n_3]; uncond None: no guidance. One program: a block of n_3."""
     program = tl.program_id(0)
@@ -52,9 +52,8 @@ def flow_euler_kernel(
             b_v = b_u + guidance * (b_v - b_u)
     b_x = tl.load(_base(sample, i_0, i_1, i_2, sample_0, sample_1, sample_2) + o * sample_3, mask=mask, other=0.0).to(tl.float32)
     if EXACT:
-        if ROUND_DT:
-            dt = rounded(dt, dtype)
-        b_x += rounded(dt * b_v, dtype)
+        # dt is a 0-dim tensor in the eager step: promotion casts it to the output's dtype before the multiplication
+        b_x += rounded(rounded(dt, dtype) * b_v, dtype)
     else:
         b_x += dt * b_v
     tl.store(_base(out, i_0, i_1, i_2, out_0, out_1, out_2) + o * out_3, narrow(b_x, out.dtype.element_ty), mask=mask)
@@ -66,10 +65,9 @@ def flow_euler_step(sample, model_output, uncond, table, step: int, counter, exa
     sizes, (sample, cond, uncond, out_view) = elementwise(out, sample, cond, uncond, out)
     block, warps = flat_tile(sizes[3], arch_of(out.device))
     blocks = triton.cdiv(sizes[3], block)
-    # Beside a 0-dim tensor on the GPU, eager PyTorch rounds dt to the output's dtype before it multiplies; beside one on the CPU it does not
     launch(
         flow_euler_kernel, math.prod(sizes[:3]) * blocks, out, *sample, *cond, *uncond, *out_view,
         table, *table.stride(), table.shape[0], step, counter, *sizes[1:], blocks,
-        EXACT=exact, ROUND_DT=not INTERPRETED.value, BLOCK=block, num_warps=warps, num_stages=1, enable_fp_fusion=False,
+        EXACT=exact, BLOCK=block, num_warps=warps, num_stages=1, enable_fp_fusion=False,
     )
     return out

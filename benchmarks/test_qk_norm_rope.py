@@ -35,7 +35,7 @@ def rows(rounds: int):
             rope = (angle.cos(), angle.sin()) if "rotated" in case.what else None
             doubled = None if rope is None else tuple(table.repeat_interleave(2, dim=-1) for table in rope)
             q_out, k_out = torch.empty_like(q), torch.empty_like(k)
-            compiled = torch.compile(eager)
+            compiled = torch.compile(eager, dynamic=False)
             ops.reset_stats()
             times = measure({
                 "exact": lambda: ops.qk_norm_rope(q, k, weight, weight, rope=rope),

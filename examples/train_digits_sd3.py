@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; another number gives other roundings (default: 2)")
     parser.add_argument("--vae-steps", type=int, default=560, help="default: 560")
     parser.add_argument("--clip-steps", type=int, default=300, help="default: 300")
-    parser.add_argument("--steps", type=int, default=3000, help="of the MMDiT (default: 3000)")
+    parser.add_argument("--steps", type=int, default=2200, help="of the MMDiT (default: 2200)")
     parser.add_argument("--batch", type=int, default=64, help="pictures per MMDiT step (default: 64)")
     parser.add_argument("--pool", type=int, default=32768, help="pictures drawn and encoded for the MMDiT (default: 32768)")
     parser.add_argument("--until", choices=("vae", "clip", "mmdit"), default="mmdit", help="stop after this stage")

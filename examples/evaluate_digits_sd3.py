@@ -116,10 +116,10 @@ def main() -> int:
             wrong.append({"seed": args.seed + k, "prompt": prompt, "read": f"{inks_named[ink]} {digit} on {papers_named[paper]}"})
     rates = {key: value / args.count for key, value in right.items()}
     passed = rates["digit"] >= THRESHOLD and rates["colours"] >= THRESHOLD
-    command = (f"python examples/evaluate_digits_sd3.py assets/digits-sd3 --count {args.count} --steps {args.steps} "
-               f"--guidance {args.guidance:g} --text-zeros {args.text_zeros} --seed {args.seed}")
     report = {
-        "command": command, "date": datetime.date.today().isoformat(), "pictures": args.count, "right": right, "rates": rates,
+        "command": "python examples/evaluate_digits_sd3.py " + " ".join(sys.argv[1:]),
+        "date": datetime.date.today().isoformat(), "pictures": args.count,
+        "settings": {"steps": args.steps, "guidance": args.guidance, "text_zeros": args.text_zeros, "seed": args.seed}, "right": right, "rates": rates,
         "threshold": THRESHOLD, "passed": passed, "reader_on_real_held_out_scans": real, "wrong": wrong,
         "seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__,

@@ -143,8 +143,9 @@ def main() -> int:
             plot_losses(work)
             done.touch()
         if name == args.until:
-            return 0
-    summarise(args, work)
+            break
+    if args.until == "mmdit":
+        summarise(args, work)
     return 0
 
 

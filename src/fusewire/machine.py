@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -80,6 +81,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+@functools.cache  # one figure for a process: the floors of several targets are then on one scale
 @torch.inference_mode()
 def gemm_rate(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> float:
     """FLOP/s of the best matrix product of [1024, 1536] with [1536, 6144] that this machine's libraries offer in ``dtype``."""
@@ -97,6 +99,7 @@ def gemm_rate(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> flo
     return 2 * rows * inner * columns / best
 
 
+@functools.cache
 @torch.inference_mode()
 def copy_bandwidth(device: torch.device, repeats: int = 5) -> float:
     """Bytes per second, read and written, of copying 256 MiB onto memory that is already there."""

@@ -131,30 +131,11 @@ def speeds(profiles: list[ProfileResult]) -> list[dict]:
     found = []
     for target in dict.fromkeys(p.target for p in profiles):
         group = [p for p in profiles if p.target == target]
-        heads, rows = [], []
-        for p in group:
-            heads += [dict(text=f"{p.dtype} ms"), dict(text="quartiles", spare=True), dict(text="x eager"),
-                      *([dict(text="x compile")] if p.row("compile") else []), dict(text="x floor", spare=True),
-                      dict(text="first call ms", spare=True), dict(text="peak MiB", spare=True)]
-        for variant in tables.NAMES:
-            if not any(p.row(variant) for p in group):
-                continue
-            cells = []
-            for p in group:
-                row, compiled = p.row(variant), p.row("compile") is not None
-                if row is None:
-                    cells += [""] * (7 if compiled else 6)
-                    continue
-                cells += [f"{row.median_ms:.1f}", f"{row.low_ms:.1f}–{row.high_ms:.1f}", f"{row.against_eager:.2f}",
-                          *([f"{row.against_compile:.2f}"] if compiled else []),
-                          f"{1 / row.floor_share:.2f}" if row.floor_share else "", f"{row.first_ms:.0f}",
-                          "" if row.peak_mib is None else f"{row.peak_mib:.0f}"]
-            rows.append(dict(name=tables.NAMES[variant], colour=plots.SERIES[variant], cells=cells, best=variant == "close"))
-        cells = []
-        for p in group:
-            cells += [f"{p.floor['arithmetic_ms']:.1f}", "", f"{p.row('eager').median_ms / p.floor['arithmetic_ms']:.2f}",
-                      *([f"{p.row('compile').median_ms / p.floor['arithmetic_ms']:.2f}"] if p.row("compile") else []), "", "", ""]
-        rows.append(dict(name="arithmetic floor", colour="floor", cells=cells, best=False))
+        compiled = any(p.row("compile") for p in group)
+        heads = [dict(text="median ms"), dict(text="quartiles ms", spare=True), dict(text="x eager"),
+                 *([dict(text="x compile")] if compiled else []), dict(text="x floor", spare=True), dict(text="first call ms", spare=True),
+                 dict(text="peak MiB", spare=True)]
+        rows = [row for p in group for row in _speed_rows(p, compiled)]
         floors = "; ".join(f"{p.floor['gflop']:.3g} GFLOP at {p.floor['gemm_gflops']:.0f} GFLOP/s in {p.dtype}" for p in group)
         notes = " ".join(dict.fromkeys(note + "." for p in group for note in p.notes))
         found.append(dict(
@@ -164,6 +145,20 @@ def speeds(profiles: list[ProfileResult]) -> list[dict]:
                                                                 {r.variant: r.high_ms for r in p.rows}, p.floor["arithmetic_ms"],
                                                                 f"milliseconds per call of {target} in {p.dtype}")) for p in group]))
     return found
+
+
+def _speed_rows(p: ProfileResult, compiled: bool) -> list[dict]:
+    """One line for each side of a profile, then the floor. "x floor": how many times the floor's time a side takes."""
+    rows = []
+    for row in p.rows:
+        cells = [f"{row.median_ms:.1f}", f"{row.low_ms:.1f}–{row.high_ms:.1f}", f"{row.against_eager:.2f}",
+                 *([("" if row.against_compile is None else f"{row.against_compile:.2f}")] if compiled else []),
+                 f"{1 / row.floor_share:.2f}" if row.floor_share else "", f"{row.first_ms:.0f}", "" if row.peak_mib is None else f"{row.peak_mib:.0f}"]
+        rows.append(dict(dtype=p.dtype, name=tables.NAMES[row.variant], colour=plots.SERIES[row.variant], cells=cells, best=row.variant == "close"))
+    floor, compile_row = p.floor["arithmetic_ms"], p.row("compile")
+    cells = [f"{floor:.1f}", "", f"{p.row('eager').median_ms / floor:.2f}" if floor else ""]
+    cells += [f"{compile_row.median_ms / floor:.2f}" if compile_row and floor else ""] if compiled else []
+    return rows + [dict(dtype=p.dtype, name="arithmetic floor", colour="floor", cells=[*cells, "", "", ""], best=False)]
 
 
 def _what_runs(profile: ProfileResult) -> str:

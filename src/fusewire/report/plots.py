@@ -106,7 +106,7 @@ def side_bars(medians: dict[str, float], low: dict[str, float], high: dict[str, 
         axes.plot([low[variant], high[variant]], [i, i], color=COLOURS["ink"], linewidth=1.2)
         axes.text(max(value, high[variant]) + 0.015 * longest, i, f"{value:.0f}", va="center", color=COLOURS["ink"])
     axes.axvline(floor, color=COLOURS["floor"], linestyle=(0, (3, 2)), linewidth=1.4)
-    axes.text(floor, -0.62, f"floor {floor:.0f}", color=COLOURS["floor"], ha="center", va="bottom", fontsize=8.5)
+    axes.text(floor + 0.015 * longest, -0.62, f"floor {floor:.0f}", color=COLOURS["floor"], ha="left", va="bottom", fontsize=8.5)
     axes.set_yticks(range(len(medians)), [NAMES[v] for v in medians])
     axes.set_ylim(len(medians) - 0.5, -1.0)
     axes.set_xlim(0, 1.14 * longest)

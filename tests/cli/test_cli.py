@@ -1,0 +1,177 @@
+"""The command line: exit codes, JSON, errors of one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fusewire.cli import app
+from tests.spoil import spoil
+from tests.tiny import tiny_pipeline
+
+COMMANDS = ("demo", "swap", "parity", "profile", "bench", "doctor")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pipes") / "tiny-sd3"
+    tiny_pipeline().save_pretrained(path)
+    return str(path)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def answer(result):
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_stands_alone(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0 and "Exit codes: 0 all holds" in result.stdout and "--json" in result.stdout
+
+
+def test_no_command_lists_them_all():
+    assert all(command in run().output for command in COMMANDS)
+
+
+def test_parity_of_a_preset():
+    result = run("parity", "sd3.5-tiny", "--dtype", "bf16", "--json")
+    data = answer(result)
+    assert result.exit_code == 0 and data["ok"] and data["kind"] == "parity" and data["target"] == "sd3.5-tiny" and data["dtype"] == "bfloat16"
+    row = data["rows"][0]
+    assert {"level", "name", "numerics", "backend", "holds", "max_error", "stock_max_error", "mismatch", "psnr"} <= set(row)
+    assert {row["level"] for row in data["rows"]} == {"op", "block", "model"}
+
+
+def test_parity_of_a_folder(folder):
+    result = run("parity", folder, "--steps", "2", "--seeds", "1", "--prompt", "a red 7", "--level", "picture", "--level", "model")
+    assert result.exit_code == 0, result.output
+    assert "seed 0, 2 steps" in result.stdout and "Swap report: tiny-sd3" in result.stdout and "FAILS" not in result.stdout
+
+
+@pytest.mark.parametrize("numerics", ["exact", "close"])
+def test_a_perturbed_kernel_exits_1(monkeypatch, numerics):
+    spoil(monkeypatch, "gate_residual_adaln", lambda out: (out[0], out[1] * 1.02))
+    result = run("parity", "sd3-tiny", "--numerics", numerics, "--json")
+    assert result.exit_code == 1 and answer(result)["ok"] is False
+    assert run("bench", "sd3-tiny", "--op", "gate_residual_adaln", "--rounds", "1").exit_code == 1
+
+
+def test_profile_of_a_preset():
+    result = run("profile", "sd3-tiny", "--rounds", "2", "--json")
+    data = answer(result)
+    assert result.exit_code == (0 if data["ok"] else 1)
+    assert [row["variant"] for row in data["rows"]] == ["eager", "exact", "close"] and data["machine"]["threads"] == torch.get_num_threads()
+
+
+def test_a_failed_verdict_of_profile_exits_1(monkeypatch):
+    monkeypatch.setattr("fusewire.profile.FIRST_CALL_LIMIT", -1e9)
+    result = run("profile", "sd3-tiny", "--rounds", "1", "--numerics", "close")
+    assert result.exit_code == 1 and "FAILS" in result.stdout
+
+
+def test_bench():
+    result = run("bench", "sd3-tiny", "--op", "adaln_modulate", "--rounds", "1", "--numerics", "close", "--json")
+    assert result.exit_code == 0 and {row["op"] for row in answer(result)["rows"]} == {"adaln_modulate"}
+
+
+def test_swap(folder):
+    dry, wet = run("swap", "--dry-run", folder, "--json"), run("swap", "sd3.5-tiny", "--numerics", "close", "--json")
+    assert dry.exit_code == 0 and answer(dry)["restored"] is None and answer(dry)["swapped"] and answer(dry)["left"]
+    assert wet.exit_code == 0 and answer(wet)["restored"] is True and answer(wet)["ran"] not in ("", "none")
+
+
+def test_swap_that_cannot_be_taken_back_exits_1(monkeypatch):
+    import fusewire.swap
+
+    def spoilt(target, **kwargs):
+        handle = genuine(target, **kwargs)
+        plain = handle.restore
+
+        def restore():
+            plain()
+            target.proj_out.weight.data += 1
+
+        handle.restore = restore
+        return handle
+
+    genuine = fusewire.swap.swap
+    monkeypatch.setattr(fusewire.swap, "swap", spoilt)
+    result = run("swap", "sd3-tiny")
+    assert result.exit_code == 1 and "NOT those before" in result.stdout
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("parity", "no-such-thing"), "TARGET 'no-such-thing' does not exist"),
+    (("parity", "sd3-tiny", "--dtype", "int8"), "dtype is 'int8'"),
+    (("parity", "sd3-tiny", "--numerics", "fast"), "numerics is 'fast'"),
+    (("parity", "sd3-tiny", "--level", "pixel"), "levels is ['pixel']"),
+    (("parity", "sd3-tiny", "--layers", "0"), "layers is 0"),
+    (("parity", "sd3-tiny", "--layers", "99"), "--layers is 99"),
+    (("parity", "sd3-tiny", "--size", "100"), "--size is 100"),
+    (("parity", "sd3-tiny", "--threads", "0"), "--threads is 0"),
+    (("parity", "sd3-tiny", "--seeds", "0"), "--seeds is 0"),
+    (("profile", "sd3-tiny", "--rounds", "0"), "rounds is 0"),
+    (("bench", "sd3-tiny", "--op", "nonsense"), "op is 'nonsense'"),
+    (("swap", "sd3-tiny", "--numerics", "both"), "numerics is 'both'"),
+    (("demo", "--preset", "sd9"), "--preset is 'sd9'"),
+    (("demo", "--target", "no-such-thing"), "TARGET 'no-such-thing' does not exist")])
+def test_bad_input_exits_2_with_one_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.output
+    assert message in result.stderr and result.stderr.startswith("fusewire: ") and result.stderr.count("\n") == 1
+    assert "Traceback" not in result.output and not list(tmp_path.iterdir())
+
+
+def test_bad_input_in_json():
+    result = run("parity", "sd3-tiny", "--dtype", "int8", "--json")
+    assert result.exit_code == 2 and answer(result)["ok"] is False and "int8" in answer(result)["error"]
+
+
+def test_an_unknown_option_exits_2():
+    assert run("parity", "--frobnicate").exit_code == 2
+
+
+def test_nothing_to_do_exits_3(tmp_path):
+    from diffusers import AutoencoderKL, UNet2DModel
+
+    UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownBlock2D",) * 2,
+                up_block_types=("UpBlock2D",) * 2, layers_per_block=1).save_pretrained(tmp_path / "unet")
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "vae")
+    for name in ("unet", "vae"):
+        result = run("swap", "--dry-run", str(tmp_path / name))
+        assert result.exit_code == 3 and result.stderr.count("\n") == 1 and "nothing" in result.stderr, result.output
+
+
+def test_demo(folder, tmp_path):
+    out = tmp_path / "report"
+    result = run("demo", "--target", folder, "--preset", "sd3.5-tiny", "--dtype", "float32", "--steps", "2", "--seeds", "1", "--rounds", "1",
+                 "--no-compile", "--out", str(out))
+    data = json.loads((out / "report.json").read_text())
+    assert result.exit_code == (0 if data["ok"] else 1), result.output
+    assert all(p["ok"] for p in data["parity"]) and [p["target"] for p in data["profile"]] == ["tiny-sd3", "sd3.5-tiny"]
+    assert result.stdout.rstrip().endswith("index.html") and (out / "index.html").is_file()
+    for word in ("Swap report", "Parity: tiny-sd3", "Throughput: sd3.5-tiny"):
+        assert word in result.stdout
+
+
+def test_interrupt_is_clean():
+    """Ctrl-C in the middle of a run: exit code 130, no traceback."""
+    code = "import sys; from fusewire.cli import main; sys.argv[1:] = ['bench', 'sd3.5-tiny', '--rounds', '100000']; print('ready', flush=True); main()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+    process.stdout.readline()
+    time.sleep(2.0)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in errors, errors

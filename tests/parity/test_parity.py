@@ -1,0 +1,130 @@
+"""``fusewire.parity`` on a whole tiny pipeline: what holds, what must fail, and what is refused."""
+
+import inspect
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import fusewire
+from fusewire.errors import BadInput, NothingToDo
+from fusewire.parity.pictures import float64_trajectory, generate, plan
+from tests.spoil import spoil
+from tests.tiny import CALL, tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline()
+
+
+def prove(pipe, **kwargs):
+    return fusewire.parity(pipe, **{**dict(prompts=["a red 7"], seeds=(0, 1), steps=3, call=CALL), **kwargs})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_level_holds(dtype):
+    pipe = tiny_pipeline(dtype)
+    result = prove(pipe)
+    assert result.ok, result.failed
+    levels = {(row.level, row.numerics) for row in result.rows}
+    assert levels == {(level, numerics) for level in ("op", "block", "model", "picture") for numerics in ("exact", "close")}
+    assert all(row.backend != "none" for row in result.rows if row.level in ("op", "model"))
+    exact = [row for row in result.rows if row.numerics == "exact"]
+    assert all(row.equal and row.mismatch == 0 for row in exact)
+    assert {row.name for row in exact if row.level == "block"} >= {"transformer_blocks.0", "transformer_blocks.1"}
+    assert len([row for row in exact if row.level == "picture"]) == 2
+    assert result.curves["exact against stock"] == [0.0, 0.0, 0.0]
+    assert all(error > 0 for error in result.curves["stock against float64"])
+    assert result.pictures.variants["close"].shape == (2, 3, 16, 16)
+    json.loads(json.dumps(result.to_dict(), allow_nan=False))
+
+
+def test_the_pipeline_is_left_alone(pipe):
+    classes = [type(m) for m in pipe.transformer.modules()]
+    before = {name: t.clone() for name, t in pipe.transformer.state_dict().items()}
+    prove(pipe, levels=["block"])
+    assert classes == [type(m) for m in pipe.transformer.modules()]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.transformer.modules())
+    assert all(torch.equal(t, before[name]) for name, t in pipe.transformer.state_dict().items())
+
+
+def test_a_perturbed_kernel_fails_at_every_level(pipe, monkeypatch):
+    spoil(monkeypatch, "gate_residual_adaln", lambda out: (out[0], out[1] * 2))
+    result = prove(pipe)
+    assert not result.ok
+    for numerics in ("exact", "close"):
+        assert {row.level for row in result.failed if row.numerics == numerics} == {"op", "block", "model", "picture"}
+
+
+def test_a_kernel_one_bit_off_fails_exact_only(pipe, monkeypatch):
+    """The last bit of one element: ``close`` allows it, ``exact`` must not."""
+    def one_bit(out):
+        flat = out[0].clone().view(-1)
+        flat[0] = torch.nextafter(flat[0], torch.tensor(torch.inf))
+        return flat.view_as(out[0]), out[1]
+
+    spoil(monkeypatch, "gate_residual_adaln", one_bit)
+    result = prove(pipe, levels=["op", "block"])
+    assert {row.numerics for row in result.failed} == {"exact"} and {row.level for row in result.failed} == {"op", "block"}
+
+
+def test_a_swap_that_runs_nothing_fails(pipe, monkeypatch):
+    from fusewire.parity import blocks
+
+    monkeypatch.setattr(blocks.dispatch, "stats", lambda: {})
+    result = prove(pipe, levels=["model"])
+    assert result.failed and all("no fused op" in row.reason for row in result.failed)
+
+
+def test_a_denoiser_alone(pipe):
+    result = fusewire.parity(pipe.transformer, levels=["op", "model"], numerics="exact")
+    assert result.ok and {row.level for row in result.rows} == {"op", "model"} and result.pictures is None
+
+
+def test_the_float64_trajectory_is_stocks(pipe):
+    """Stock in float32 follows it closely: the written-out loop is that of the pipeline."""
+    run = plan(pipe, ["a red 7"], [0], 4, 4.0, None, CALL)
+    stock, true = generate(pipe, run), float64_trajectory(pipe, run)
+    assert len(true.latents) == len(stock.latents) == 4
+    assert all((a - b).norm() / b.norm() < 1e-5 for a, b in zip(stock.latents, true.latents))
+    unguided = plan(pipe, ["a red 7"], [0], 2, 1.0, None, CALL)
+    assert (float64_trajectory(pipe, unguided).latents[-1] - generate(pipe, unguided).latents[-1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(numerics="fast"), "numerics is 'fast'"), (dict(levels=["pixel"]), "levels is"), (dict(levels=[]), "levels is"),
+    (dict(seeds=()), "seeds is"), (dict(steps=0), "steps is 0")])
+def test_bad_arguments(pipe, arguments, message):
+    with pytest.raises(BadInput, match=message):
+        prove(pipe, **arguments)
+
+
+def test_bad_targets(pipe):
+    with pytest.raises(BadInput, match="pipe_or_module is a str"):
+        fusewire.parity("pipe")
+    with pytest.raises(BadInput, match="inputs is None"):
+        fusewire.parity(pipe.transformer.transformer_blocks[0], levels=["model"])
+    with pytest.raises(NothingToDo):
+        fusewire.parity(nn.Linear(3, 3), inputs=dict(input=torch.ones(1, 3)))
+    handle = fusewire.swap(pipe)
+    try:
+        with pytest.raises(BadInput, match="swapped already"):
+            prove(pipe)
+    finally:
+        handle.restore()
+
+
+def test_weights_that_are_not_finite():
+    pipe = tiny_pipeline()
+    pipe.transformer.proj_out.weight.data[0, 0] = torch.nan
+    with pytest.raises(BadInput, match="transformer.proj_out.weight holds 1 value"):
+        prove(pipe)
+
+
+def test_the_package_can_be_called():
+    import fusewire.parity.verdict  # binds fusewire.parity to the package
+
+    assert callable(fusewire.parity) and "numerics" in inspect.signature(fusewire.parity).parameters
+    assert fusewire.parity.verdict.MAX_FACTOR == 2.0

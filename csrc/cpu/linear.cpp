@@ -13,9 +13,9 @@
 namespace fusewire {
 
 // The rows of t as rows of a tensor whose leading dimensions are those of x: t broadcasts over missing dimensions and those of size 1.
-static Rows rows_of(const Tensor& t, const Tensor& x) {
-  Rows rows{t.data_ptr(), static_cast<int>(x.dim()) - 1, {}, {}, t.size(t.dim() - 1) == 1 ? 0 : t.stride(t.dim() - 1)};
-  STD_TORCH_CHECK(rows.dims <= Rows::kMaxDims, "linear: x has more than 9 dimensions");
+static LeadingRows rows_of(const Tensor& t, const Tensor& x) {
+  LeadingRows rows{t.data_ptr(), static_cast<int>(x.dim()) - 1, {}, {}, t.size(t.dim() - 1) == 1 ? 0 : t.stride(t.dim() - 1)};
+  STD_TORCH_CHECK(rows.dims <= LeadingRows::kMaxDims, "linear: x has more than 9 dimensions");
   for (int d = 0; d < rows.dims; ++d) {
     const int64_t own = d - (x.dim() - t.dim());
     rows.sizes[d] = x.size(d);

@@ -10,7 +10,7 @@ namespace fusewire {
 enum class Activation : int { none, gelu_tanh, silu };
 
 // The rows of a tensor [..., C] of any strides (in elements). Leading dimensions that the tensor broadcasts over have stride 0.
-struct Rows {
+struct LeadingRows {
   static constexpr int kMaxDims = 8;
   const void* data;
   int dims;  // leading dimensions
@@ -28,13 +28,13 @@ struct Rows {
 
 // out = act(x @ weight.T + bias), or residual + gate * (x @ weight.T + bias). All tensors have one dtype; out [rows, n] is contiguous.
 struct LinearCall {
-  Rows x;
+  LeadingRows x;
   const void* weight;
   int64_t weight_row, weight_col;
   const void* bias;  // may be null
   int64_t bias_stride;
   Activation activation;
-  Rows gate, residual;  // data may be null
+  LeadingRows gate, residual;  // data may be null
   void* out;
   int64_t rows, inputs, outputs;
 };

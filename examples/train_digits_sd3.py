@@ -3,7 +3,7 @@
     python examples/train_digits_sd3.py --out assets/digits-sd3
 
 Three stages: the autoencoder, the two CLIP text encoders (contrastive, then frozen), the MMDiT (rectified flow). The
-folder that results is in diffusers' format; `StableDiffusion3Pipeline.from_pretrained(folder)` loads it. The weights are
+folder that results is in diffusers' format; `StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)` loads it. The weights are
 stored as float16, and every later stage is trained on the rounded weights of the stages before it.
 
 Interrupt it whenever you like: the same command goes on from the last checkpoint (in OUT-training) and ends with the

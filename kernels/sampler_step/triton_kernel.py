@@ -21,7 +21,7 @@ def _base(x, i_0, i_1, i_2, x_0, x_1, x_2):
     return x + i_0 * x_0 + i_1 * x_1 + i_2 * x_2
 
 
-@triton.jit(do_not_specialize=["step", "steps", "n_1", "n_2", "blocks"])
+@triton.jit(do_not_specialize=["step", "steps", "n_1", "n_2", "blocks", "table_column"])
 def flow_euler_kernel(
     sample, sample_0, sample_1, sample_2, sample_3, cond, cond_0, cond_1, cond_2, cond_3, uncond, uncond_0, uncond_1, uncond_2, uncond_3,
     out, out_0, out_1, out_2, out_3, table, table_row, table_column, steps, step, counter, n_1, n_2, n_3, blocks,
@@ -44,7 +44,7 @@ def flow_euler_kernel(
     dtype: tl.constexpr = cond.dtype.element_ty
     b_v = tl.load(_base(cond, i_0, i_1, i_2, cond_0, cond_1, cond_2) + o * cond_3, mask=mask, other=0.0).to(tl.float32)
     if uncond is not None:
-        guidance = tl.load(p_row + table_column, mask=inside, other=float("nan")).to(tl.float32)
+        guidance = tl.load(p_row + table_column.to(tl.int64), mask=inside, other=float("nan")).to(tl.float32)
         b_u = tl.load(_base(uncond, i_0, i_1, i_2, uncond_0, uncond_1, uncond_2) + o * uncond_3, mask=mask, other=0.0).to(tl.float32)
         if EXACT:
             b_v = rounded(b_u + rounded(guidance * rounded(b_v - b_u, dtype), dtype), dtype)

@@ -1,0 +1,72 @@
+"""What the Triton kernels compile to, without a GPU: no spills, shared memory within limits, 16-byte loads, 64-bit offsets, one order of summation.
+
+They are compiled in a process of their own: here Triton may be the interpreter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def compiled(*arguments: str) -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-m", "fusewire.kernels.compiled", "--json", *arguments], env=environment, capture_output=True, text=True)
+    assert run.stdout, run.stderr
+    assert run.returncode == 0, run.stderr  # 1: a spill, too much shared memory, a 32-bit offset or an atomic
+    return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def quick():
+    reports = compiled("--quick")
+    assert {one["target"] for one in reports} == set(TARGETS)
+    return reports
+
+
+def test_within_limits(quick):
+    for one in quick:
+        assert one["spills"] == 0 and one["shared"] <= one["shared_limit"], one
+        assert one["offsets"] == [64], one  # bug classes int32-numel, int32-stride
+
+
+def test_16_byte_loads(quick):
+    for one in quick:
+        if one["target"] == "gfx942" or "flow_euler" in one["case"]:
+            continue  # (a step's scalars are loaded by themselves)
+        scalars = {"1"} if "bool" in one["case"] else set()
+        assert set(one["loads"]) - scalars <= {"16", "32"}, one
+        assert set(one["stores"]) <= {"16", "32"}, one
+
+
+def test_exact_does_not_fuse(quick):
+    """Multiplications and additions that eager PyTorch rounds one by one."""
+    for one in quick:
+        if "exact" in one["case"]:
+            assert "fma.rn.f32" not in one["instructions"], one
+
+
+def test_matrix_instructions(quick):
+    wanted = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+    for one in quick:
+        if one["kernel"] == "attention_kernel":
+            assert one["instructions"].get(wanted[one["target"]]), one
+
+
+@pytest.mark.parametrize("group", ["adaln 1536", "qk_norm 64"])
+def test_one_order_of_summation(group):
+    """Bug class strided-input, for the order of the sums: the layouts that are reduced over do not depend on the inputs' strides and alignment."""
+    names = ("plain", "unaligned", "transposed", "reversed", "step two", "sliced")
+    orders = {one["case"]: one["reductions"] for one in compiled("--target", "sm_90", *(f"--case=layout of {group}: {name}" for name in names))}
+    assert len(orders) == len(names) and all(orders.values())
+    assert len({tuple(order) for order in orders.values()}) == 1, orders
+
+
+@pytest.mark.slow
+def test_every_case():
+    assert compiled()

@@ -94,7 +94,9 @@ def attention_tile(dim: int, itemsize: int, masked: bool, arch: Arch) -> Attenti
     elif padded <= 64:
         queries, keys, warps, stages = (128, 128 if hopper and not masked else 64, 8, 3 if large else 2)
     elif padded <= 128:
-        queries, keys, warps, stages = (128, 32 if masked else 64, 8, 3) if large else (64, 32, 4, 2)
+        queries, keys, warps, stages = (64, 32, 8, 3) if large else (64, 32, 4, 2)
+        if large and (hopper or not masked):
+            queries, keys, warps, stages = (128, 32 if masked else 64, 8, 3)
     else:
         queries, keys, warps, stages = (128, 32, 8, 2) if hopper and not masked else (64, 32, 8, 2) if large else (64, 16, 8, 2)
     return AttentionTile(queries, keys, padded, warps, stages, "ieee")

@@ -4,7 +4,7 @@ PYTHON ?= $(VENV)/bin/python
 SYSTEM_PYTHON ?= python3
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test test-all lib wheel clean
+.PHONY: demo test test-all lib wheel clean kernels-compiled
 demo: $(STAMP)
 	$(PYTHON) -m fusewire demo
 
@@ -20,6 +20,10 @@ $(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find cs
 	$(VENV)/bin/python -m pip install -q -c constraints.txt torch setuptools wheel cmake ninja
 	$(VENV)/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[diffusers,report,train,dev]"
 	touch $@
+
+# What the Triton kernels compile to, without a GPU (some ten minutes on two cores).
+kernels-compiled: $(STAMP)
+	env -u TRITON_INTERPRET $(PYTHON) -m fusewire.kernels.compiled --write docs/kernels-compiled.md
 
 lib:
 	$(PYTHON) setup.py -q build_ext --inplace

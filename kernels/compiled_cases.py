@@ -73,7 +73,7 @@ for _channels, _dtype in itertools.product((64, 1152, 1536, 3072, 8192, 16384), 
 # The same values in other layouts: the order of the sums must be that of the plain one
 LAYOUTS = {
     "unaligned": lambda x: meta(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape),
-    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() > 1 else x,
     "reversed": lambda x: x.permute(*range(x.dim())[::-1]).contiguous().permute(*range(x.dim())[::-1]),
     "step two": lambda x: meta(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)[..., ::2],
     "sliced": lambda x: meta(*x.shape[:-1], 3 * x.shape[-1], dtype=x.dtype)[..., x.shape[-1]:2 * x.shape[-1]],

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from fusewire import ops
+
 TRAIN_STEPS = 1000
 
 
@@ -64,7 +66,7 @@ def flow_interpolate(x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor 
 
 def sample_flow_euler(model: Callable[..., torch.Tensor], x: torch.Tensor, sigmas: torch.Tensor, positive: Conditioning, negative: Conditioning | None = None,
                       *, guidance_scale: float = 1.0, skip_layers: Iterable[int] | None = None, skip_scale: float = 2.8, skip_start: float = 0.01,
-                      skip_stop: float = 0.2, callback: Callable[[int, torch.Tensor], None] | None = None) -> torch.Tensor:
+                      skip_stop: float = 0.2, numerics: str = "exact", callback: Callable[[int, torch.Tensor], None] | None = None) -> torch.Tensor:
     """Euler steps of dx/dsigma = v(x, sigma), Algorithm 1 of Karras et al. (2022) without its correction, with guidance.
 
     Args:
@@ -76,10 +78,12 @@ def sample_flow_euler(model: Callable[..., torch.Tensor], x: torch.Tensor, sigma
         guidance_scale: g in ``v_negative + g * (v_positive - v_negative)``; 1 switches guidance off (Ho and Salimans, 2022).
         skip_layers, skip_scale, skip_start, skip_stop: skip-layer guidance (SD3.5): ``skip_scale * (v_positive - v_skipping)`` is added at the steps
             strictly between these fractions of the schedule.
+        numerics: ``"exact"``: guidance and step round where diffusers' pipeline and scheduler do (which step in float32, for float64 too);
+            ``"close"``: once a step.
         callback: called as ``callback(step, x)`` after each step.
 
-    Returns: [B, C, H, W] in x's dtype. In bfloat16 and float16 each step rounds where diffusers' scheduler does: after ``dt * v``, which is then added
-    in float32.
+    Returns: [B, C, H, W] in the dtype of the model's output.
+    Raises: ValueError where ``negative`` is missing.
     """
     guided = guidance_scale > 1
     if guided and negative is None:
@@ -87,23 +91,17 @@ def sample_flow_euler(model: Callable[..., torch.Tensor], x: torch.Tensor, sigma
     steps, batch = len(sigmas) - 1, x.shape[0]
     both = Conditioning(*(torch.cat(pair) for pair in zip(negative, positive))) if guided else positive
     timesteps = sigmas.to(x.device) * TRAIN_STEPS
+    table = ops.flow_euler_table(sigmas, guidance_scale).to(x.device)
     for i in range(steps):
-        timestep = timesteps[i].expand(batch)
         if guided:
             v = model(torch.cat([x, x]), *both, timesteps[i].expand(2 * batch))
-            v_negative, v_positive = v.chunk(2)
-            v = v_negative + guidance_scale * (v_positive - v_negative)
             if skip_layers is not None and steps * skip_start < i < steps * skip_stop:
-                v = v + (v_positive - model(x, *positive, timestep, skip_layers=skip_layers)) * skip_scale
+                v_negative, v_positive = v.chunk(2)
+                v = v_negative + guidance_scale * (v_positive - v_negative)
+                v = v + (v_positive - model(x, *positive, timesteps[i].expand(batch), skip_layers=skip_layers)) * skip_scale
         else:
-            v = model(x, *both, timestep)
-        x = flow_euler_step(x, v, sigmas[i + 1] - sigmas[i])
+            v = model(x, *both, timesteps[i].expand(batch))
+        x = ops.sampler_step(x, v, table, i, numerics=numerics)
         if callback is not None:
             callback(i, x)
     return x
-
-
-def flow_euler_step(x: torch.Tensor, v: torch.Tensor, dt: torch.Tensor) -> torch.Tensor:
-    """``x + dt * v`` for a 0-dim ``dt``: the product rounds to v's dtype, the sum is float32 (float64 for float64), the result v's dtype."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return (x.to(wide) + dt * v).to(v.dtype)

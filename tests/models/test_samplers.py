@@ -9,7 +9,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors import safe_open
 
-from fusewire.models.samplers import (Conditioning, flow_euler_step, flow_interpolate, flow_sigmas, flow_sigmas_shifted_once, sample_flow_euler)
+from fusewire import ops
+from fusewire.models.samplers import Conditioning, flow_interpolate, flow_sigmas, flow_sigmas_shifted_once, sample_flow_euler
 
 GOLDEN = Path(__file__).parents[1] / "data" / "sd35_sampling.safetensors"
 
@@ -27,16 +28,27 @@ def test_shift_applied_once_and_twice():
     assert torch.allclose(flow_sigmas_shifted_once(4, 3.0), torch.tensor([1, 0.8573, 0.6007, 0.0030, 0]), atol=5e-5)
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_step_rounds_as_diffusers(dtype):
+def test_guidance_and_steps_round_as_diffusers(dtype, guidance_scale):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(7)
-    x = torch.randn(2, 4, 9, 7).to(dtype)
-    for i, timestep in enumerate(scheduler.timesteps):
-        v = torch.randn(2, 4, 9, 7).to(dtype)
-        want = scheduler.step(v, timestep, x, return_dict=False)[0]
-        assert torch.equal(flow_euler_step(x, v, scheduler.sigmas[i + 1] - scheduler.sigmas[i]), want)
-        x = want
+    outputs = torch.randn(7, 4, 4, 9, 7).to(dtype)  # [uncond; cond] of each step
+    x = want = torch.randn(2, 4, 9, 7).to(dtype)
+    for timestep, both in zip(scheduler.timesteps, outputs):  # the arithmetic of diffusers' pipeline
+        uncond, cond = both.chunk(2)
+        v = uncond + guidance_scale * (cond - uncond) if guidance_scale > 1 else cond
+        want = scheduler.step(v, timestep, want, return_dict=False)[0]
+    calls = iter(outputs)
+    condition = Conditioning(torch.zeros(2, 1, 1), torch.zeros(2, 1))
+
+    def model(hidden_states, *rest):
+        both = next(calls)
+        return both if guidance_scale > 1 else both[2:]
+
+    ops.reset_stats()
+    got = sample_flow_euler(model, x, flow_sigmas(7), condition, condition, guidance_scale=guidance_scale)
+    assert torch.equal(got, want) and got.dtype is dtype and sum(ops.stats()["flow_euler_step"].values()) == 7
 
 
 def velocity(hidden_states, encoder_hidden_states, pooled_projections, timestep, skip_layers=()):
@@ -60,7 +72,7 @@ def test_golden_trajectory_of_the_official_repository(name, skip, dtype, bound):
     x = flow_interpolate(tensors["in/latent"], tensors["in/noise"], sigmas[0])
     path = [x]
     out = sample_flow_euler(velocity, x, sigmas, Conditioning(tensors["in/c_pos"], tensors["in/y_pos"]), Conditioning(tensors["in/c_neg"], tensors["in/y_neg"]),
-                            guidance_scale=4.5, skip_layers=skip, skip_scale=2.5, skip_start=0.01, skip_stop=0.4,
+                            guidance_scale=4.5, skip_layers=skip, skip_scale=2.5, skip_start=0.01, skip_stop=0.4, numerics="close",
                             callback=lambda step, x: path.append(x))
     assert out.dtype is dtype and out is path[-1]
     assert (out - tensors[f"out/{name}"]).abs().max() <= bound * tensors[f"out/{name}"].abs().max()

@@ -8,6 +8,7 @@ from diffusers import SD3ControlNetModel, StableDiffusion3Img2ImgPipeline
 
 import fusewire
 from fusewire import ops
+from fusewire.kernels.library import CPU
 from tests.models.stock_sd3 import SD3, VARIANTS, randomise
 from tests.swap.tiny import generate, inputs, run, stock_model, tiny_pipeline
 
@@ -31,6 +32,21 @@ def test_transformer(variant, dtype):
     ops.reset_stats()
     assert all(torch.equal(run(model, data), value) for data, value in zip(cases, want))
     assert not any(sum(calls.values()) for calls in ops.stats().values())
+
+
+EXACT_OPS = ["adaln_modulate", "adaln_modulate_dual", "gate_residual", "gate_residual_adaln", "qk_norm_rope", "qk_norm_into", "flow_euler_step"]
+
+
+@pytest.mark.skipif(not CPU.loaded, reason=CPU.reason)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_op_runs_on_the_cpu_library(dtype):
+    pipe = tiny_pipeline("sd3.5", dtype)
+    with fusewire.swapped(pipe):
+        ops.reset_stats()
+        generate(pipe, steps=1)
+    stats = ops.stats()
+    for op in EXACT_OPS:
+        assert stats[op]["cpu"] and sum(stats[op].values()) == stats[op]["cpu"], (op, stats[op])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

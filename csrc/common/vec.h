@@ -12,7 +12,8 @@
 #include "common/isa.h"
 #include "common/scalar.h"
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own AVX-512 intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"        // GCC 12's own AVX-512 intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // the same
 #pragma GCC diagnostic ignored "-Wpsabi"                // no vector type crosses a call that is not inlined
 #endif
 #if defined(__SSE2__)

@@ -14,22 +14,32 @@ from fusewire.kernels.rounding import differs_from_stock, probe_values
 
 # csrc/common/stock_order.h, likeliest first: fused_plain_tail, fused, portable
 _ORDERS = (2, 1, 0)
-# A row's tail alone; one and several vectors; one and several chunks of 16 vectors; a deep cascade. Many tails, because the compilers that
-# built PyTorch differ in whether they fuse its multiply-adds, which shows in few of the rows.
-_WIDTHS = (*range(1, 16), 23, 31, 64, 100, 131, 255, 300, 1100, 1536, 2311, 4613)
+# Tails beside no or one vector, many of each, because the compilers that built PyTorch differ in whether they fuse a tail's multiply-adds, which
+# shows in few of the rows; then one and several vectors, chunks of 16 vectors, and steps of the cascade.
+_WIDTHS = (*(1, 2, 3, 6, 7, 11, 13, 15) * 8, 16, 31, 64, 100, 131, 255, 300, 1100, 1536, 2311, 4613)
 _stands_down: dict[tuple[torch.dtype, bool], str] = {}  # (dtype, rms) -> why the exact rows do
 
 
+def _order_agrees(dtype: torch.dtype, order: int) -> bool:
+    """Whether our layer-norm statistics in this order and the installed torch's are the same bit for bit."""
+    values = probe_values(1, sum(_WIDTHS), dtype=dtype) + 1
+    weight, bias = (fill(max(_WIDTHS), dtype=torch.promote_types(dtype, torch.float32)) for fill in (torch.ones, torch.zeros))
+    begin = 0
+    for width in _WIDTHS:
+        x = values[:, begin:begin + width].contiguous()  # one row: no parallel region starts
+        begin += width
+        # With float32 weights, torch returns the statistics of 16-bit rows in float32
+        stock = torch.native_layer_norm(x, (width,), weight[:width], bias[:width], 1e-6)[1:]
+        if not torch.equal(_moments(x, order), torch.cat(stock, -1)):
+            return False
+    return True
+
+
 def _finds_order(dtype: torch.dtype) -> bool:
-    """Set the order of summation in which our layer-norm statistics and the installed torch's agree bit for bit."""
-    wide = torch.promote_types(dtype, torch.float32)
-    rows = [probe_values(1, width, dtype=dtype, seed=seed) + offset for width in _WIDTHS for seed, offset in ((1.0, 0), (1.3, 0), (1.7, 5))]
-    # With float32 weights, torch returns the statistics of 16-bit rows in float32
-    stock = [torch.cat(torch.native_layer_norm(x, x.shape[-1:], x.new_ones(x.shape[-1], dtype=wide), x.new_zeros(x.shape[-1], dtype=wide), 1e-6)[1:], -1)
-             for x in rows]
+    """Let exact calls follow the order of summation that the installed torch has, if we know it."""
     for order in _ORDERS:
-        if all(torch.equal(_moments(x, order), want) for x, want in zip(rows, stock)):
-            torch.ops.fusewire.cpu_layer_norm_order(rows[0], order)
+        if _order_agrees(dtype, order):
+            torch.ops.fusewire.cpu_layer_norm_order(torch.empty(0, dtype=dtype), order)
             return True
     return False
 

@@ -1,0 +1,69 @@
+"""Inputs for the adaln tests, and the stock code that the ops stand for, written out as diffusers' blocks write it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fusewire import ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NAMES = ("adaln_modulate", "adaln_modulate_dual", "gate_residual", "gate_residual_adaln", "two_gates")
+
+
+def inputs(batch: int, tokens: int, channels: int, dtype=torch.float32, kind: str = "chunk") -> dict[str, torch.Tensor]:
+    """x, y, y2 [B, T, C] and six modulations: chunks [B, C] of one projection, [B, 1, C] or per token [B, T, C]."""
+    values = {name: (scale * torch.randn(batch, tokens, channels) + mean).to(dtype) for name, scale, mean in (("x", 1, 0.5), ("y", 2, 0), ("y2", 1, -1))}
+    size = {"chunk": (batch,), "one": (batch, 1), "token": (batch, tokens)}[kind]
+    chunks = torch.randn(*size, 6 * channels).to(dtype).chunk(6, dim=-1)
+    return {**values, **dict(zip(("gate", "gate2", "shift", "scale", "shift2", "scale2"), chunks))}
+
+
+def call(name: str, v: dict, **keywords) -> tuple[torch.Tensor, ...]:
+    """The op's outputs as a tuple."""
+    if name == "adaln_modulate":
+        return (ops.adaln_modulate(v["x"], v["shift"], v["scale"], **keywords),)
+    if name == "adaln_modulate_dual":
+        return ops.adaln_modulate_dual(v["x"], v["shift"], v["scale"], v["shift2"], v["scale2"], **keywords)
+    if name == "gate_residual":
+        return (ops.gate_residual(v["x"], v["y"], v["gate"], **keywords),)
+    second = {"y2": v["y2"], "gate2": v["gate2"]} if name == "two_gates" else {}
+    return ops.gate_residual_adaln(v["x"], v["y"], v["gate"], v["shift"], v["scale"], **second, **keywords)
+
+
+def used(name: str) -> tuple[str, ...]:
+    """The tensor arguments of an op."""
+    return {"adaln_modulate": ("x", "shift", "scale"), "adaln_modulate_dual": ("x", "shift", "scale", "shift2", "scale2"),
+            "gate_residual": ("x", "y", "gate"), "gate_residual_adaln": ("x", "y", "gate", "shift", "scale"),
+            "two_gates": ("x", "y", "gate", "y2", "gate2", "shift", "scale")}[name]
+
+
+def op_name(name: str) -> str:
+    return "gate_residual_adaln" if name == "two_gates" else name
+
+
+def stock(name: str, v: dict, eps: float = 1e-6, weight=None, bias=None) -> tuple[torch.Tensor, ...]:
+    """JointTransformerBlock's and SD35AdaLayerNormZeroX's arithmetic, one eager operation at a time."""
+    def over(m):
+        return m if m.dim() == 3 else m[:, None]
+
+    def norm(x):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+    def modulated(n, shift, scale):
+        return n * (1 + over(scale)) + over(shift)
+
+    x = v["x"]
+    if name == "adaln_modulate":
+        return (modulated(norm(x), v["shift"], v["scale"]),)
+    if name == "adaln_modulate_dual":
+        n = norm(x)
+        return modulated(n, v["shift"], v["scale"]), modulated(n, v["shift2"], v["scale2"])
+    r = x + over(v["gate"]) * v["y"]
+    if name == "two_gates":
+        r = r + over(v["gate2"]) * v["y2"]
+    return (r,) if name == "gate_residual" else (r, modulated(norm(r), v["shift"], v["scale"]))
+
+
+def wide(v: dict) -> dict:
+    return {name: tensor.double() for name, tensor in v.items()}

@@ -1,0 +1,226 @@
+"""The adaln ops against stock code: bit for bit in ``exact``, against float64 in ``close``, on the backend that should run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusewire import ops
+from fusewire.kernels.adaln import native
+from fusewire.kernels.dispatch import forced
+from fusewire.kernels.library import CPU
+from tests.kernels.adaln.cases import DTYPES, NAMES, call, inputs, op_name, stock, wide
+from tests.tolerance import assert_close, assert_exact
+
+needs_library = pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
+BACKENDS = [pytest.param("cpu", marks=needs_library), "reference"]
+# Odd first. Around one vector, one chunk of 16 vectors and several chunks of every dtype; real widths (SD3.5-medium, DiT-XL, Flux)
+WIDTHS = (1, 3, 7, 17, 63, 65, 129, 255, 257, 300, 1152, 1536, 3072)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_library
+def test_exact(dtype, width):
+    """tail, exact: every op equals stock bit for bit; 1, 5 and 14 rows leave each remainder of the kernel's blocks of 4."""
+    for batch, tokens in ((1, 1), (1, 5), (2, 7)):
+        v = inputs(batch, tokens, width, dtype)
+        for name in NAMES:
+            for got, want in zip(call(name, v), stock(name, v), strict=True):
+                assert_exact(got, want, name)
+                assert got.is_contiguous()
+    stats = ops.stats()
+    assert all(stats[op_name(name)]["cpu"] >= 3 and stats[op_name(name)]["reference"] == 0 for name in NAMES)
+
+
+@pytest.mark.parametrize("kind", ("one", "token"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exact_modulation_shapes(dtype, kind):
+    v = inputs(3, 6, 40, dtype, kind)
+    for name in NAMES:
+        for got, want in zip(call(name, v), stock(name, v), strict=True):
+            assert_exact(got, want, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bias", (False, True), ids=("weight", "weight-bias"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exact_affine(dtype, bias, backend):
+    v, weight = inputs(2, 6, 77, dtype), torch.randn(77).to(dtype)
+    bias = torch.randn(77).to(dtype) if bias else None
+    with forced(backend):
+        for name in ("adaln_modulate", "two_gates"):
+            for got, want in zip(call(name, v, weight=weight, bias=bias, eps=1e-5), stock(name, v, 1e-5, weight, bias), strict=True):
+                assert_exact(got, want, name)
+
+
+def test_exact_bias_alone_is_left_to_torch():
+    v, bias = inputs(1, 3, 40), torch.randn(40)
+    assert_exact(call("adaln_modulate", v, bias=bias)[0], stock("adaln_modulate", v, bias=bias)[0])
+    assert ops.stats()["adaln_modulate"] == {"cpu": 0, "reference": 1}
+
+
+@pytest.mark.parametrize("width", (1, 5, 65, 300, 1536))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_library
+def test_exact_rms(dtype, width):
+    """diffusers' RMSNorm: float32 inside (float64 for float64), rounded before the weight."""
+    v, weight, bias = inputs(2, 5, width, dtype), torch.randn(width).to(dtype), torch.randn(width).to(dtype)
+    x = v["x"]
+    n = x * torch.rsqrt(x.to(torch.promote_types(dtype, torch.float32)).pow(2).mean(-1, keepdim=True) + 1e-6)
+    n = n.to(dtype)
+    for affine, norm in (({}, n), ({"weight": weight}, n * weight), ({"weight": weight, "bias": bias}, n * weight + bias)):
+        assert_exact(call("adaln_modulate", v, norm="rms", **affine)[0], norm * (1 + v["scale"][:, None]) + v["shift"][:, None])
+    assert ops.stats()["adaln_modulate"] == {"cpu": 3, "reference": 0}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 700), st.sampled_from(DTYPES), st.sampled_from(NAMES), st.floats(-50, 50),
+       st.floats(1e-3, 100), st.integers(0, 2**31))
+def test_exact_property(batch, tokens, width, dtype, name, mean, spread, seed):
+    torch.manual_seed(seed)
+    v = inputs(batch, tokens, width, dtype)
+    v["x"] = v["x"] * spread + mean
+    for got, want in zip(call(name, v), stock(name, v), strict=True):
+        assert_exact(got, want, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("width", (1, 7, 65, 300, 1536))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_close(dtype, width, backend):
+    v = inputs(2, 7, width, dtype)
+    with forced(backend):
+        for name in NAMES:
+            for got, want, plain in zip(call(name, v, numerics="close"), stock(name, wide(v)), stock(name, v), strict=True):
+                assert_close(got, want, plain, name)
+
+
+@pytest.mark.parametrize("norm", ("layer", "rms"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_library
+def test_close_affine(dtype, norm):
+    v, weight, bias = inputs(2, 7, 300, dtype), torch.randn(300).to(dtype), torch.randn(300).to(dtype)
+    plain = call("adaln_modulate", v, norm=norm, weight=weight, bias=bias)[0]
+    want = call("adaln_modulate", wide(v), norm=norm, weight=weight.double(), bias=bias.double())[0]
+    assert_close(call("adaln_modulate", v, norm=norm, weight=weight, bias=bias, numerics="close")[0], want, plain)
+    assert ops.stats()["adaln_modulate"]["reference"] == 0
+
+
+@pytest.mark.parametrize("outlier", (False, True), ids=("plain", "outlier"))
+@needs_library
+def test_cancellation(outlier):
+    """cancellation: mean 100, standard deviation 0.01; and a row whose first elements lie far from the rest."""
+    x = 100 + 0.01 * torch.randn(1, 64, 1536)
+    if outlier:
+        x[..., :16] = 101
+    zero = torch.zeros(1, 1536)
+    got = ops.adaln_modulate(x, zero, zero, eps=1e-12, numerics="close")
+    want = F.layer_norm(x.double(), (1536,), eps=1e-12)
+    assert ((got - want).abs().amax(-1) / want.abs().amax(-1)).max() <= 1e-5
+    assert ops.stats()["adaln_modulate"] == {"cpu": 1, "reference": 0}
+
+
+@pytest.mark.parametrize("numerics", ("exact", "close"))
+def test_fp16_overflow(numerics):
+    """fp16-overflow: x = +-1000, whose squares and sums do not fit fp16."""
+    v = inputs(1, 5, 1536, torch.float16)
+    v["x"] = torch.where(torch.rand(1, 5, 1536) > 0.5, 1000.0, -1000.0).half()
+    for norm in ("layer", "rms"):
+        assert torch.isfinite(call("adaln_modulate", v, norm=norm, numerics=numerics)[0]).all()
+
+
+@pytest.mark.parametrize("eps", (1e-5, 1e-6, 1e-2))
+def test_eps(eps):
+    """eps: inside the root; x ~ 1e-4, where it decides the result."""
+    v = inputs(2, 3, 100)
+    v["x"] *= 1e-4
+    assert_exact(call("adaln_modulate", v, eps=eps)[0], stock("adaln_modulate", v, eps)[0])
+    assert_close(call("adaln_modulate", v, eps=eps, numerics="close")[0], stock("adaln_modulate", wide(v), eps)[0], stock("adaln_modulate", v, eps)[0])
+
+
+@needs_library
+def test_biased_cast():
+    """biased-cast: over 2^20 elements the signed mean error is within 0.02 ULP of bf16."""
+    v = inputs(1, 1024, 1024, torch.bfloat16)
+    got, want = call("adaln_modulate", v, numerics="close")[0], stock("adaln_modulate", wide(v))[0]
+    ulp = 2.0 ** (torch.floor(torch.log2(want.abs().clamp_min(2.0**-126))) - 7)
+    assert ((got.double() - want) / ulp).mean().abs() <= 0.02
+
+
+@pytest.mark.parametrize("numerics", ("exact", "close"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_library
+def test_special_values(dtype, numerics):
+    """Denormals are kept; NaN and infinities come out where stock has them, and in no other row."""
+    v = inputs(1, 4, 65, dtype)
+    tiny = torch.finfo(dtype).smallest_normal / 4
+    v["x"][0, 0] *= tiny
+    v["shift"][0, :9] = tiny
+    v["x"][0, 1, 3], v["x"][0, 2, 64] = torch.nan, torch.inf
+    for name in NAMES:
+        for got, want in zip(call(name, v, numerics=numerics), stock(name, v), strict=True):
+            assert torch.equal(got.isnan(), want.isnan()), name
+            if numerics == "exact":
+                assert_exact(got, want, name)
+
+
+@pytest.mark.parametrize("isa", ("base", "avx2", "avx512"))
+@needs_library
+def test_every_isa_level(isa):
+    """The exact bits do not depend on the level that our library runs at. (A level that this processor lacks runs at the one it has.)"""
+    script = ("import torch; from tests.kernels.adaln.cases import *; torch.manual_seed(0)\n"
+              "from fusewire.kernels.adaln import native; assert not native._stands_down, native._stands_down\n"
+              "for dtype in DTYPES:\n"
+              "  for width in (5, 77, 300, 1536):\n"
+              "    v = inputs(2, 5, width, dtype)\n"
+              "    assert all(torch.equal(a, b) for name in NAMES for a, b in zip(call(name, v), stock(name, v))), (dtype, width)\n"
+              "    assert all(torch.isfinite(a).all() for name in NAMES for a in call(name, v, numerics='close'))\n")
+    run_with(script, FUSEWIRE_CPU_ISA=isa)
+
+
+@pytest.mark.parametrize("capability", ("default", "avx2"))
+@needs_library
+def test_follows_torch_at_lower_capability(capability):
+    """PyTorch told to use lesser kernels sums in another order: the exact row follows it, or stands down; it never differs."""
+    script = ("import torch; from tests.kernels.adaln.cases import *; torch.manual_seed(0)\n"
+              "from fusewire.kernels.adaln import native; assert not native._stands_down, native._stands_down\n"
+              "for dtype in DTYPES:\n"
+              "  for width in (5, 77, 300, 1536):\n"
+              "    v = inputs(2, 5, width, dtype)\n"
+              "    assert all(torch.equal(a, b) for name in NAMES for a, b in zip(call(name, v), stock(name, v))), (dtype, width)\n"
+              "assert ops.stats()['adaln_modulate']['reference'] == 0\n")
+    run_with(script, ATEN_CPU_CAPABILITY=capability)
+
+
+def run_with(script: str, **variables: str) -> None:
+    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **variables},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@needs_library
+def test_stands_down_where_torch_differs(monkeypatch):
+    """Had the probe found another order of summation, exact would run on the reference and say why; close would not care."""
+    monkeypatch.setitem(native._stands_down, (torch.float32, False), "another order")
+    v = inputs(1, 4, 32)
+    assert_exact(call("adaln_modulate", v)[0], stock("adaln_modulate", v)[0])
+    call("adaln_modulate", v, numerics="close")
+    assert ops.stats()["adaln_modulate"] == {"cpu": 1, "reference": 1}
+    assert native.why_not_modulate(v["x"], v["shift"], v["scale"], None, None, 1e-6, False, True) == "another order"
+
+
+@needs_library
+def test_probe_tells_orders_apart():
+    """The probe can fail: with an order of summation of its own, no other passes (float32 and float16 differ in the tail alone)."""
+    kept = {dtype: order for dtype in DTYPES for order in native._ORDERS if native._order_agrees(dtype, order)}
+    assert set(kept) == set(DTYPES)
+    for dtype in DTYPES:
+        assert sum(native._order_agrees(dtype, order) for order in native._ORDERS) == 1, dtype

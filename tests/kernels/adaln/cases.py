@@ -42,6 +42,12 @@ def op_name(name: str) -> str:
     return "gate_residual_adaln" if name == "two_gates" else name
 
 
+def served(name: str) -> tuple[int, int]:
+    """Calls of the op since the test began on (our CPU library, the reference)."""
+    counts = ops.stats()[name]
+    return counts["cpu"], counts["reference"]
+
+
 def stock(name: str, v: dict, eps: float = 1e-6, weight=None, bias=None) -> tuple[torch.Tensor, ...]:
     """JointTransformerBlock's and SD35AdaLayerNormZeroX's arithmetic, one eager operation at a time."""
     def over(m):

@@ -16,7 +16,7 @@ from fusewire import ops
 from fusewire.kernels.adaln import native
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
-from tests.kernels.adaln.cases import DTYPES, NAMES, call, inputs, op_name, stock, wide
+from tests.kernels.adaln.cases import DTYPES, NAMES, call, inputs, op_name, served, stock, wide
 from tests.tolerance import assert_close, assert_exact
 
 needs_library = pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
@@ -64,7 +64,7 @@ def test_exact_affine(dtype, bias, backend):
 def test_exact_bias_alone_is_left_to_torch():
     v, bias = inputs(1, 3, 40), torch.randn(40)
     assert_exact(call("adaln_modulate", v, bias=bias)[0], stock("adaln_modulate", v, bias=bias)[0])
-    assert ops.stats()["adaln_modulate"] == {"cpu": 0, "reference": 1}
+    assert served("adaln_modulate") == (0, 1)
 
 
 @pytest.mark.parametrize("width", (1, 5, 65, 300, 1536))
@@ -78,7 +78,7 @@ def test_exact_rms(dtype, width):
     n = n.to(dtype)
     for affine, norm in (({}, n), ({"weight": weight}, n * weight), ({"weight": weight, "bias": bias}, n * weight + bias)):
         assert_exact(call("adaln_modulate", v, norm="rms", **affine)[0], norm * (1 + v["scale"][:, None]) + v["shift"][:, None])
-    assert ops.stats()["adaln_modulate"] == {"cpu": 3, "reference": 0}
+    assert served("adaln_modulate") == (3, 0)
 
 
 @settings(max_examples=200, deadline=None)
@@ -125,7 +125,7 @@ def test_cancellation(outlier):
     got = ops.adaln_modulate(x, zero, zero, eps=1e-12, numerics="close")
     want = F.layer_norm(x.double(), (1536,), eps=1e-12)
     assert ((got - want).abs().amax(-1) / want.abs().amax(-1)).max() <= 1e-5
-    assert ops.stats()["adaln_modulate"] == {"cpu": 1, "reference": 0}
+    assert served("adaln_modulate") == (1, 0)
 
 
 @pytest.mark.parametrize("numerics", ("exact", "close"))
@@ -213,7 +213,7 @@ def test_stands_down_where_torch_differs(monkeypatch):
     v = inputs(1, 4, 32)
     assert_exact(call("adaln_modulate", v)[0], stock("adaln_modulate", v)[0])
     call("adaln_modulate", v, numerics="close")
-    assert ops.stats()["adaln_modulate"] == {"cpu": 1, "reference": 1}
+    assert served("adaln_modulate") == (1, 1)
     assert native.why_not_modulate(v["x"], v["shift"], v["scale"], None, None, 1e-6, False, True) == "another order"
 
 

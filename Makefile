@@ -9,7 +9,7 @@ demo: $(STAMP)
 	$(PYTHON) -m fusewire demo
 
 test: $(STAMP)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2
 
 test-all: $(STAMP)
 	$(PYTHON) -m pytest -m "slow or not slow"

@@ -78,9 +78,9 @@ def test_silent_off(dtype):
     """silent-off: close runs a fast product, exact never does."""
     args = layer((2, 25, 24), 16, dtype)
     ops.linear(*args, numerics="close")
-    assert ops.stats()["linear"] == {"cpu": 1, "reference": 0}
+    assert {name: calls for name, calls in ops.stats()["linear"].items() if calls} == {"cpu": 1}
     ops.linear(*args)
-    assert ops.stats()["linear"] == {"cpu": 1, "reference": 1}
+    assert {name: calls for name, calls in ops.stats()["linear"].items() if calls} == {"cpu": 1, "reference": 1}
 
 
 @pytest.mark.parametrize("shape, n", [((0, 4), 3), ((2, 0, 4), 3), ((2, 3, 0), 3), ((2, 3, 4), 0)])

@@ -94,14 +94,14 @@ def three_sides(call) -> dict:
 
 def linear_cases():
     for (rows, inner, outer), dtype in ((s, d) for s in (sized((2048, 1536, 6144), (4, 16, 16)), sized((4608, 3072, 12288), (4, 16, 16))) for d in SHORT):
-        x, w, b = rand(1, rows, inner, dtype=dtype), rand(outer, inner, dtype=dtype), rand(outer, dtype=dtype)
+        x, w, b = rand(1, rows, inner, dtype=dtype), rand(outer, inner, dtype=dtype) / inner**0.5, rand(outer, dtype=dtype)
         flops, what = 2 * rows * inner * outer, f"{rows}x{inner}x{outer} {SHORT[dtype]}"
         gelu = lambda n, x=x, w=w, b=b: ops.linear(x, w, b, activation="gelu_tanh", numerics=n)  # noqa: E731
         sides = {"eager": with_backend("reference", lambda: gelu("exact")), "triton close": with_backend("triton", lambda: gelu("close"))}
         if not DRY:
             sides["cublaslt close"] = with_backend("cuda", lambda: gelu("close"))
         yield "linear gelu_tanh", what, 0, flops, sides
-        back, bias, gate, residual = rand(inner, outer, dtype=dtype), rand(inner, dtype=dtype), rand(1, inner, dtype=dtype), rand(1, rows, inner, dtype=dtype)
+        back, bias, gate, residual = rand(inner, outer, dtype=dtype) / outer**0.5, rand(inner, dtype=dtype), rand(1, inner, dtype=dtype), rand(1, rows, inner, dtype=dtype)
         h = rand(1, rows, outer, dtype=dtype)
         yield "linear gate residual", what, 0, flops, three_sides(
             lambda n, h=h, back=back, bias=bias, gate=gate, residual=residual: ops.linear(h, back, bias, gate=gate, residual=residual, numerics=n))

@@ -1,12 +1,17 @@
-"""Tiny models: a second thread costs more than it brings. test_exact.py runs with both."""
+"""Tiny models: a second thread costs more than it brings. A test that is about threads takes the fixture ``two_threads``."""
 
 import pytest
 import torch
 
 
 @pytest.fixture(autouse=True)
-def threads(request):
+def one_thread():
     before = torch.get_num_threads()
-    torch.set_num_threads(2 if request.module.__name__.endswith("test_exact") else 1)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_threads(one_thread):
+    torch.set_num_threads(2)

@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_transformer(variant, dtype):
+def test_transformer(variant, dtype, two_threads):
     model = stock_model(variant, dtype)
     # Two resolutions in a row, odd token counts, batch 1 and 3.
     cases = [inputs(1, 8, 12, 5, dtype), inputs(3, 6, 2, 1, dtype), inputs(1, 8, 12, 5, dtype)]

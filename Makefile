@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find cs
 	$(VENV)/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[diffusers,report,train,dev]"
 	touch $@
 
-# What the Triton kernels compile to, without a GPU (some ten minutes on two cores).
+# What the Triton kernels compile to, without a GPU (a few minutes on two cores).
 kernels-compiled: $(STAMP)
 	env -u TRITON_INTERPRET $(PYTHON) -m fusewire.kernels.compiled --write docs/kernels-compiled.md
 

@@ -135,3 +135,7 @@ for _dim, _dtype in itertools.product((64, 128), SHORT):
 
 QUICK = ("adaln_modulate 1536 bf16", "gate_residual_adaln two gates 3072 f32", "gate_residual exact 1536 f32", "linear gate residual 1536 bf16",
          "qk_norm_into joint buffer 64 bf16", "flow_euler_step guided bf16", "attention 64 bf16", "joint_attention 128 bf16", "attention 72 bf16 bool")
+DOCUMENTED = (*QUICK, "adaln_modulate 3072 bf16", "adaln_modulate_dual 1536 bf16", "gate_residual_adaln two gates 1536 bf16",
+              "gate_residual_adaln two gates 16384 f32", "adaln_modulate exact 1536 bf16", "linear bias gelu_tanh 1536 bf16", "qk_norm_rope 64 bf16",
+              "qk_norm_rope 128 f32", "attention 64 f32", "attention 128 bf16", "attention 128 bf16 additive", "attention 128 f32",
+              "attention 256 bf16", "attention 512 bf16", "joint_attention 64 bf16")

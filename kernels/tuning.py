@@ -85,7 +85,8 @@ def attention_tile(dim: int, itemsize: int, masked: bool, arch: Arch) -> Attenti
     hopper = arch.kind == "cuda" and arch.shared >= 227 * KIB  # wgmma reads its operands from shared memory: more registers are left
     if itemsize == 4:
         # Three TF32 products come close to float32; AMD has float32 matrix instructions
-        queries, keys, warps, stages = (64, 32, 8, 2 if large else 1) if padded <= 128 else (32, 16, 8, 1)
+        queries, keys = (64, 32) if padded <= 64 else (32, 32) if padded <= 128 else (32, 16)
+        warps, stages = 8, 2 if large and padded <= 128 else 1
         return AttentionTile(queries, keys, padded, warps, stages, "ieee" if arch.kind == "hip" else "tf32x3")
     if padded > 256:
         queries, keys, warps, stages = (32, 32, 8, 2) if large else (32, 16, 8, 1)
@@ -98,5 +99,5 @@ def attention_tile(dim: int, itemsize: int, masked: bool, arch: Arch) -> Attenti
         if large and (hopper or not masked):
             queries, keys, warps, stages = (128, 32 if masked else 64, 8, 3)
     else:
-        queries, keys, warps, stages = (128, 32, 8, 2) if hopper and not masked else (64, 32, 8, 2) if large else (64, 16, 8, 2)
+        queries, keys, warps, stages = (128, 32, 8, 2) if arch.name == "sm_90" and not masked else (64, 32, 8, 2) if large else (64, 16, 8, 2)
     return AttentionTile(queries, keys, padded, warps, stages, "ieee")

@@ -147,7 +147,7 @@ def describe(value: object) -> str:
 
 
 def _build(name: str, dtype: torch.dtype, layers: int | None, size: int | None, seed: int) -> Target:
-    from fusewire.folders import needs_diffusers
+    from fusewire.folders import needs_diffusers, silent
 
     diffusers = needs_diffusers()
     preset = PRESETS[name]
@@ -168,7 +168,8 @@ def _build(name: str, dtype: torch.dtype, layers: int | None, size: int | None, 
     finally:
         torch.set_default_dtype(before)
         torch.set_rng_state(generator_state)
-    model = model.to(dtype).eval().requires_grad_(False)
+    with silent():
+        model = model.to(dtype).eval().requires_grad_(False)
     tokens = (size // step) ** 2
     text = f"{layers} of {preset.full_layers} blocks ({dual} with a second attention), width {model.inner_dim}, {tokens} + {preset.text_tokens} tokens"
     return Target(name, model, dtype, text, size=size, inputs=sd3_inputs(model, size=size, text_tokens=preset.text_tokens, seed=seed))

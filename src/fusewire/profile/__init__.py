@@ -77,7 +77,8 @@ def profile(pipe_or_module, *, numerics: str = "both", compile: bool = False, ro
         values["compile"] = shared_copy(pipe_or_module)
         first["compile"] = _compile(values["compile"], component, caller, device, values)
         order.append("compile")
-    tick()
+    if compile:
+        tick()
     took: dict[str, float] = {}
     copies, swaps = swap_copies(pipe_or_module, wanted, took)
     for variant, value in copies.items():

@@ -79,6 +79,14 @@ def over_tokens(tensor: torch.Tensor | None) -> tuple:
     return strided(tensor.unsqueeze(1) if tensor is not None and tensor.dim() == 2 else tensor, 3)
 
 
+def inner_contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor, or a contiguous copy of one whose last stride is not 1: for kernels that sum over the last dimension.
+
+    Triton 3.6 turns the threads of the whole kernel round for such a load, and sums in another order: equal values would give other bits.
+    """
+    return tensor if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
 def vector_aligned(tensor: torch.Tensor) -> bool:
     """Whether rows of ``tensor`` can be stored 16 bytes at a time, as Triton sees it: strides are multiples of 16 elements, the last one is 1."""
     *outer, inner = strided(tensor, tensor.dim())[1:]

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fusewire.kernels.adaln.reference import normalise, normalised_dtype, promoted
-from fusewire.kernels.triton_base import TYPES, arch_of, launch, narrow, over_tokens, rounded, strided
+from fusewire.kernels.triton_base import TYPES, arch_of, inner_contiguous, launch, narrow, over_tokens, rounded, strided
 from fusewire.kernels.tuning import aligned, row_tile
 
 NONE, LAYER, RMS = 0, 1, 2  # which norm the kernel applies
@@ -105,6 +105,9 @@ def _launch(x, gated, norm: int, weight, bias, modulations, eps: float, exact: b
     rows = batch * tokens
     (y, gate), (y2, gate2) = (*gated, (None, None), (None, None))[:2]
     (shift, scale), (shift2, scale2) = (*modulations, (None, None), (None, None))[:2]
+    if norm != NONE:
+        x, y, gate, y2, gate2, weight, bias, shift, scale, shift2, scale2 = (
+            inner_contiguous(tensor) for tensor in (x, y, gate, y2, gate2, weight, bias, shift, scale, shift2, scale2))
     residual = outputs[0] if gated else None
     out, out2 = (*outputs[len(outputs) - len(modulations):], None, None)[:2]
     dtype = x.dtype

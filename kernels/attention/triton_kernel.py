@@ -14,7 +14,7 @@ import triton.language as tl
 from fusewire.kernels.attention.triton_limits import default_scale
 from fusewire.kernels.qk_norm_rope import triton_kernel as qk_norm
 from fusewire.kernels.qk_norm_rope.reference import RMS
-from fusewire.kernels.triton_base import INTERPRETED, arch_of, fused, launch, narrow, strided
+from fusewire.kernels.triton_base import INTERPRETED, arch_of, fused, inner_contiguous, launch, narrow, strided
 from fusewire.kernels.tuning import attention_tile
 
 NO_MASK, BOOL, ADDITIVE = 0, 1, 2
@@ -203,6 +203,8 @@ def _in_units(tensor: torch.Tensor | None, unit: int) -> tuple:
 
 def _launch(first, second, mask, weights, lse, causal: bool, scale: float | None, eps: float) -> None:
     """``first``, ``second``: (q, k, v, out) of a segment, the second of None where there is one only; ``weights``: those of q and q2."""
+    # The norm sums over the head dimension of the queries
+    first, second = ((q if weight is None else inner_contiguous(q), *rest) for (q, *rest), weight in zip((first, second), weights))
     q, k = first[:2]
     q2, k2 = second[:2]
     batch, q_tokens, heads, dim = q.shape

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fusewire.kernels.qk_norm_rope.reference import RMS, TORCH_RMS, result_dtype
-from fusewire.kernels.triton_base import TYPES, arch_of, launch, narrow, rounded, strided, vector_aligned
+from fusewire.kernels.triton_base import TYPES, arch_of, inner_contiguous, launch, narrow, rounded, strided, vector_aligned
 from fusewire.kernels.tuning import aligned, row_tile
 
 NONE, GIVEN, COMPUTED = 0, 1, 2  # the reciprocal root mean square: not applied, read, computed
@@ -83,6 +83,8 @@ def _stock_root(x, eps: float) -> torch.Tensor:
 def _launch(q, k, q_weight, k_weight, q_out, k_out, cos, sin, eps: float, exact: bool, root: int) -> None:
     dim = q.shape[3]
     tile = row_tile(dim, arch_of(q.device))
+    if root == COMPUTED:
+        q, k, q_weight, k_weight, cos, sin = (inner_contiguous(tensor) for tensor in (q, k, q_weight, k_weight, cos, sin))
     roots = [_stock_root(x, eps) if root == GIVEN else None for x in (q, k)]
     q_rows, k_rows = (x.shape[0] * x.shape[1] * x.shape[2] for x in (q, k))
     q_tiles = triton.cdiv(q_rows, tile.rows)

@@ -45,11 +45,17 @@ class CMakeBuild(build_ext):
                      f"-DPython_EXECUTABLE={sys.executable}", f"-DFUSEWIRE_LIB_DIR={destination}"]
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
+        record = destination / "libfusewire_cpu.json"
+        record.unlink(missing_ok=True)
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
+        # The schemas that the library was compiled for: a later checkout whose schemas differ does not call it.
+        code = f"import fusewire.ops; from fusewire.kernels.library import record_schemas; record_schemas({str(record)!r})"
+        subprocess.run([sys.executable, "-c", code], cwd=build, check=True,
+                       env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "FUSEWIRE_NATIVE": "0"})
 
     def get_outputs(self):
-        return [str(path) for path in (Path(self.build_lib) / "fusewire" / "lib").glob("*.so")]
+        return [str(path) for path in (Path(self.build_lib) / "fusewire" / "lib").glob("libfusewire_*")]
 
 
 class NativeDistribution(Distribution):
@@ -79,7 +85,7 @@ setup(
     packages=["fusewire"] + [f"fusewire.{p}" for p in find_namespace_packages(str(ROOT / "src" / "fusewire"), exclude=["lib", "*__pycache__*"])]
     + rooms("kernels") + rooms("models"),
     package_dir={"fusewire": "src/fusewire", "fusewire.kernels": "kernels", "fusewire.models": "models"},
-    package_data={"fusewire": ["lib/*.so", "report/*.html", "report/*.css"]},
+    package_data={"fusewire": ["lib/*.so", "lib/*.json", "report/*.html", "report/*.css"]},
     # The extension names no sources: CMakeBuild does the work, and the wheel becomes platform specific.
     ext_modules=[] if REASON else [Extension("fusewire.lib.fusewire_cpu", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": StableWheel},

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from fusewire.kernels.library import CPU
+
 NAMES = ("cpu", "cuda", "triton", "reference")
 
 
@@ -23,6 +25,14 @@ class Backend(NamedTuple):
     name: str
     why_not: Callable[..., str]
     run: Callable
+
+
+class Choice(NamedTuple):
+    """One backend's part in a call: whether it would run, and ``""`` or the reason why it would not."""
+
+    backend: str
+    runs: bool
+    reason: str
 
 
 class BackendError(RuntimeError):
@@ -37,14 +47,18 @@ def _forced_by_environment() -> str | None:
 
 
 _forced: str | None = _forced_by_environment()
+_QUESTION = "?"  # in the place of a forced backend: what would run?
 TABLES: dict[str, "Table"] = {}
 
 
 class Table:
-    """The backends of one op, in order of preference, with a count of the calls that each served."""
+    """The backends of one op, in order of preference, with a count of the calls that each served.
+
+    A ``cpu`` row calls ``fusewire::<op>`` of the compiled library. Where that library is older and has no such kernel, the row stands down.
+    """
 
     def __init__(self, op: str, rows: list[Backend]):
-        self.op, self.rows = op, rows
+        self.op, self.rows = op, [_unless_stale(op, row) for row in rows]
         self.calls = {row.name: 0 for row in rows}
         self.fallbacks: dict[str, int] = {}
         TABLES[op] = self
@@ -61,6 +75,8 @@ class Table:
         raise BackendError(f"{self.op}: no backend can serve this call")
 
     def _run_forced(self, args):
+        if _forced is _QUESTION:
+            raise _Reached(self, args)
         for row in self.rows:
             if row.name == _forced:
                 reason = row.why_not(*args)
@@ -71,9 +87,40 @@ class Table:
                 return row.run(*args)
         raise BackendError(f"{self.op} has no backend {_forced!r}; it has {', '.join(row.name for row in self.rows)}")
 
-    def explain(self, *args) -> list[tuple[str, str]]:
-        """(backend, reason it cannot serve, or ``""``) for each row, in order of preference."""
-        return [(row.name, row.why_not(*args)) for row in self.rows]
+    def choices(self, *args) -> list[Choice]:
+        """What each row would do with this call, in order of preference."""
+        found, taken = [], False
+        for row in self.rows:
+            reason = row.why_not(*args)
+            if not reason and _forced is not None and row.name != _forced:
+                reason = f"the backend is forced to {_forced!r}"
+            elif not reason and taken:
+                reason = "a backend that is preferred serves the call"
+            taken = taken or not reason
+            found.append(Choice(row.name, not reason, reason))
+        return found
+
+
+class _Reached(Exception):
+    """How a question ends: the table that the call came to, and the arguments that its rows get."""
+
+
+def choices(call: Callable, *args, **kwargs) -> list[Choice]:
+    """What each backend would do with ``call(*args, **kwargs)``, a public op: its checks run, no kernel does."""
+    global _forced
+    before, _forced = _forced, _QUESTION
+    try:
+        call(*args, **kwargs)
+    except _Reached as reached:
+        table, given = reached.args
+    finally:
+        _forced = before
+    return table.choices(*given)
+
+
+def _unless_stale(op: str, row: Backend) -> Backend:
+    reason = CPU.why_not(op) if row.name == "cpu" else ""
+    return row._replace(why_not=lambda *args: reason) if reason else row
 
 
 def always(*args) -> str:

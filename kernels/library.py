@@ -1,12 +1,15 @@
 """The operator library: one schema per fused op, declared in its room, and the compiled libraries that implement it.
 
 ``define`` declares ``fusewire::<name>`` once, with its fake kernel, a fallback made of plain PyTorch (so that the op exists with and
-without the compiled library) and its autograd formula. ``NATIVE`` tells which compiled libraries were loaded, and why one was not.
+without the compiled library) and its autograd formula. ``CPU`` and ``CUDA`` are the compiled libraries: loaded or not, why not, and whether
+they are as new as these sources. ``FUSEWIRE_NATIVE=0`` leaves them out; ``FUSEWIRE_LIB`` names another folder to take them from.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,32 +20,82 @@ ISA_LEVELS = ("base", "avx2", "avx512", "avx512_bf16")
 
 
 class NativeLibrary:
-    """A compiled library: ``loaded`` says whether its ops can be called, ``reason`` why not."""
+    """A compiled library: ``loaded`` says whether its ops can be called, ``reason`` why not; ``stale`` names the ops that it serves no more.
 
-    def __init__(self, name: str):
-        self.name, self.loaded, self.reason, self.path = name, False, "", None
+    A library may be older than the Python sources beside it. An op that it lacks would silently run the fallback, and a kernel compiled for
+    another schema would misread its arguments: both are found, at import, and the op's row stands down (``dispatch.Table``).
+    """
+
+    def __init__(self, name: str, key: str):
+        self.name, self.key, self.loaded, self.reason, self.path = name, key, False, "", None
+        self.stale: dict[str, str] = {}  # op -> why the library does not serve it
+        self.schemas: dict[str, str] = {}  # op -> the schema that it was compiled for, as the build recorded it
 
     def load(self) -> None:
-        """Load ``lib<name>.so`` from ``fusewire/lib``, once. A library that is there but does not load is an error, not a fallback."""
+        """Load ``lib<name>.so``, once. One that does not load is said in a warning; the package then works without it."""
         import fusewire
 
-        self.path = Path(fusewire.__file__).parent / "lib" / f"lib{self.name}.so"
+        folder = os.environ.get("FUSEWIRE_LIB") or Path(fusewire.__file__).parent / "lib"
+        self.path = Path(folder) / f"lib{self.name}.so"
         if os.environ.get("FUSEWIRE_NATIVE", "1") == "0":
             self.reason = "switched off by FUSEWIRE_NATIVE=0"
         elif not self.path.is_file():
             self.reason = f"{self.path.name} was not built (install with a C++ compiler and --no-build-isolation)"
         else:
-            torch.ops.load_library(str(self.path))
-            self.loaded = True
+            try:
+                record = self.path.with_suffix(".json")
+                self.schemas = json.loads(record.read_text()) if record.is_file() else {}
+                if _cut_short(self.path):
+                    raise OSError("the file is cut short")
+                torch.ops.load_library(str(self.path))
+                self.loaded = True
+            except (OSError, ValueError) as error:
+                cause = str(error.__cause__ or error).replace(str(self.path), self.path.name)
+                self._refuse(f"{self.path.name} does not load into torch {torch.__version__}: {cause}")
+
+    def _refuse(self, reason: str) -> None:
+        self.loaded, self.reason = False, reason
+        warnings.warn(f"fusewire runs without its compiled library: {reason}", stacklevel=2)
+
+    def has(self, op: str) -> bool:
+        """Whether a kernel of this library is registered for ``fusewire::<op>`` (the fallbacks have another key)."""
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"fusewire::{op}", self.key)
+
+    def changed(self, schema: str) -> bool:
+        """Whether the library was compiled for another schema of that name."""
+        return self.schemas.get(schema.split("(", 1)[0], schema) != schema
+
+    def require(self, schemas: tuple[str, ...]) -> None:
+        """Refuse the whole library where it lacks one of the ops that the rooms call when they are imported."""
+        for schema in schemas:
+            op = schema.split("(", 1)[0]
+            there = self.has(op) or torch._C._dispatch_has_kernel_for_dispatch_key(f"fusewire::{op}", "CompositeExplicitAutograd")
+            if self.loaded and (not there or self.changed(schema)):
+                self._refuse(_older(f"the compiled library {'has another schema for' if there else 'lacks'} fusewire::{op}"))
+
+    def why_not(self, op: str) -> str:
+        """Why a loaded library does not serve ``fusewire::<op>``; ``""`` where it does. For rows, once: not for calls."""
+        if self.loaded and op not in self.stale and not self.has(op):
+            self.mark(op, f"the compiled library lacks fusewire::{op}")
+        return self.stale.get(op, "")
+
+    def mark(self, op: str, what: str) -> None:
+        """Note that the library does not serve ``op``, with one warning for all of them."""
+        if self.loaded and not self.stale:
+            warnings.warn(f"{_older(what)}. What it lacks runs on the other backends, more slowly; `fusewire doctor` lists it", stacklevel=2)
+        self.stale[op] = _older(what)
 
 
-CPU = NativeLibrary("fusewire_cpu")
-CUDA = NativeLibrary("fusewire_cuda")
-CPU.load()
-if torch.version.cuda is not None:
-    CUDA.load()
-else:
-    CUDA.reason = "this torch was built without CUDA"
+def _cut_short(path: Path) -> bool:
+    """Whether the end of a 64-bit ELF file is missing, its table of sections: mapped, it would end the process with a bus error."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    offset, size, count = (int.from_bytes(head[a:b], "little") for a, b in ((40, 48), (58, 60), (60, 62)))
+    return head[:4] == b"\x7fELF" and (len(head) < 64 or offset + size * count > path.stat().st_size)
+
+
+def _older(what: str) -> str:
+    return f"{what}: it is older than these sources; run `make lib`"
 
 
 def cpu_isa() -> str:
@@ -61,6 +114,11 @@ def define(schema: str, *, fallback: Callable, fake: Callable, backward: Callabl
     _DEFINED[name] = (schema, {"fake": fake, "backward": backward, "setup_context": setup_context})
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
+    if CPU.changed(schema) and CPU.has(name):
+        CPU.mark(name, f"the compiled library has another schema for fusewire::{name}")
+        with warnings.catch_warnings():  # torch warns of the override, which is meant: nobody can reach the old kernel, torch.ops included
+            warnings.simplefilter("ignore")
+            LIBRARY.impl(name, fallback, CPU.key)
     torch.library.register_fake(f"fusewire::{name}", fake, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"fusewire::{name}", backward, setup_context=setup_context, lib=LIBRARY)
@@ -86,6 +144,23 @@ def variant(op: torch._ops.OpOverload, suffix: str, kernel: Callable) -> torch._
     return other
 
 
-LIBRARY.define("cpu_isa() -> int")
-LIBRARY.define("cpu_layer_norm_moments(Tensor x, float eps, int order, Tensor(a!) out) -> ()")
-LIBRARY.define("cpu_layer_norm_order(Tensor x, int order) -> ()")
+def record_schemas(path: str) -> None:
+    """Write the declared schemas beside a library that was compiled from the same sources. setup.py calls it once all rooms are imported."""
+    schemas = {schema.split("(", 1)[0]: schema for schema in (*_HELPERS, *(schema for schema, _ in _DEFINED.values()))}
+    Path(path).write_text(json.dumps(schemas, indent=1, sort_keys=True) + "\n")
+
+
+# What the rooms ask the CPU library when they are imported.
+_HELPERS = ("cpu_isa() -> int", "cpu_layer_norm_moments(Tensor x, float eps, int order, Tensor(a!) out) -> ()",
+            "cpu_layer_norm_order(Tensor x, int order) -> ()")
+for _schema in _HELPERS:
+    LIBRARY.define(_schema)
+
+CPU = NativeLibrary("fusewire_cpu", "CPU")
+CUDA = NativeLibrary("fusewire_cuda", "CUDA")
+CPU.load()
+CPU.require(_HELPERS)
+if torch.version.cuda is not None:
+    CUDA.load()
+else:
+    CUDA.reason = "this torch was built without CUDA"

@@ -77,6 +77,7 @@ def _hush() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", module=r"fusewire\.kernels\.library")  # a compiled library that is broken or too old
 
 
 def _console() -> Console:

@@ -71,8 +71,9 @@ def diagnose() -> Diagnosis:
 
 
 def served(backend: str) -> str:
-    """How many ops have a row for ``backend``, of how many."""
-    rows = [any(row.name == backend for row in table.rows) for table in dispatch.TABLES.values()]
+    """How many ops have a row for ``backend`` that the compiled library does not leave without a kernel, of how many."""
+    lost = CPU.stale if backend == "cpu" else {}
+    rows = [op not in lost and any(row.name == backend for row in table.rows) for op, table in dispatch.TABLES.items()]
     return f"{sum(rows)} of {len(rows)}"
 
 
@@ -92,9 +93,12 @@ def _reference() -> Finding:
 
 def _cpu() -> Finding:
     if not CPU.loaded:
-        fix = ("unset FUSEWIRE_NATIVE" if "FUSEWIRE_NATIVE" in CPU.reason
+        built = "does not load" in CPU.reason or "older" in CPU.reason
+        fix = ("unset FUSEWIRE_NATIVE" if "FUSEWIRE_NATIVE" in CPU.reason else "make clean lib" if built
                else "install g++ and make, then: make lib, or pip install --no-build-isolation .")
-        return Finding("cpu", False, CPU.reason, served("cpu"), fix)
+        return Finding("cpu", False, f"broken: {CPU.reason}" if built else CPU.reason, served("cpu"), fix)
+    if CPU.stale:
+        return Finding("cpu", False, "broken: " + "; ".join(CPU.stale.values()), served("cpu"), "make lib")
     wrong = self_test("cpu", "cpu")
     return Finding("cpu", not wrong, wrong or f"compiled library at ISA level {cpu_isa()}; the processor has "
                    f"{torch.backends.cpu.get_cpu_capability()}", served("cpu"), "make clean lib" if wrong else "")

@@ -1,8 +1,9 @@
-"""Every public op, one import line each."""
+"""Every public op, one import line each; and what is known of their calls: ``backends``, ``stats``, ``reset_stats``."""
 
 from fusewire.kernels.adaln.op import adaln_modulate, adaln_modulate_dual, gate_residual, gate_residual_adaln
 from fusewire.kernels.attention.op import attention, joint_attention
-from fusewire.kernels.dispatch import TABLES as _TABLES
+from fusewire.kernels.dispatch import Choice as _Choice
+from fusewire.kernels.dispatch import choices as _choices
 from fusewire.kernels.dispatch import reset_stats, stats
 from fusewire.kernels.linear.op import linear
 from fusewire.kernels.qk_norm_rope.op import qk_norm_into, qk_norm_rope
@@ -13,6 +14,7 @@ __all__ = [
     "adaln_modulate",
     "adaln_modulate_dual",
     "attention",
+    "backends",
     "flow_euler_table",
     "gate_residual",
     "gate_residual_adaln",
@@ -24,3 +26,19 @@ __all__ = [
     "sampler_step",
     "stats",
 ]
+
+
+_OPS = (adaln_modulate, adaln_modulate_dual, attention, gate_residual, gate_residual_adaln, joint_attention, linear, qk_norm_into, qk_norm_rope,
+        sampler_step)
+
+
+def backends(name: str, *args, **kwargs) -> list[_Choice]:
+    """Which backend would serve ``fusewire.ops.<name>(*args, **kwargs)``, and why the others would not; nothing is computed.
+
+    Returns: for each backend, in order of preference, (backend, runs, reason).
+    Raises: ValueError where there is no such op; what the op itself raises for a bad argument.
+    """
+    for op in _OPS:
+        if op.__name__ == name:
+            return _choices(op, *args, **kwargs)
+    raise ValueError(f"name is {name!r}; it should be one of {', '.join(op.__name__ for op in _OPS)}")

@@ -1,0 +1,74 @@
+"""``ops.backends`` says beforehand what a call then does, for every op."""
+
+import inspect
+
+import pytest
+import torch
+
+from fusewire import ops
+from fusewire.kernels import dispatch
+from fusewire.kernels.library import CPU
+
+X, ROW, HEADS = torch.randn(2, 5, 64), torch.randn(2, 64), torch.randn(2, 5, 2, 32)
+TABLE = ops.flow_euler_table(torch.tensor([1.0, 0.5, 0.0]))
+# Public op: (its arguments, its keywords, the name under which its calls are counted)
+CALLS = {
+    "adaln_modulate": ((X, ROW, ROW), dict(norm="rms"), "adaln_modulate"),
+    "adaln_modulate_dual": ((X, ROW, ROW, ROW, ROW), dict(eps=1e-5), "adaln_modulate_dual"),
+    "attention": ((HEADS, HEADS, HEADS), dict(causal=True), "attention"),
+    "gate_residual": ((X, X, ROW), {}, "gate_residual"),
+    "gate_residual_adaln": ((X, X, ROW, ROW, ROW), dict(y2=X, gate2=ROW), "gate_residual_adaln"),
+    "joint_attention": ((HEADS,) * 6, {}, "joint_attention"),
+    "linear": ((X, torch.randn(48, 64)), dict(activation="gelu_tanh", numerics="close"), "linear"),
+    "qk_norm_into": ((HEADS, HEADS, None, None, torch.zeros_like(HEADS), torch.zeros_like(HEADS)), {}, "qk_norm_into"),
+    "qk_norm_rope": ((HEADS, HEADS), dict(norm="torch_rms"), "qk_norm_rope"),
+    "sampler_step": ((X, X, TABLE, 1), {}, "flow_euler_step"),
+}
+
+
+def test_every_op_is_here():
+    about = {"backends", "flow_euler_table", "reset_stats", "stats"}
+    assert set(CALLS) == set(ops.__all__) - about and {counted for *_, counted in CALLS.values()} == set(dispatch.TABLES)
+    assert all(inspect.isfunction(getattr(ops, name)) for name in ops.__all__)
+
+
+@pytest.mark.parametrize("backend", [None, "reference", "cpu"])
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_said_is_what_runs(name, backend):
+    if backend == "cpu" and not CPU.loaded:
+        pytest.skip(CPU.reason)
+    args, kwargs, counted = CALLS[name]
+    with dispatch.forced(backend):
+        said = ops.backends(name, *args, **kwargs)
+        assert not any(ops.stats()[counted].values())
+        getattr(ops, name)(*args, **kwargs)
+    running = [choice.backend for choice in said if choice.runs]
+    assert running == [row for row, calls in ops.stats()[counted].items() if calls] and len(running) == 1
+    assert [choice.backend for choice in said] == list(ops.stats()[counted])
+    assert all(bool(choice.reason) is not choice.runs for choice in said)
+    assert backend in (None, *running)
+
+
+def test_nothing_is_written():
+    args = CALLS["qk_norm_into"][0]
+    before = args[4].clone(), args[4]._version
+    ops.backends("qk_norm_into", *args)
+    assert torch.equal(args[4], before[0]) and args[4]._version == before[1]
+
+
+def test_reasons():
+    said = {choice.backend: choice.reason for choice in ops.backends("linear", X, torch.randn(48, 64))}
+    assert said["cpu"] == "numerics='exact' keeps the stock matrix product" and said["reference"] == ""
+    with dispatch.forced("cpu"):
+        assert not any(choice.runs for choice in ops.backends("linear", X, torch.randn(48, 64)))
+    said = {choice.backend: choice.reason for choice in ops.backends("gate_residual", *(t.to("meta") for t in (X, X, ROW)))}
+    assert "meta" in said["cpu"] or not CPU.loaded
+
+
+def test_bad_questions():
+    with pytest.raises(ValueError, match="name is 'adaln'; it should be one of adaln_modulate, "):
+        ops.backends("adaln", X)
+    with pytest.raises(ValueError, match="shift has shape"):
+        ops.backends("adaln_modulate", X, ROW[:, :3], ROW)
+    assert dispatch.forced_backend() is None
+    ops.adaln_modulate(X, ROW, ROW)  # and the next call runs

@@ -1,9 +1,15 @@
-"""Timing in turn: every function once per round, in one process, so that all meet the same machine."""
+"""How the benchmarks measure and record: every function once per round, in one process, so that all meet the same machine.
+
+A benchmark has a function ``rows(arguments)`` that yields one dictionary per measurement, and ends in ``main(__doc__, rows)``. What ``--json``
+writes names the command, the day, the machine and the versions, and is the same for every benchmark.
+"""
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -12,40 +18,83 @@ from pathlib import Path
 
 import torch
 
-from fusewire.kernels.library import cpu_isa
+from fusewire import ops
+from fusewire.machine import describe, version_of
+
+ROOT = Path(__file__).resolve().parents[1]
+WARM_ROUNDS = 3
 
 
-def measure(functions: dict[str, Callable], rounds: int, inner: int = 1) -> dict[str, float]:
-    """Median microseconds of each function over ``rounds`` rounds of ``inner`` calls, after three warm rounds."""
-    times = {name: [] for name in functions}
-    for i in range(rounds + 3):
+def samples(functions: dict[str, Callable], rounds: int, inner: int = 1, warm: int = WARM_ROUNDS) -> dict[str, list[float]]:
+    """Microseconds per call of each function, one figure for each of ``rounds`` rounds of ``inner`` calls, after ``warm`` rounds that do not count."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for i in range(rounds + warm):
         for name, function in functions.items():
             start = time.perf_counter()
             for _ in range(inner):
                 function()
-            if i >= 3:
+            if i >= warm:
                 times[name].append((time.perf_counter() - start) / inner * 1e6)
-    return {name: round(statistics.median(values), 2) for name, values in times.items()}
+    return times
 
 
-def processor() -> str:
-    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0]} ({len(names)} cores)" if names else "unknown"
+def measure(functions: dict[str, Callable], rounds: int, inner: int = 1, warm: int = WARM_ROUNDS) -> dict[str, float]:
+    """The medians of ``samples``."""
+    return {name: round(statistics.median(times), 2) for name, times in samples(functions, rounds, inner, warm).items()}
 
 
-def main(description: str, rows: Callable[[int], Iterable[dict]]) -> None:
-    """The command line of a benchmark: ``[--rounds N] [--json FILE]``; ``rows(rounds)`` yields one dictionary per measurement."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--json", help="also write the rows to this file")
+def served(op: str) -> str:
+    """The backend that served every call of ``op`` since ``ops.reset_stats()``; an error where it was more than one: the row would mix them."""
+    backends = [backend for backend, calls in ops.stats()[op].items() if calls]
+    if len(backends) != 1:
+        raise RuntimeError(f"{op} was served by {' and '.join(backends) or 'no backend'}; a row should be about one backend")
+    return backends[0]
+
+
+def machine() -> dict:
+    """``fusewire.machine.describe()``, and what tells processors of one name apart."""
+    found = describe()
+    info = Path("/proc/cpuinfo")
+    named = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line) if info.is_file() else {}
+    named = {name.strip(): value.strip() for name, value in named.items()}
+    if "model" in named:
+        found["processor"] += f" (family {named.get('cpu family')}, model {named['model']})"
+    if version_of("openvino"):
+        found["versions"]["openvino"] = version_of("openvino")
+    return found
+
+
+def command() -> str:
+    """The command as it was typed, with the paths that lie in the checkout seen from its root and no others."""
+    def shown(word: str) -> str:
+        path = Path(word)
+        if not path.is_absolute():
+            return word
+        return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(shown, sys.argv[1:])])
+
+
+def write(path: Path, rows: list[dict], state: dict) -> None:
+    """``state``: ``machine()`` as it was before the first measurement, so that its load is not the benchmark's own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"command": command(), "date": datetime.date.today().isoformat(), "machine": state, "unit": "microseconds", "rows": rows}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main(doc: str, rows: Callable[[argparse.Namespace], Iterable[dict]], *, rounds: int = 21,
+         options: Callable[[argparse.ArgumentParser], None] = lambda parser: None) -> None:
+    """The command line of a benchmark: ``[--rounds N] [--json FILE]`` and its own ``options``. Rows are printed as they come."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    options(parser)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    found = []
+    state, found = machine(), []
     with torch.inference_mode():
-        for row in rows(arguments.rounds):
+        for row in rows(arguments):
             found.append(row)
-            print(row, flush=True)
+            print("  ".join(f"{name} {value}" for name, value in row.items() if not isinstance(value, (list, dict))), flush=True)
     if arguments.json:
-        command = f"python benchmarks/{Path(sys.argv[0]).name} --rounds {arguments.rounds}"
-        machine = {"processor": processor(), "isa": cpu_isa(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        Path(arguments.json).write_text(json.dumps({"command": command, "machine": machine, "unit": "microseconds", "rows": found}, indent=1) + "\n")
+        write(arguments.json, found, state)

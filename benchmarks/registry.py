@@ -25,7 +25,17 @@ def _latents(what: str, *shape: int) -> Case:
     return Case(what, shape, ("float32", "bfloat16"), 4 * count)  # sample, two predictions, result
 
 
+def _tokens(tensors: int) -> list[Case]:
+    """SD3.5-medium 512^2 with guidance; ``tensors`` of [B, T, C] are read or written (the vectors per sample are small beside them)."""
+    shape = (2, 1024, 1536)
+    return [Case("SD3.5-medium 512^2, guidance", shape, ("float32", "bfloat16"), tensors * shape[0] * shape[1] * shape[2])]
+
+
 REGISTRY = {
+    "adaln_modulate": _tokens(2),  # x in, result out
+    "adaln_modulate_dual": _tokens(3),  # x in, two results out
+    "gate_residual": _tokens(3),  # x and y in, result out
+    "gate_residual_adaln": _tokens(4),  # x and y in, sum and modulated norm out
     "qk_norm_rope": [
         _qk("SD3.5-medium 512^2, guidance", 2, 1024, 24, 64),
         _qk("SD3.5-medium 512^2", 1, 1024, 24, 64),

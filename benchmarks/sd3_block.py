@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+
+from alternating import main, samples
+from fusewire import ops
 
 SIDES = ("eager", "compile", "exact", "close", "openvino")
 CONFIG = dict(sample_size=128, patch_size=2, in_channels=16, num_layers=3, attention_head_dim=64, num_attention_heads=24, joint_attention_dim=4096,
@@ -98,59 +97,27 @@ def sides(wanted: list[str], dtype: torch.dtype) -> dict[str, Callable[[], torch
     return {name: call for name, call in calls.items() if name in wanted}
 
 
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    named = {line.split(":", 1)[0].strip(): line.split(":", 1)[1].strip() for line in lines if ":" in line}
-    if not named:
-        return platform.processor()
-    return f"{named.get('model name')} (family {named.get('cpu family')}, model {named.get('model')}), {torch.get_num_threads()} threads"
+def rows(arguments: argparse.Namespace):
+    calls = sides(arguments.sides, getattr(torch, arguments.dtype))
+    outputs, backends = {}, {}
+    for name, call in calls.items():
+        ops.reset_stats()
+        outputs[name] = call()  # the first call compiles
+        backends[name] = {op: {backend: n for backend, n in counts.items() if n} for op, counts in ops.stats().items() if any(counts.values())}
+    times = samples(calls, arguments.rounds, warm=0)
+    eager = outputs.get("eager")
+    for name, taken in times.items():
+        row = {"side": name, "dtype": arguments.dtype, "median": round(statistics.median(taken)), "least": round(min(taken))}
+        if eager is not None:
+            row |= {"eager/this": round(statistics.median(times["eager"]) / statistics.median(taken), 2), "equals eager": torch.equal(outputs[name], eager),
+                    "largest difference from eager": (outputs[name].float() - eager.float()).abs().max().item()}
+        yield row | {"backends in one call": backends[name], "all": [round(t) for t in taken]}
 
 
-def versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for package in ("torch", "diffusers", "openvino"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            pass
-    return found
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    dtype = getattr(torch, args.dtype)
-    with torch.inference_mode():
-        calls = sides(args.sides, dtype)
-        outputs = {name: call() for name, call in calls.items()}  # the first call compiles
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(args.rounds):
-            for name, call in calls.items():
-                start = time.perf_counter()
-                call()
-                times[name].append((time.perf_counter() - start) * 1e3)
-    from fusewire import ops
-
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    reference = outputs.get("eager")
-    for name, median in medians.items():
-        differs = "" if reference is None else f"  largest difference from eager {(outputs[name].float() - reference.float()).abs().max():.2e}"
-        print(f"{name:9s} {median:8.1f} ms (least {min(times[name]):.1f}){differs}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        record = dict(command=" ".join(["python", "benchmarks/sd3_block.py", *sys.argv[1:]]), dtype=args.dtype, processor=processor(), versions=versions(),
-                      milliseconds_median={k: round(v, 1) for k, v in medians.items()}, milliseconds={k: [round(t, 1) for t in v] for k, v in times.items()},
-                      exact_equals_eager=None if not {"eager", "exact"} <= outputs.keys() else torch.equal(outputs["eager"], outputs["exact"]),
-                      backends=ops.stats())
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, rows, rounds=7, options=options)

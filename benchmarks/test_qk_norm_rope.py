@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from alternating import main, measure
+from alternating import main, measure, served
 from fusewire import ops
 from registry import REGISTRY
 
@@ -26,7 +26,7 @@ def eager(q, k, weight, rope):
     return one(q), one(k)
 
 
-def rows(rounds: int):
+def rows(arguments):
     for case in REGISTRY["qk_norm_rope"]:
         for name in case.dtypes:
             dtype = getattr(torch, name)
@@ -44,12 +44,11 @@ def rows(rounds: int):
                 "clone": lambda: (q.clone(), k.clone()),
                 "compile": lambda: compiled(q, k, weight, doubled),
                 "eager": lambda: eager(q, k, weight, doubled),
-            }, rounds)
-            assert ops.stats()["qk_norm_rope"]["reference"] == 0
-            yield {"shape": case.what, "size": list(case.shape), "dtype": name, "backend": "cpu", **times,
+            }, arguments.rounds)
+            yield {"shape": case.what, "size": list(case.shape), "dtype": name, "backend": served("qk_norm_rope"), **times,
                    "compile/exact": round(times["compile"] / times["exact"], 2), "exact/clone": round(times["exact"] / times["clone"], 2),
                    "GB/s": round(case.elements * q.element_size() / times["exact"] / 1e3, 1)}
 
 
 if __name__ == "__main__":
-    main(__doc__.splitlines()[0], rows)
+    main(__doc__, rows)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from alternating import main, measure
+from alternating import main, measure, served
 from fusewire import ops
 from registry import REGISTRY
 
 
-def rows(rounds: int):
+def rows(arguments):
     for case in REGISTRY["sampler_step"]:
         for name in case.dtypes:
             scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -34,11 +34,10 @@ def rows(rounds: int):
                 "close": lambda: ops.sampler_step(sample, output, table, 3, numerics="close"),
                 "diffusers": stock,
                 "clone": lambda: sample.clone(),
-            }, rounds, inner=20)
-            assert ops.stats()["flow_euler_step"]["reference"] == 0
-            yield {"shape": case.what, "size": list(case.shape), "dtype": name, "backend": "cpu", **times,
+            }, arguments.rounds, inner=20)
+            yield {"shape": case.what, "size": list(case.shape), "dtype": name, "backend": served("flow_euler_step"), **times,
                    "diffusers/exact": round(times["diffusers"] / times["exact"], 2), "exact - clone": round(times["exact"] - times["clone"], 2)}
 
 
 if __name__ == "__main__":
-    main(__doc__.splitlines()[0], rows)
+    main(__doc__, rows)

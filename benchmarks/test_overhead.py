@@ -1,0 +1,71 @@
+"""What one call of each public op costs on tensors too small to take time, in inference mode, beside the eager chain and torch.compile of it.
+
+``python benchmarks/test_overhead.py [--rounds N] [--json FILE]``: 16 tokens of width 64, float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+import test_adaln
+from alternating import main, measure, served
+from fusewire import ops
+from test_qk_norm_rope import eager as qk_norm
+
+CALLS = 200  # per round: 5 us are near what one reading of the clock costs
+
+
+def attention(q, k, v):
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def joint_attention(q, k, v, q2, k2, v2):
+    out = attention(torch.cat([q, q2], dim=1), torch.cat([k, k2], dim=1), torch.cat([v, v2], dim=1))
+    return out[:, :q.shape[1]], out[:, q.shape[1]:]
+
+
+def qk_norm_into(q, k, weight, q_out, k_out):
+    q, k = qk_norm(q, k, weight, None)
+    q_out.copy_(q)
+    k_out.copy_(k)
+
+
+def linear_gelu(x, weight, bias):
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+def euler(sample, model_output, dt):
+    return sample + dt * model_output
+
+
+def cases():
+    """(op, under which its calls are counted, the call, the eager chain, the chain's arguments)."""
+    x, y, row, shift = torch.randn(1, 16, 64), torch.randn(1, 16, 64), torch.randn(1, 64), torch.randn(1, 64)
+    q, k, v = (torch.randn(1, 16, 2, 32) for _ in range(3))
+    out, weight, matrix, bias = (torch.empty_like(q), torch.empty_like(k)), torch.rand(32), torch.randn(64, 64), torch.randn(64)
+    table = ops.flow_euler_table(torch.tensor([1.0, 0.5, 0.0]))
+    for name, given in (("adaln_modulate", (x, shift, row)), ("adaln_modulate_dual", (x, shift, row, row, shift)), ("gate_residual", (x, y, row)),
+                        ("gate_residual_adaln", (x, y, row, shift, row))):
+        yield name, name, lambda ours=getattr(ops, name), given=given: ours(*given), test_adaln.EAGER[name], given
+    yield "attention", "attention", lambda: ops.attention(q, k, v), attention, (q, k, v)
+    yield "joint_attention", "joint_attention", lambda: ops.joint_attention(q, k, v, q, k, v), joint_attention, (q, k, v, q, k, v)
+    yield "qk_norm_rope", "qk_norm_rope", lambda: ops.qk_norm_rope(q, k, weight, weight), qk_norm, (q, k, weight, None)
+    yield "qk_norm_into", "qk_norm_into", lambda: ops.qk_norm_into(q, k, weight, weight, *out), qk_norm_into, (q, k, weight, *out)
+    for numerics in ("exact", "close"):
+        yield (f"linear, GELU, {numerics}", "linear", lambda numerics=numerics: ops.linear(x, matrix, bias, activation="gelu_tanh", numerics=numerics),
+               linear_gelu, (x, matrix, bias))
+    yield "sampler_step", "flow_euler_step", lambda: ops.sampler_step(x, y, table, 0), euler, (x, y, -0.5)
+
+
+def rows(arguments):
+    for op, counted, ours, eager, given in cases():
+        compiled = torch.compile(eager, dynamic=False)
+        ops.reset_stats()
+        times = measure({"ours": ours, "eager": lambda: eager(*given), "compile": lambda: compiled(*given)}, arguments.rounds, inner=CALLS)
+        yield {"op": op, "size": list(given[0].shape), "dtype": "float32", "backend": served(counted), **times,
+               "eager/ours": round(times["eager"] / times["ours"], 2), "compile/ours": round(times["compile"] / times["ours"], 2)}
+
+
+if __name__ == "__main__":
+    main(__doc__, rows)

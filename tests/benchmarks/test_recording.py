@@ -1,0 +1,57 @@
+"""What a benchmark writes says how it came about, and holds no path of the machine."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def alternating(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import alternating
+
+    return alternating
+
+
+def test_result_file(tmp_path):
+    pytest.importorskip("diffusers")
+    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "test_sampler_step.py", "--rounds", "1", "--json", tmp_path / "new" / "step.json"],
+                   env=os.environ | {"PYTHONPATH": path}, check=True, capture_output=True, timeout=200)
+    text = (tmp_path / "new" / "step.json").read_text()
+    found = json.loads(text)
+    assert found["command"] == "python benchmarks/test_sampler_step.py --rounds 1 --json step.json" and str(tmp_path) not in text
+    assert found["machine"]["versions"]["torch"] == torch.__version__ and "diffusers" in found["machine"]["versions"]
+    assert found["machine"]["processor"] and found["machine"]["threads"] >= 1 and found["machine"]["python"] and "fusewire_isa" in found["machine"]
+    assert len(found["date"]) == 10 and found["unit"] == "microseconds"
+    assert len(found["rows"]) == 6 and all(row["exact"] > 0 and row["backend"] in ("cpu", "reference") for row in found["rows"])
+
+
+def test_turns(alternating):
+    order = []
+    times = alternating.samples({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, inner=2, warm=1)
+    assert order == list("aabb") * 3 and all(len(taken) == 2 for taken in times.values())
+
+
+def test_a_row_is_about_one_backend(alternating):
+    from fusewire import ops
+    from fusewire.kernels.dispatch import forced
+
+    x = torch.randn(1, 4, 8)
+    with pytest.raises(RuntimeError, match="gate_residual was served by no backend"):
+        alternating.served("gate_residual")
+    with forced("reference"):
+        ops.gate_residual(x, x, x)
+    assert alternating.served("gate_residual") == "reference"
+
+
+def test_command_names_the_checkout_s_files_from_its_root(alternating, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["somewhere/sd3_block.py", "--json", str(ROOT / "benchmarks" / "results" / "a b.json"), "--sides", "eager"])
+    assert alternating.command() == "python benchmarks/sd3_block.py --json 'benchmarks/results/a b.json' --sides eager"

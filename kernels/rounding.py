@@ -43,7 +43,9 @@ def differs_from_stock(ours: Callable, stock: Callable, cases: Iterable[tuple]) 
 
 
 def probe_values(*shape: int, dtype: torch.dtype = torch.float32, seed: float = 1.0) -> torch.Tensor:
-    """Values between -4 and 4 without pattern, on the CPU, the same in every process."""
-    n = math.prod(shape)
-    ramp = torch.arange(1, n + 1, dtype=torch.float64, device="cpu")
-    return (4 * torch.sin(ramp * ramp * (0.618 * seed))).to(dtype).view(shape)
+    """Values between -4 and 4 without pattern, on the CPU, the same in every process.
+
+    Not by ``torch.sin``, which starts threads however few the values: a process that forks after importing would wait for them in the child.
+    """
+    values = [4 * math.sin(i * i * (0.618 * seed)) for i in range(1, math.prod(shape) + 1)]
+    return torch.tensor(values, dtype=torch.float64, device="cpu").to(dtype).view(shape)

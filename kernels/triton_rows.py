@@ -20,12 +20,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "o
 MISSING = "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 
-@torch.compiler.assume_constant_result
 def too_old(index: int | None) -> str:
     """Why the CUDA device ``index`` is too old for Triton, or ``""``."""
     if torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0):
         return ""
     return "the GPU's compute capability is below 8.0"
+
+
+too_old._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import torch._dynamo and with it Triton
 
 
 def why_not(x: torch.Tensor, *tensors: torch.Tensor | None) -> str:

@@ -4,7 +4,7 @@ PYTHON ?= $(VENV)/bin/python
 SYSTEM_PYTHON ?= python3
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test test-all lib wheel clean kernels-compiled
+.PHONY: demo test test-all lib wheel clean kernels-compiled bug-classes
 demo: $(STAMP)
 	$(PYTHON) -m fusewire demo
 
@@ -24,6 +24,10 @@ $(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find cs
 # What the Triton kernels compile to, without a GPU (a few minutes on two cores).
 kernels-compiled: $(STAMP)
 	env -u TRITON_INTERPRET $(PYTHON) -m fusewire.kernels.compiled --write docs/kernels-compiled.md
+
+# Which test looks for which known failure of such kernels.
+bug-classes: $(STAMP)
+	$(PYTHON) -m tests.bug_classes --write docs/bug-classes.md
 
 lib:
 	$(PYTHON) setup.py -q build_ext --inplace

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 LIBRARY = torch.library.Library("fusewire", "DEF")
-ISA_LEVELS = ("base", "avx2", "avx512", "avx512_bf16")
+ISA_LEVELS = ("base", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 class NativeLibrary:
@@ -103,6 +103,11 @@ def cpu_isa() -> str:
     return ISA_LEVELS[torch.ops.fusewire.cpu_isa()] if CPU.loaded else ""
 
 
+def cpu_is_intel() -> bool:
+    """Whether the processor is Intel's, as the CPU library sees it; False where it is not loaded."""
+    return CPU.loaded and torch.ops.fusewire.cpu_is_intel()
+
+
 def define(schema: str, *, fallback: Callable, fake: Callable, backward: Callable | None = None,
            setup_context: Callable | None = None) -> torch._ops.OpOverload:
     """Declare ``fusewire::<schema>`` and return its overload.
@@ -151,7 +156,7 @@ def record_schemas(path: str) -> None:
 
 
 # What the rooms ask the CPU library when they are imported.
-_HELPERS = ("cpu_isa() -> int", "cpu_layer_norm_moments(Tensor x, float eps, int order, Tensor(a!) out) -> ()",
+_HELPERS = ("cpu_isa() -> int", "cpu_is_intel() -> bool", "cpu_layer_norm_moments(Tensor x, float eps, int order, Tensor(a!) out) -> ()",
             "cpu_layer_norm_order(Tensor x, int order) -> ()")
 for _schema in _HELPERS:
     LIBRARY.define(_schema)

@@ -1,10 +1,11 @@
 // ISA levels of the CPU kernels. Every *_kernels.cpp is compiled once per level inside a namespace of the level's name;
-// FUSEWIRE_PICK(type, f) gives the address of f at the level this process runs at.
+// FUSEWIRE_PICK(type, f) gives the address of f at the level this process runs at. AMX is a level for matrix products alone (amx_*.cpp,
+// compiled once, FUSEWIRE_HAS_AMX where the compiler knows it); everything else runs as at avx512_bf16.
 #pragma once
 
 namespace fusewire {
 
-enum class Isa : int { base = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+enum class Isa : int { base = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
 
 // The highest level that the processor reports, or the one that FUSEWIRE_CPU_ISA names if the processor has it. Read once.
 Isa active_isa();
@@ -21,7 +22,7 @@ Isa active_isa();
   FUSEWIRE_DECLARE_ONE(avx512_bf16, R, f, args)
 // FUSEWIRE_PICK(type, f): f at the active level, as a pointer of `type` (which chooses among overloads).
 #define FUSEWIRE_PICK(type, f)                                                              \
-  (active_isa() == Isa::avx512_bf16  ? static_cast<type>(&::fusewire::avx512_bf16::f)       \
+  (active_isa() >= Isa::avx512_bf16  ? static_cast<type>(&::fusewire::avx512_bf16::f)       \
        : active_isa() == Isa::avx512 ? static_cast<type>(&::fusewire::avx512::f)            \
        : active_isa() == Isa::avx2   ? static_cast<type>(&::fusewire::avx2::f)              \
                                      : static_cast<type>(&::fusewire::base::f))

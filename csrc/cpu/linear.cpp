@@ -8,6 +8,10 @@
 #include <string>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "common/tensor.h"
 
 namespace fusewire {
@@ -31,20 +35,33 @@ static Activation activation_of(const std::string& name) {
   return Activation::none;
 }
 
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-
 // Working memory of one thread, kept for its next task: allocated per task it would cost a page fault for every 4 KiB.
-static float* scratch(int64_t floats) {
-  thread_local std::unique_ptr<float, Free> memory;
-  thread_local int64_t size = 0;
-  if (size < floats) {
-    memory.reset(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
-    STD_TORCH_CHECK(memory, "linear: out of memory");
-    size = floats;
+class Memory {
+ public:
+  char* take(int64_t bytes) {
+    if (size_ < bytes) {
+      data_.reset();
+      size_ = 0;
+      const int64_t page = bytes < kHugePage ? 64 : kHugePage, whole = (bytes + page - 1) / page * page;
+      data_.reset(static_cast<char*>(std::aligned_alloc(page, whole)));
+      STD_TORCH_CHECK(data_, "linear: out of memory");
+#if defined(__linux__)
+      if (page == kHugePage) madvise(data_.get(), whole, MADV_HUGEPAGE);  // thousands of small pages would not fit the page tables' cache
+#endif
+      size_ = bytes;
+    }
+    return data_.get();
   }
-  return memory.get();
+
+ private:
+  static constexpr int64_t kHugePage = 2 << 20;
+  struct Free { void operator()(char* p) const { std::free(p); } };
+  std::unique_ptr<char, Free> data_;
+  int64_t size_ = 0;
+};
+static char* scratch(int64_t bytes) {
+  thread_local Memory memory;
+  return memory.take(bytes);
 }
 
 // Cuts the output into blocks and runs them. Threads take blocks as they become free.
@@ -62,12 +79,76 @@ static void run(const LinearCall& call) {
   const int64_t col_blocks = (call.outputs + width - 1) / width, blocks = col_blocks * row_blocks;
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, std::min(threads, blocks), 1, [&](int64_t, int64_t) {
-    float* memory = scratch(floats);
+    float* memory = reinterpret_cast<float*>(scratch(floats * sizeof(float)));
     for (int64_t i = next++; i < blocks; i = next++) {
       const int64_t row = i / col_blocks * height, col = i % col_blocks * width;
       kernel(call, {row, std::min(height, call.rows - row), col, std::min(width, call.outputs - col)}, memory, T{});
     }
   });
+}
+
+#if defined(FUSEWIRE_HAS_AMX)
+// Rows and columns that do not split into bfloat16 parts, done over by the AVX-512 kernel. They are rare, so one thread does.
+template <typename T>
+static void redo(const LinearCall& call, LinearBlock b) {
+  const auto kernel = FUSEWIRE_PICK(void (*)(const LinearCall&, const LinearBlock&, float*, T), linear_block);
+  const auto floats = FUSEWIRE_PICK(int64_t (*)(int64_t, int64_t), linear_scratch);
+  const int64_t rows = b.row + b.rows, cols = b.col + b.cols;
+  for (; b.col < cols; b.col += amx::kLinearBlock) {
+    b.cols = std::min(amx::kLinearBlock, cols - b.col);
+    float* memory = reinterpret_cast<float*>(scratch(floats(call.inputs, b.cols) * sizeof(float)));
+    for (int64_t row = b.row; row < rows; row += kLinearRows) kernel(call, {row, std::min(kLinearRows, rows - row), b.col, b.cols}, memory, T{});
+  }
+}
+
+// The same on AMX tiles. Whether a row goes there depends on that row alone, so that a sample's result does not depend on its batch.
+template <typename T>
+static void run_amx(const LinearCall& call, ScalarKind type) {
+  const int64_t threads = torch::stable::get_num_threads(), block = amx::kLinearBlock;
+  const int64_t block_bytes = amx::linear_packed_bytes(call.inputs, type);
+  const int64_t row_blocks = (call.rows + block - 1) / block;
+  const int64_t most = std::clamp<int64_t>(amx::kLinearSlabBytes / block_bytes, 1, amx::kLinearSlab / block);
+  const int64_t slabs = (row_blocks + most - 1) / most, slab = (row_blocks + slabs - 1) / slabs;  // as equal as can be
+  const int64_t panels = (call.outputs + block - 1) / block;
+  const int64_t width = std::clamp<int64_t>(panels / (3 * threads), 1, kLinearCols / block) * block, cols = (call.outputs + width - 1) / width;
+  thread_local Memory shared;
+  char* const packed = shared.take(std::min(slab, row_blocks) * block_bytes);
+  std::vector<uint32_t> bad_rows(row_blocks), bad_panels(cols);
+  for (int64_t first = 0; first < row_blocks; first += slab) {
+    const int64_t here = std::min(slab, row_blocks - first);
+    torch::stable::parallel_for(0, here, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) bad_rows[first + i] = amx::linear_pack(call, (first + i) * block, i, here, packed, type);
+    });
+    const int64_t rows = std::min(here * block, call.rows - first * block);
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, std::min(threads, cols), 1, [&](int64_t, int64_t) {
+      char* memory = scratch(amx::linear_scratch_bytes(rows, width, type));
+      for (int64_t i = next++; i < cols; i = next++) {
+        const LinearBlock part{first * block, rows, i * width, std::min(width, call.outputs - i * width)};
+        bad_panels[i] = amx::linear_columns(call, part, packed, memory, type);
+      }
+    });
+  }
+  for (int64_t i = 0; i < row_blocks; ++i) {
+    for (int64_t r = 0; r < block && bad_rows[i] != 0; ++r) {
+      if (bad_rows[i] >> r & 1) redo<T>(call, {i * block + r, 1, 0, call.outputs});
+    }
+  }
+  for (int64_t i = 0; i < cols; ++i) {
+    for (int64_t n = 0; n < width / block && bad_panels[i] != 0; ++n) {
+      const int64_t col = i * width + n * block;
+      if (bad_panels[i] >> n & 1) redo<T>(call, {0, call.rows, col, std::min(block, call.outputs - col)});
+    }
+  }
+}
+#endif
+
+template <typename T>
+static void run(const LinearCall& call, ScalarKind type) {
+#if defined(FUSEWIRE_HAS_AMX)
+  if (active_isa() == Isa::amx) return run_amx<T>(call, type);
+#endif
+  run<T>(call);
 }
 
 static Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, std::string activation,
@@ -96,9 +177,9 @@ static Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<
   if (residual) call.residual = rows_of(*residual, x);
   call.out = out.data_ptr();
   switch (x.scalar_type()) {
-    case ScalarType::Float: run<float>(call); break;
-    case ScalarType::BFloat16: run<bfloat16>(call); break;
-    case ScalarType::Half: run<float16>(call); break;
+    case ScalarType::Float: run<float>(call, ScalarKind::f32); break;
+    case ScalarType::BFloat16: run<bfloat16>(call, ScalarKind::bf16); break;
+    case ScalarType::Half: run<float16>(call, ScalarKind::f16); break;
     default: STD_TORCH_CHECK(false, "linear: unsupported dtype");
   }
   return out;

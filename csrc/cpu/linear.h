@@ -9,6 +9,8 @@ namespace fusewire {
 
 enum class Activation : int { none, gelu_tanh, silu };
 
+enum class ScalarKind : int { f32, bf16, f16 };
+
 // The rows of a tensor [..., C] of any strides (in elements). Leading dimensions that the tensor broadcasts over have stride 0.
 struct LeadingRows {
   static constexpr int kMaxDims = 8;
@@ -50,5 +52,18 @@ FUSEWIRE_DECLARE(int64_t, linear_scratch, (int64_t inputs, int64_t cols))  // fl
 FUSEWIRE_DECLARE(void, linear_block, (const LinearCall&, const LinearBlock&, float* scratch, float))
 FUSEWIRE_DECLARE(void, linear_block, (const LinearCall&, const LinearBlock&, float* scratch, bfloat16))
 FUSEWIRE_DECLARE(void, linear_block, (const LinearCall&, const LinearBlock&, float* scratch, float16))
+
+// The same product on AMX tiles: the rows of x are packed once, by all threads, then every thread takes blocks of columns.
+namespace amx {
+constexpr int64_t kLinearBlock = 32;         // rows of a packed block, and what a block's columns should be a multiple of
+constexpr int64_t kLinearSlab = 1536;        // rows packed at a time
+constexpr int64_t kLinearSlabBytes = 96 << 20;
+int64_t linear_packed_bytes(int64_t inputs, ScalarKind type);                // of one block of rows
+int64_t linear_scratch_bytes(int64_t rows, int64_t cols, ScalarKind type);   // that linear_columns needs, 64-byte aligned
+// Packs rows [row, row + 32) as block `block` of `blocks`. Bit r of what it returns: row r does not split into bfloat16 parts.
+uint32_t linear_pack(const LinearCall&, int64_t row, int64_t block, int64_t blocks, char* packed, ScalarKind type);
+// Columns of the packed rows [row, row + rows). Bit n of what it returns: the weights of the block's n-th 32 columns do not split.
+uint32_t linear_columns(const LinearCall&, const LinearBlock&, const char* packed, char* scratch, ScalarKind type);
+}  // namespace amx
 
 }  // namespace fusewire

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cpu/linear_epilogue.h"
 #include "cpu/linear_simd.h"
 
 namespace fusewire::FUSEWIRE_ISA {
@@ -113,59 +114,6 @@ static void pack(const T* weight, int64_t row_stride, int64_t col_stride, int64_
   }
 }
 
-// e^x to about one unit in the last place: 2^n * e^r, r in [-ln 2 / 2, ln 2 / 2] (Cephes' polynomial). x is at most 88.
-inline float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  const float shifted = std::fma(x, 1.44269504f, 12582912.0f);  // the low bits of the sum are n
-  const float n = shifted - 12582912.0f;
-  const float r = std::fma(n, 2.12194440e-4f, std::fma(n, -0.693359375f, x));
-  float p = 1.9875691500e-4f;
-  p = std::fma(p, r, 1.3981999507e-3f);
-  p = std::fma(p, r, 8.3334519073e-3f);
-  p = std::fma(p, r, 4.1665795894e-2f);
-  p = std::fma(p, r, 1.6666665459e-1f);
-  p = std::fma(p, r, 5.0000001201e-1f);
-  p = std::fma(p * r, r, r) + 1.0f;
-  int32_t bits;
-  std::memcpy(&bits, &shifted, 4);
-  const int32_t power = (bits << 23) + (127 << 23);
-  float scale;
-  std::memcpy(&scale, &power, 4);
-  return p * scale;
-}
-
-// y / (1 + e^-z): silu for z = y; GELU's tanh form is y * sigmoid(2 u), u = sqrt(2 / pi) * (y + 0.044715 y^3)
-inline float logistic(float y, float z) { return z < -87.0f ? y * 0.0f : y / (1.0f + exponential(-z)); }
-
-static void activate(float* y, int64_t count, Activation activation) {
-  if (activation == Activation::gelu_tanh) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) y[i] = logistic(y[i], 1.5957691216f * std::fma(0.044715f * y[i] * y[i], y[i], y[i]));
-  } else if (activation == Activation::silu) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) y[i] = logistic(y[i], y[i]);
-  }
-}
-
-// The last row of a tensor that was read, as floats: neighbours often share one (bias, a gate for each sample).
-template <typename T>
-struct RowCache {
-  const T* last = nullptr;
-  alignas(64) float values[kLinearCols];
-  const float* read(const T* row, int64_t stride, int64_t count) {
-    if (row != last) {
-      if (stride == 1) {
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i) values[i] = to_float(row[i]);
-      } else {
-        for (int64_t i = 0; i < count; ++i) values[i] = to_float(row[i * stride]);
-      }
-    }
-    last = row;
-    return values;
-  }
-};
-
 template <typename T>
 static void block(const LinearCall& c, const LinearBlock& b, float* scratch) {
   constexpr int64_t unit = paired<T> ? 2 : 1, depth = kDepth * unit;
@@ -175,7 +123,7 @@ static void block(const LinearCall& c, const LinearBlock& b, float* scratch) {
   float* const panels = rows + kTileRows * kStride;      // [slices][cols / kPanel][kDepth][kPanel]
   const T* weight = static_cast<const T*>(c.weight) + b.col * c.weight_row;
   const T* x = static_cast<const T*>(c.x.data);
-  RowCache<T> bias, gate, residual;
+  Epilogue<T> epilogue(c, b.col, b.cols);
   for (int64_t n = 0; n < b.cols; n += kPanel)
     for (int64_t s = 0; s < slices; ++s)
       pack(weight + n * c.weight_row + s * depth * c.weight_col, c.weight_row, c.weight_col, b.cols - n, std::min(depth, c.inputs - s * depth),
@@ -193,29 +141,7 @@ static void block(const LinearCall& c, const LinearBlock& b, float* scratch) {
       for (int64_t n = 0; n < b.cols; n += kPanel)
         multiply(rows, panels + s * slice + n * kDepth, units, sums + (begin - top) * kLinearCols + n, kLinearCols, s == 0);
       if (s + 1 < slices) continue;
-      for (int64_t r = begin; r < end; ++r) {
-        float* y = sums + (r - top) * kLinearCols;
-        if (c.bias) {
-          const float* values = bias.read(static_cast<const T*>(c.bias) + b.col * c.bias_stride, c.bias_stride, b.cols);
-#pragma omp simd
-          for (int64_t i = 0; i < b.cols; ++i) y[i] += values[i];
-        }
-        activate(y, b.cols, c.activation);
-        if (c.gate.data) {
-          const float* values = gate.read(static_cast<const T*>(c.gate.data) + c.gate.offset(b.row + r) + b.col * c.gate.channel, c.gate.channel, b.cols);
-#pragma omp simd
-          for (int64_t i = 0; i < b.cols; ++i) y[i] *= values[i];
-        }
-        if (c.residual.data) {
-          const float* values =
-              residual.read(static_cast<const T*>(c.residual.data) + c.residual.offset(b.row + r) + b.col * c.residual.channel, c.residual.channel, b.cols);
-#pragma omp simd
-          for (int64_t i = 0; i < b.cols; ++i) y[i] += values[i];
-        }
-        T* out = static_cast<T*>(c.out) + (b.row + r) * c.outputs + b.col;
-#pragma omp simd
-        for (int64_t i = 0; i < b.cols; ++i) out[i] = from_float<T>(y[i]);
-      }
+      for (int64_t r = begin; r < end; ++r) epilogue.row(b.row + r, sums + (r - top) * kLinearCols);
     }
   }
 }

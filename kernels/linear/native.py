@@ -1,21 +1,27 @@
 """What serves ``close`` on the CPU: csrc/cpu/linear.cpp, or oneDNN's linear as PyTorch ships it.
 
-Measured on a Zen 4 processor with two cores (GFLOP/s at [1024, 1536] x [1536, 6144] and back): float32 130 through MKL (``F.linear``), 160-170 here, 200
-through oneDNN, whose sum in one chain errs up to four times as much as MKL's and so breaks the contract of ``close``; bfloat16 350-390 through
-oneDNN (``F.linear`` runs the same product, without the activation), 290-360 here; float16 20-35 through ``F.linear``, 150 here.
+Measured with two cores, GFLOP/s at [1024, 1536] x [1536, 6144] and back (``F.linear``, oneDNN, here):
+
+- Zen 4: float32 130, 200, 160-170; bfloat16 350-390, 350-390, 290-360; float16 20-35, -, 150.
+- Intel with AMX: float32 330-340, 325, 470-490; bfloat16 1830-1870, 1970-2140, 1590-1720; float16 310-340, 320-340, 770-790.
+
+oneDNN's float32 sum in one chain errs up to four times as much as MKL's (``F.linear``) and so breaks the contract of ``close``.
 """
 
 from __future__ import annotations
 
 import torch
 
-from fusewire.kernels.library import CPU, cpu_isa
+from fusewire.kernels.dispatch import forced_backend
+from fusewire.kernels.library import CPU, cpu_is_intel, cpu_isa
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 ONEDNN_BFLOAT16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 POST_OPS = {"none": ("none", ""), "gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none"), "silu": ("swish", "")}
 MAX_DIMS = 9
-ISA = cpu_isa()  # fixed for the process; read once, so that torch.compile sees a constant
+# Fixed for the process; read once, so that torch.compile sees constants.
+ISA, INTEL = cpu_isa(), cpu_is_intel()
+AMX_TOKENS, AMX_OUTPUTS = 48, 192  # below either, packing the operands takes longer than what the product saves
 
 
 def why_not_cpu(x, weight, bias, activation, gate, residual, exact) -> str:
@@ -32,7 +38,7 @@ def why_not_cpu(x, weight, bias, activation, gate, residual, exact) -> str:
         return "a tensor is empty"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    if onednn_serves(x, weight, residual):
+    if onednn_serves(x, gate, residual):
         return ""
     if not CPU.loaded:
         return CPU.reason
@@ -42,21 +48,32 @@ def why_not_cpu(x, weight, bias, activation, gate, residual, exact) -> str:
         return f"x has {x.dim()} dimensions; at most {MAX_DIMS} are served"
     if activation == "gelu":
         return "the erf form of GELU has no kernel"
-    if x.numel() == x.shape[-1]:
-        return "x is one row"
+    # By tokens, not by rows: whether a sample is in a batch must not change its result.
+    tokens = x.shape[-2] if x.dim() > 2 else 1
+    if forced_backend() != "cpu" and x.dtype is not torch.bfloat16:
+        if tokens == 1:
+            return "x has one row for each sample: reading the weight takes all the time"
+        if INTEL and x.dtype is torch.float32 and not (ISA == "amx" and tokens >= AMX_TOKENS and weight.shape[0] >= AMX_OUTPUTS):
+            return "PyTorch's own product is faster here"
     return ""
 
 
-def onednn_serves(x, weight, residual) -> bool:
-    """oneDNN is faster in bfloat16, and for one row, where reading the weight takes all the time."""
-    if residual is not None or not torch.backends.mkldnn.enabled or not weight.is_contiguous():
+def onednn_serves(x, gate, residual) -> bool:
+    """oneDNN is faster in bfloat16. Gate and residual take a pass of their own where they are as ``gate_residual`` takes them."""
+    if x.dtype is not torch.bfloat16 or not ONEDNN_BFLOAT16 or not torch.backends.mkldnn.enabled:
         return False
-    return ONEDNN_BFLOAT16 if x.dtype is torch.bfloat16 else ONEDNN and x.dtype is torch.float32 and x.numel() == x.shape[-1]
+    return residual is None or gate is not None and x.dim() == 3 == residual.dim() and _per_sample(gate, residual)
+
+
+def _per_sample(gate, residual) -> bool:
+    """gate [B, N] or [B, 1, N] for residual [B, T, N]: what ``gate_residual`` takes."""
+    return gate.shape[0] == residual.shape[0] and gate.shape[-1] == residual.shape[-1] and (gate.dim() == 2 or gate.dim() == 3 and gate.shape[1] == 1)
 
 
 def onednn(x, weight, bias, activation: str) -> torch.Tensor:
     """act(x @ weight.T + bias): the activation is applied to the float32 sum, before the one rounding."""
     attr, algorithm = POST_OPS[activation]
+    weight = weight.contiguous()  # one product for every layout
     if bias is not None and bias.stride(0) != 1:  # mkldnn::_linear_pointwise reads a bias as if it were contiguous
         bias = bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attr, [], algorithm)

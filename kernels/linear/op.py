@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusewire.kernels import checks
+from fusewire.kernels.adaln.op import gate_residual
 from fusewire.kernels.autograd import recomputing
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import define
@@ -36,11 +37,11 @@ _onednn_op = define("linear_onednn(Tensor x, Tensor weight, Tensor? bias, str ac
 
 
 def _cpu(x, weight, bias, activation, gate, residual, exact) -> torch.Tensor:
-    if native.onednn_serves(x, weight, residual):
+    if native.onednn_serves(x, gate, residual):
         # Where a graph is recorded (autograd, torch.compile) the registered op, which has a formula; the bare call elsewhere.
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return _onednn_op(x, weight, bias, activation)
-        return native.onednn(x, weight, bias, activation)
+        recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()
+        y = (_onednn_op if recorded else native.onednn)(x, weight, bias, activation)
+        return y if residual is None else gate_residual(residual, y, gate, numerics="close")
     if gate is not None:
         gate = reference.over_tokens(gate, x)
     return _linear_op(x, weight, bias, activation, gate, residual, exact)

@@ -1,0 +1,175 @@
+// Matrix products on AMX tiles (Intel processors from 2023 on), in bfloat16, float16 and float32.
+//
+// The hardware multiplies bfloat16 only, at many times the rate of AVX-512. A float is the exact sum of three bfloat16 (8 + 8 + 8 bits of
+// significand), a float16 of two, so their products are sums of bfloat16 products; those of the lowest order, below one unit in the last
+// place of a float, are left out: 6 of 9 for float32, 3 of 4 for float16 (Henry, Tang and Heinecke 2019, "Leveraging the bfloat16
+// artificial intelligence datatype for higher-precision computations"). A tile instruction sums 16 pairs before it adds to the
+// accumulator, so that the sums are more accurate than one long chain.
+//
+// Included by amx_*.cpp only, which are compiled with FUSEWIRE_ISA=amx.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "common/scalar.h"
+#include "common/transpose16.h"
+
+namespace fusewire::FUSEWIRE_ISA {
+
+constexpr int64_t kStep = 32;        // elements of the summed dimension in a tile
+constexpr int64_t kSide = 32;        // rows and columns of a block: 2 x 2 tiles of results
+constexpr int64_t kTileBytes = 1024;
+constexpr int64_t kPartBytes = 2 * kTileBytes;  // one part of one step of an operand
+
+template <typename T>
+constexpr int parts_of = std::is_same_v<T, bfloat16> ? 1 : std::is_same_v<T, float16> ? 2 : 3;
+
+// Tiles 0-7 as 16 rows of 64 bytes while in scope; what was configured before comes back after (oneDNN keeps a configuration of its own).
+class TileScope {
+ public:
+  TileScope() {
+    _tile_storeconfig(before_);
+    alignas(64) uint8_t config[64] = {};
+    config[0] = 1;
+    for (int i = 0; i < 8; ++i) {
+      config[16 + 2 * i] = 64;
+      config[48 + i] = 16;
+    }
+    _tile_loadconfig(config);
+  }
+  ~TileScope() {
+    if (before_[0]) _tile_loadconfig(before_);
+    else _tile_release();
+  }
+  TileScope(const TileScope&) = delete;
+  TileScope& operator=(const TileScope&) = delete;
+
+ private:
+  alignas(64) uint8_t before_[64];
+};
+
+// Loads stand right before the first product that needs them: the next ones are under way while the products run.
+#define FUSEWIRE_AMX_LOAD(tile, from) _tile_loadd(tile, from, 64)
+#define FUSEWIRE_AMX_NEW_A(part)                                                              \
+  FUSEWIRE_AMX_LOAD(4, a + (part) * kPartBytes);                                              \
+  _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);                                           \
+  FUSEWIRE_AMX_LOAD(5, a + (part) * kPartBytes + kTileBytes);                                 \
+  _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7)
+#define FUSEWIRE_AMX_NEW_B(part)                                                              \
+  FUSEWIRE_AMX_LOAD(6, b + (part) * kPartBytes);                                              \
+  _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(2, 5, 6);                                           \
+  FUSEWIRE_AMX_LOAD(7, b + (part) * kPartBytes + kTileBytes);                                 \
+  _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(3, 5, 7)
+#define FUSEWIRE_AMX_NEW(a_part, b_part)                                                      \
+  FUSEWIRE_AMX_LOAD(6, b + (b_part) * kPartBytes);                                            \
+  FUSEWIRE_AMX_LOAD(4, a + (a_part) * kPartBytes);                                            \
+  _tile_dpbf16ps(0, 4, 6);                                                                    \
+  FUSEWIRE_AMX_LOAD(7, b + (b_part) * kPartBytes + kTileBytes);                               \
+  _tile_dpbf16ps(1, 4, 7);                                                                    \
+  FUSEWIRE_AMX_LOAD(5, a + (a_part) * kPartBytes + kTileBytes);                               \
+  _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7)
+
+// Memory that will be needed soon, brought into the second-level cache a few lines at a time.
+struct Ahead {
+  const char* at;
+  int64_t lines;  // for each step
+  void fetch() {
+    for (int64_t i = 0; i < lines; ++i, at += 64) _mm_prefetch(at, _MM_HINT_T1);
+  }
+};
+
+// c[32][32] (+)= a . b over `steps` steps. Operands: [step][part][2 tiles][1024 bytes], as pack.h of AMX writes them. Every element is
+// summed in one order, whatever its neighbours.
+template <int parts>
+[[gnu::always_inline]] inline void multiply_block(const char* a, const char* b, int64_t steps, float* c, int64_t row_floats, bool first,
+                                                  Ahead ahead = {nullptr, 0}) {
+  const int64_t stride = row_floats * sizeof(float);
+  asm volatile("" ::: "memory");  // GCC's tile intrinsics do not tell the compiler that they read memory
+  if (first) {
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+  } else {
+    _tile_loadd(0, c, stride); _tile_loadd(1, c + 16, stride);
+    _tile_loadd(2, c + 16 * row_floats, stride); _tile_loadd(3, c + 16 * row_floats + 16, stride);
+  }
+  for (int64_t s = 0; s < steps; ++s, a += parts * kPartBytes, b += parts * kPartBytes) {
+    ahead.fetch();
+    if constexpr (parts == 1) {
+      FUSEWIRE_AMX_NEW(0, 0);
+    } else if constexpr (parts == 2) {  // high.low, high.high, low.high: each load serves as many products as can be
+      FUSEWIRE_AMX_NEW(0, 1);
+      FUSEWIRE_AMX_NEW_B(0);
+      FUSEWIRE_AMX_NEW_A(1);
+    } else {
+      FUSEWIRE_AMX_NEW(0, 2);
+      FUSEWIRE_AMX_NEW_B(1);
+      FUSEWIRE_AMX_NEW_A(1);
+      FUSEWIRE_AMX_NEW_B(0);
+      FUSEWIRE_AMX_NEW_A(2);
+      FUSEWIRE_AMX_NEW_A(0);
+    }
+  }
+  _tile_stored(0, c, stride); _tile_stored(1, c + 16, stride);
+  _tile_stored(2, c + 16 * row_floats, stride); _tile_stored(3, c + 16 * row_floats + 16, stride);
+  asm volatile("" ::: "memory");
+}
+
+// The parts of 32 elements of a row as units: pairs of bfloat16 along the summed dimension. Which elements pair up is free as long as both
+// operands agree: neighbours where bfloat16 is copied, i and i + 16 where floats are cut.
+inline __m512i pair(__m512i low, __m512i high) { return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high); }
+
+// The largest magnitude seen tells whether a row may be split: not where it holds infinities, NaN or floats that would round to an infinite
+// bfloat16, nor where all of it is so small that its lower parts, or their products, would be flushed to zero. Such rows are left to AVX-512.
+struct Range {
+  __m512i bits = _mm512_setzero_si512();
+  void add(__m512 x) { bits = _mm512_max_epu32(bits, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff))); }
+  // `least`: the smallest exponent of a row's largest element. Two operands' exponents sum to more than -100 where they split.
+  bool splits(int least) const {
+    const uint32_t highest = _mm512_reduce_max_epu32(bits);
+    return highest == 0 || (highest <= 0x7f7f0000 && static_cast<int>(highest >> 23) - 127 >= least);
+  }
+};
+constexpr int kLeastExponent = -50;
+
+template <int parts>
+[[gnu::always_inline]] inline void split_pair(__m512 low, __m512 high, __m512i (&units)[parts]) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u)), half = _mm512_set1_epi32(0x8000);
+  const auto nearest = [&](__m512 x) { return _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(x), half), upper); };
+#pragma GCC unroll 4
+  for (int p = 0; p < parts; ++p) {
+    const __m512i a = nearest(low), b = nearest(high);
+    units[p] = pair(a, b);
+    low = _mm512_sub_ps(low, _mm512_castsi512_ps(a));  // exact: what the rounding left
+    high = _mm512_sub_ps(high, _mm512_castsi512_ps(b));
+  }
+}
+
+// 32 contiguous elements.
+template <int parts, typename T>
+[[gnu::always_inline]] inline void units_of(const T* x, __m512i (&units)[parts], Range& range) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    static_assert(parts == 1);
+    units[0] = _mm512_loadu_si512(x);
+  } else {
+    __m512 low, high;
+    if constexpr (std::is_same_v<T, float>) {
+      low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
+    } else {
+      const __m256i* p = reinterpret_cast<const __m256i*>(x);
+      low = _mm512_cvtph_ps(_mm256_loadu_si256(p)), high = _mm512_cvtph_ps(_mm256_loadu_si256(p + 1));
+    }
+    range.add(low), range.add(high);
+    split_pair<parts>(low, high, units);
+  }
+}
+
+// 32 elements of a row of any stride, `count` of which exist.
+template <int parts, typename T>
+[[gnu::always_inline]] inline void units_of(const T* x, int64_t stride, int64_t count, __m512i (&units)[parts], Range& range) {
+  if (stride == 1 && count >= kStep) return units_of<parts>(x, units, range);
+  alignas(64) T staged[kStep] = {};
+  for (int64_t i = 0; i < (count < kStep ? count : kStep); ++i) staged[i] = x[i * stride];
+  units_of<parts>(static_cast<const T*>(staged), units, range);
+}
+
+}  // namespace fusewire::FUSEWIRE_ISA

@@ -139,6 +139,7 @@ template <int parts>
   for (int p = 0; p < parts; ++p) {
     const __m512i a = nearest(low), b = nearest(high);
     units[p] = pair(a, b);
+    if (p + 1 == parts) break;
     low = _mm512_sub_ps(low, _mm512_castsi512_ps(a));  // exact: what the rounding left
     high = _mm512_sub_ps(high, _mm512_castsi512_ps(b));
   }

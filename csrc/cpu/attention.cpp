@@ -40,16 +40,23 @@ static const double* weight_of(const std::optional<Tensor>& weight, std::vector<
 
 // Cuts the queries into tasks and runs them. Threads take tasks as they become free; results do not depend on which thread ran what.
 static void run(const AttentionCall& call, int64_t batch, int64_t heads) {
-  const int64_t blocks = (call.queries + kAttentionQueryBlock - 1) / kAttentionQueryBlock;
+  auto kernel = FUSEWIRE_PICK(void (*)(const AttentionCall&, const AttentionTask&), attention_task);
+  int64_t block = kAttentionQueryBlock;
+#if defined(FUSEWIRE_HAS_AMX)
+  if (active_isa() == Isa::amx) {
+    kernel = amx::attention_task;
+    block = kAttentionAmxQueryBlock;
+  }
+#endif
+  const int64_t blocks = (call.queries + block - 1) / block;
   if (batch * heads * blocks == 0) return;
   const int64_t threads = torch::stable::get_num_threads();
-  // A task packs the keys and values of its head again: at least 8 blocks where there is enough work for all threads, at most 32.
+  // A task packs the keys and values of its head again: at least 8 blocks where there is enough work for all threads, at most kAttentionMaxBlocks.
   const int64_t wanted = batch * heads * blocks / (4 * threads);
-  const int64_t size = std::clamp<int64_t>(wanted, std::min<int64_t>(8, 1 + batch * heads * blocks / (2 * threads)), 32);
+  const int64_t size = std::clamp<int64_t>(wanted, std::min<int64_t>(8, 1 + batch * heads * blocks / (2 * threads)), kAttentionMaxBlocks);
   const int64_t pieces = (blocks + size - 1) / size;
-  const int64_t length = (blocks + pieces - 1) / pieces * kAttentionQueryBlock;  // as equal as can be
+  const int64_t length = (blocks + pieces - 1) / pieces * block;  // as equal as can be
   const int64_t tasks = batch * heads * pieces;
-  const auto kernel = FUSEWIRE_PICK(void (*)(const AttentionCall&, const AttentionTask&), attention_task);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, std::min(threads, tasks), 1, [&](int64_t, int64_t) {
     for (int64_t i = next++; i < tasks; i = next++) {

@@ -1,0 +1,319 @@
+// Attention on AMX tiles: online softmax over blocks of keys, as attention_kernels.cpp, with both products transposed.
+//
+// logits^T = K Q^T, so that a vector holds one key's logits of 16 queries: maxima, sums and decays of the softmax are plain vector
+// operations, without a reduction across lanes, and two rows of weights interleave into the right-hand operand of the second product,
+// out^T = V^T weights^T. Keys go in as they lie; queries and values are transposed while packing.
+#include <algorithm>
+#include <type_traits>
+
+#include "cpu/amx.h"
+#include "cpu/attention.h"
+#include "cpu/attention_pack.h"
+#include "cpu/attention_tiles.h"
+
+namespace fusewire::FUSEWIRE_ISA {
+
+constexpr int64_t kQueryBlock = kSide;
+constexpr int64_t kKeyBlock = 256;             // logits of a block: 32 KiB
+constexpr int64_t kPackedKeyBytes = 3 << 19;   // keys and values packed at a time, in the second-level cache
+constexpr double kLog2e = 1.44269504088896341;
+static_assert(kQueryBlock == kAttentionAmxQueryBlock && kLanes == 16);
+
+// What a block of 32 queries carries from one block of keys to the next: lanes are queries.
+struct State {
+  float* out;      // [channels, whole blocks][32], not yet divided by total
+  float* highest;  // [32], largest logit so far
+  float* total;    // [32], sum of the weights
+};
+
+template <typename T>
+class AmxTask {
+  static constexpr int parts = parts_of<T>;
+  using Staged = std::conditional_t<parts == 1, bfloat16, float>;
+  static constexpr int kDegree = parts == 1 ? 3 : 6;  // of the exponential: see attention_simd.h
+
+ public:
+  AmxTask(const AttentionCall& call, const AttentionTask& task)
+      : call_(call), task_(task), steps_((call.channels + kStep - 1) / kStep), columns_(steps_ * kStep) {
+    const int64_t per_key = 2 * columns_ * parts * sizeof(bfloat16);
+    block_keys_ = std::min(round_up(call.keys, kStep), std::max<int64_t>(kPackedKeyBytes / per_key / kKeyBlock, 1) * kKeyBlock);
+    states_ = block_keys_ >= call.keys ? kQueryBlock : round_up(task.end - task.begin, kQueryBlock);
+    transform_ = call.mask.data || call.scale <= 0;
+    guard_ = call.mask.data || call.causal;
+    factor_ = static_cast<float>(transform_ ? kLog2e : call.scale * kLog2e);
+  }
+
+  void run() {
+    const int64_t operand = block_keys_ * columns_ * parts * sizeof(bfloat16);
+    Workspace space(2 * Workspace::bytes_of<char>(operand) + Workspace::bytes_of<char>(steps_ * parts * kPartBytes) +
+                    Workspace::bytes_of<char>(kKeyBlock / kStep * parts * kPartBytes) + 2 * Workspace::bytes_of<float>(kKeyBlock * kQueryBlock) +
+                    Workspace::bytes_of<float>(states_ * columns_) + 2 * Workspace::bytes_of<float>(states_));
+    k_ = space.take<char>(operand);
+    v_ = space.take<char>(operand);
+    q_ = space.take<char>(steps_ * parts * kPartBytes);
+    weights_ = space.take<char>(kKeyBlock / kStep * parts * kPartBytes);
+    logits_ = space.take<float>(kKeyBlock * kQueryBlock);
+    bias_ = space.take<float>(kKeyBlock * kQueryBlock);
+    State all;
+    all.out = space.take<float>(states_ * columns_);
+    all.highest = space.take<float>(states_);
+    all.total = space.take<float>(states_);
+    const int64_t keys = call_.causal ? std::min(call_.keys, task_.end) : call_.keys;
+    const TileScope tiles;
+    int64_t first_key = 0;
+    uint64_t unsplit = 0;  // blocks of queries, one bit each: a task has at most 64
+    do {  // at least once, so that rows without any key are written as zeros
+      const int64_t count = std::min(block_keys_, keys - first_key);
+      if (!pack_keys(first_key, count) || !pack_values(first_key, count)) return fall_back(task_.begin, task_.end);
+      const bool last = first_key + count >= keys;
+      for (int64_t query = task_.begin; query < task_.end; query += kQueryBlock) {
+        const int64_t index = (query - task_.begin) / kQueryBlock, at = states_ == kQueryBlock ? 0 : query - task_.begin;
+        const State state{all.out + at * columns_, all.highest + at, all.total + at};
+        const int64_t rows = std::min(kQueryBlock, task_.end - query);
+        if (!pack_queries(query, rows)) {
+          unsplit |= uint64_t{1} << index;
+          continue;
+        }
+        attend(state, query, rows, first_key, count);
+        if (last) write(state, query, rows);
+      }
+      first_key += count;
+    } while (first_key < keys);
+    for (int64_t i = 0; unsplit >> i; ++i) {
+      const int64_t query = task_.begin + i * kQueryBlock;
+      if (unsplit >> i & 1) fall_back(query, std::min(query + kQueryBlock, task_.end));
+    }
+  }
+
+ private:
+  // Queries whose operands do not split into bfloat16 parts, or attend around values that are not finite. A head's keys and values decide
+  // for all of its queries, a block of queries for itself: not the batch, and not how queries are cut into tasks.
+  void fall_back(int64_t begin, int64_t end) const { avx512_bf16::attention_task(call_, {task_.batch, task_.head, begin, end}); }
+
+  // A row of keys or queries as units of every step. False where it does not split.
+  bool stage(const AttentionTensor (&pieces)[2], int64_t head, int64_t token, __m512i* units) const {
+    alignas(64) Staged staged[kPadded];
+    const Row<T> row = row_of<T>(pieces, task_.batch, head, token);
+    stage_row<std::conditional_t<parts == 1, Bf16Units, FloatUnits>>(row, call_.channels, columns_, call_.eps, reinterpret_cast<uint32_t*>(staged));
+    Range range;
+    for (int64_t s = 0; s < steps_; ++s) {
+      __m512i step[parts];
+      units_of<parts>(static_cast<const Staged*>(staged + s * kStep), step, range);
+      for (int p = 0; p < parts; ++p) units[s * parts + p] = step[p];
+    }
+    return parts == 1 || range.splits(kLeastExponent);
+  }
+
+  // Keys, as the left operand: [block of 32 keys][step][part][2 tiles][key][units]. Those beyond the last are zeros.
+  bool pack_keys(int64_t first, int64_t count) {
+    for (int64_t key = 0; key < round_up(count, kSide); ++key) {
+      __m512i units[kMaxSteps * parts] = {};
+      if (key < count) {
+        prefetch_row(row_of<T>(call_.k, task_.batch, task_.head / call_.group, std::min(first + key + kAhead, call_.keys - 1)), call_.channels);
+        if (!stage(call_.k, task_.head / call_.group, first + key, units)) return false;
+      }
+      char* to = k_ + key / kSide * steps_ * parts * kPartBytes + key % kSide * 64;
+      for (int64_t i = 0; i < steps_ * parts; ++i) _mm512_store_si512(to + i * kPartBytes, units[i]);
+    }
+    return true;
+  }
+
+  // Queries, as the right operand: [step][part][2 tiles of 16 queries][unit][query].
+  bool pack_queries(int64_t query, int64_t rows) {
+    for (int64_t tile = 0; tile < 2; ++tile) {
+      __m512i units[16][kMaxSteps * parts];
+      for (int64_t r = 0; r < 16; ++r) {
+        if (tile * 16 + r < rows) {
+          if (!stage(call_.q, task_.head, query + tile * 16 + r, units[r])) return false;
+        } else {
+          std::fill_n(units[r], steps_ * parts, _mm512_setzero_si512());
+        }
+      }
+      for (int64_t i = 0; i < steps_ * parts; ++i) {
+        __m512 square[16];
+        for (int64_t r = 0; r < 16; ++r) square[r] = _mm512_castsi512_ps(units[r][i]);
+        transpose16(square);
+        for (int64_t r = 0; r < 16; ++r) _mm512_store_ps(q_ + i * kPartBytes + tile * kTileBytes + r * 64, square[r]);
+      }
+    }
+    return true;
+  }
+
+  // Values, transposed, as the left operand: [block of 32 channels][step of 32 keys][part][2 tiles][channel][pairs of keys].
+  bool pack_values(int64_t first, int64_t count) {
+    const int64_t key_steps = (count + kStep - 1) / kStep;
+    Range range;
+    for (int64_t s = 0; s < key_steps; ++s) {
+      alignas(64) float wide[kStep][kPadded];
+      for (int64_t i = 0; i < kStep; ++i) {
+        const int64_t key = s * kStep + i;
+        if (key < count) {
+          prefetch_row(row_of<T>(call_.v, task_.batch, task_.head / call_.group, std::min(first + key + kAhead, call_.keys - 1)), call_.channels);
+          load_row(row_of<T>(call_.v, task_.batch, task_.head / call_.group, first + key), call_.channels, wide[i]);
+          std::fill(wide[i] + call_.channels, wide[i] + columns_, 0.0f);
+        } else {
+          std::fill_n(wide[i], columns_, 0.0f);
+        }
+      }
+      for (int64_t channel = 0; channel < columns_; channel += 16) {
+        __m512 squares[parts][16];
+        for (int64_t i = 0; i < 16; ++i) {
+          const __m512 low = _mm512_load_ps(wide[2 * i] + channel), high = _mm512_load_ps(wide[2 * i + 1] + channel);
+          range.add(low), range.add(high);
+          __m512i units[parts];
+          split_pair<parts>(low, high, units);
+          for (int p = 0; p < parts; ++p) squares[p][i] = _mm512_castsi512_ps(units[p]);
+        }
+        char* to = v_ + (channel / kSide * key_steps + s) * parts * kPartBytes + channel / 16 % 2 * kTileBytes;
+        for (int p = 0; p < parts; ++p) {
+          transpose16(squares[p]);
+          for (int64_t i = 0; i < 16; ++i) _mm512_store_ps(to + p * kPartBytes + i * 64, squares[p][i]);
+        }
+      }
+    }
+    // bfloat16 needs no split, and carries infinities and NaN unless a mask may hide them: 0 * NaN would leak from under it.
+    return parts == 1 ? !guard_ || range.splits(kAnyExponent) : range.splits(kLeastExponent);
+  }
+
+  // One block of queries meets one super-block of keys.
+  void attend(const State& state, int64_t query, int64_t rows, int64_t first_key, int64_t count) {
+    if (first_key == 0) {
+      std::fill_n(state.highest, kQueryBlock, -INFINITY);
+      std::fill_n(state.total, kQueryBlock, 0.0f);
+      std::fill_n(state.out, kQueryBlock * columns_, 0.0f);
+    }
+    const int64_t key_steps = (count + kStep - 1) / kStep;
+    for (int64_t block = 0; block < count; block += kKeyBlock) {
+      int64_t keys = std::min(kKeyBlock, count - block);
+      if (call_.causal) keys = std::min(keys, query + rows - (first_key + block));
+      if (keys <= 0) break;
+      const int64_t padded = round_up(keys, kStep);
+      for (int64_t key = 0; key < padded; key += kSide)
+        multiply_block<parts>(k_ + (block + key) / kSide * steps_ * parts * kPartBytes, q_, steps_, logits_ + key * kQueryBlock, kQueryBlock, true);
+      if (transform_) apply_mask(query, rows, first_key + block, keys);
+      if (call_.causal) apply_causal(query, first_key + block, keys);
+      std::fill(logits_ + keys * kQueryBlock, logits_ + padded * kQueryBlock, -INFINITY);
+      softmax(state, padded);
+      for (int64_t c = 0; c < steps_; ++c) {
+        const char* v = v_ + (c * key_steps + block / kStep) * parts * kPartBytes;
+        multiply_block<parts>(v, weights_, padded / kStep, state.out + c * kSide * kQueryBlock, kQueryBlock, false);
+      }
+    }
+  }
+
+  // Scales the logits and adds the mask to them; -inf where the mask is, whatever the logit.
+  void apply_mask(int64_t query, int64_t rows, int64_t key, int64_t keys) {
+    const vf scale = vset(static_cast<float>(call_.scale));
+    if (call_.mask.data) {
+      alignas(64) float row[kKeyBlock];
+      for (int64_t r = 0; r < rows; ++r) {
+        if (r == 0 || call_.mask.query != 0) read_bias(call_.mask, task_, query + r, key, keys, row);
+        for (int64_t j = 0; j < keys; ++j) bias_[j * kQueryBlock + r] = row[j];
+      }
+      for (int64_t j = 0; j < keys; ++j) std::fill(bias_ + j * kQueryBlock + rows, bias_ + (j + 1) * kQueryBlock, 0.0f);
+    } else {
+      std::fill_n(bias_, keys * kQueryBlock, 0.0f);
+    }
+    for (int64_t i = 0; i < keys * kQueryBlock; i += kLanes) {
+      const vf b = vload(bias_ + i);
+      vstore(logits_ + i, vkeep(vfma(vload(logits_ + i), scale, b), b));
+    }
+  }
+
+  void apply_causal(int64_t query, int64_t key, int64_t keys) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int64_t j = std::max<int64_t>(query - key + 1, 0); j < keys; ++j) {
+      for (int64_t lane = 0; lane < kQueryBlock; lane += kLanes) {
+        const int behind = static_cast<int>(key + j - query - lane);  // lanes before it lie before the key
+        float* s = logits_ + j * kQueryBlock + lane;
+        vstore(s, _mm512_mask_mov_ps(vload(s), _mm512_cmplt_epi32_mask(lanes, _mm512_set1_epi32(behind)), vset(-INFINITY)));
+      }
+    }
+  }
+
+  // Logits become weights 2^((s - highest) * factor), as the right operand [step][part][2 tiles][pair of keys][query].
+  void softmax(const State& state, int64_t keys) {
+    vf base[2], scaled[2], total[2];
+    for (int g = 0; g < 2; ++g) {
+      vf top[2] = {vset(-INFINITY), vset(-INFINITY)};
+      for (int64_t j = 0; j < keys; j += 2) {
+        top[0] = vmax(vload(logits_ + j * kQueryBlock + g * kLanes), top[0]);
+        top[1] = vmax(vload(logits_ + (j + 1) * kQueryBlock + g * kLanes), top[1]);
+      }
+      const vf before = vload(state.highest + g * kLanes), now = vmax(vmax(top[0], top[1]), before);
+      total[g] = vload(state.total + g * kLanes);
+      const __mmask16 moved = _mm512_cmp_ps_mask(before, now, _CMP_LT_OQ);
+      if (moved) {
+        vstore(state.highest + g * kLanes, now);
+        const vf decay = _mm512_mask_mov_ps(vset(1), moved, vexp2<6>(vmul(vsub(before, now), vset(factor_))));
+        total[g] = vmul(total[g], decay);
+        for (int64_t c = 0; c < columns_; ++c) {
+          float* out = state.out + c * kQueryBlock + g * kLanes;
+          vstore(out, vmul(vload(out), decay));
+        }
+      }
+      base[g] = _mm512_mask_mov_ps(now, _mm512_cmp_ps_mask(now, vset(-INFINITY), _CMP_EQ_OQ), vset(0));  // no key attended yet
+      scaled[g] = vmul(base[g], vset(-factor_));
+    }
+    const vf factor = vset(factor_);
+    const auto weight = [&](const float* s, int g) {
+      if constexpr (parts == 1) return vexp2<kDegree>(vfma(vload(s), factor, scaled[g]));
+      return vexp2<kDegree>(vmul(vsub(vload(s), base[g]), factor));
+    };
+    for (int64_t j = 0; j < keys; j += 2) {
+      const float* s = logits_ + j * kQueryBlock;
+      char* to = weights_ + j / kStep * parts * kPartBytes + j % kStep / 2 * 64;
+      for (int g = 0; g < 2; ++g) {
+        const vf low = weight(s + g * kLanes, g), high = weight(s + kQueryBlock + g * kLanes, g);
+        total[g] = vadd(total[g], vadd(low, high));
+        __m512i units[parts];
+        split_pair<parts>(low, high, units);
+        for (int p = 0; p < parts; ++p) _mm512_store_si512(to + p * kPartBytes + g * kTileBytes, units[p]);
+      }
+    }
+    for (int g = 0; g < 2; ++g) vstore(state.total + g * kLanes, total[g]);
+  }
+
+  void write(const State& state, int64_t query, int64_t rows) {
+    alignas(64) float wide[16][kPadded];
+    for (int64_t g = 0; g < rows; g += kLanes) {
+      const vf total = vload(state.total + g);
+      const __mmask16 none = _mm512_cmp_ps_mask(total, vset(0), _CMP_EQ_OQ);  // no key attended: 0
+      const vf inverse = _mm512_mask_mov_ps(_mm512_div_ps(vset(1), total), none, vset(0));
+      for (int64_t channel = 0; channel < columns_; channel += 16) {
+        __m512 square[16];
+        for (int64_t i = 0; i < 16; ++i) square[i] = vmul(vload(state.out + (channel + i) * kQueryBlock + g), inverse);
+        transpose16(square);
+        for (int64_t i = 0; i < 16; ++i) vstore(wide[i] + channel, square[i]);
+      }
+      for (int64_t r = 0; r < std::min<int64_t>(kLanes, rows - g); ++r) {
+        T* out = const_cast<T*>(row_of<T>(call_.out, task_.batch, task_.head, query + g + r).data);
+        const float* x = wide[r];
+#pragma omp simd
+        for (int64_t c = 0; c < call_.channels; ++c) out[c] = from_float<T>(x[c]);
+      }
+    }
+  }
+
+  static constexpr int64_t kMaxSteps = kAttentionMaxChannels / kStep;
+  static constexpr int kAnyExponent = -200;
+  const AttentionCall& call_;
+  const AttentionTask& task_;
+  const int64_t steps_, columns_;  // of 32 channels; channels rounded up to them
+  int64_t block_keys_, states_;
+  bool transform_, guard_;
+  float factor_;
+  char *k_, *v_, *q_, *weights_;
+  float *logits_, *bias_;
+};
+
+void attention_task(const AttentionCall& call, const AttentionTask& task) {
+  switch (call.type) {
+    case AttentionType::f32: return AmxTask<float>(call, task).run();
+    case AttentionType::f16: return AmxTask<float16>(call, task).run();
+    case AttentionType::bf16: return AmxTask<bfloat16>(call, task).run();
+    default: return avx512_bf16::attention_task(call, task);
+  }
+}
+
+}  // namespace fusewire::FUSEWIRE_ISA

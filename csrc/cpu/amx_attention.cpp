@@ -14,7 +14,7 @@
 namespace fusewire::FUSEWIRE_ISA {
 
 constexpr int64_t kQueryBlock = kSide;
-constexpr int64_t kKeyBlock = 256;             // logits of a block: 32 KiB
+constexpr int64_t kKeyBlock = 128;             // two blocks of logits: 32 KiB
 constexpr int64_t kPackedKeyBytes = 3 << 19;   // keys and values packed at a time, in the second-level cache
 constexpr double kLog2e = 1.44269504088896341;
 static_assert(kQueryBlock == kAttentionAmxQueryBlock && kLanes == 16);
@@ -46,13 +46,13 @@ class AmxTask {
   void run() {
     const int64_t operand = block_keys_ * columns_ * parts * sizeof(bfloat16);
     Workspace space(2 * Workspace::bytes_of<char>(operand) + Workspace::bytes_of<char>(steps_ * parts * kPartBytes) +
-                    Workspace::bytes_of<char>(kKeyBlock / kStep * parts * kPartBytes) + 2 * Workspace::bytes_of<float>(kKeyBlock * kQueryBlock) +
+                    Workspace::bytes_of<char>(kKeyBlock / kStep * parts * kPartBytes) + 3 * Workspace::bytes_of<float>(kKeyBlock * kQueryBlock) +
                     Workspace::bytes_of<float>(states_ * columns_) + 2 * Workspace::bytes_of<float>(states_));
     k_ = space.take<char>(operand);
     v_ = space.take<char>(operand);
     q_ = space.take<char>(steps_ * parts * kPartBytes);
     weights_ = space.take<char>(kKeyBlock / kStep * parts * kPartBytes);
-    logits_ = space.take<float>(kKeyBlock * kQueryBlock);
+    logits_ = space.take<float>(2 * kKeyBlock * kQueryBlock);
     bias_ = space.take<float>(kKeyBlock * kQueryBlock);
     State all;
     all.out = space.take<float>(states_ * columns_);
@@ -183,17 +183,27 @@ class AmxTask {
       std::fill_n(state.out, kQueryBlock * columns_, 0.0f);
     }
     const int64_t key_steps = (count + kStep - 1) / kStep;
+    if (call_.causal) count = std::min(count, query + rows - first_key);
+    const auto multiply = [&](int64_t key, int64_t block) {  // logits of 32 keys
+      multiply_block<parts>(k_ + key / kSide * steps_ * parts * kPartBytes, q_, steps_, logits(block) + (key - block) * kQueryBlock, kQueryBlock, true);
+    };
+    for (int64_t key = 0; key < std::min(kKeyBlock, count); key += kSide) multiply(key, 0);
     for (int64_t block = 0; block < count; block += kKeyBlock) {
-      int64_t keys = std::min(kKeyBlock, count - block);
-      if (call_.causal) keys = std::min(keys, query + rows - (first_key + block));
-      if (keys <= 0) break;
-      const int64_t padded = round_up(keys, kStep);
-      for (int64_t key = 0; key < padded; key += kSide)
-        multiply_block<parts>(k_ + (block + key) / kSide * steps_ * parts * kPartBytes, q_, steps_, logits_ + key * kQueryBlock, kQueryBlock, true);
-      if (transform_) apply_mask(query, rows, first_key + block, keys);
-      if (call_.causal) apply_causal(query, first_key + block, keys);
-      std::fill(logits_ + keys * kQueryBlock, logits_ + padded * kQueryBlock, -INFINITY);
-      softmax(state, padded);
+      const int64_t keys = std::min(kKeyBlock, count - block), padded = round_up(keys, kStep), next = block + kKeyBlock;
+      float* const s = logits(block);
+      if (transform_) apply_mask(s, query, rows, first_key + block, keys);
+      if (call_.causal) apply_causal(s, query, first_key + block, keys);
+      std::fill(s + keys * kQueryBlock, s + padded * kQueryBlock, -INFINITY);
+      Softmax now = begin_softmax(state, s, padded);
+      // The tiles multiply the next block while the vector units work on this one.
+      for (int64_t key = 0; key < kKeyBlock; key += kSide) {
+        if (next + key < count) multiply(next + key, next);
+        if (key >= padded) continue;
+        char* to = weights_ + key / kStep * parts * kPartBytes;
+        if (parts == 1 && now.moderate) weigh<true>(now, s + key * kQueryBlock, to);
+        else weigh<false>(now, s + key * kQueryBlock, to);
+      }
+      for (int g = 0; g < 2; ++g) vstore(state.total + g * kLanes, now.total[g]);
       for (int64_t c = 0; c < steps_; ++c) {
         const char* v = v_ + (c * key_steps + block / kStep) * parts * kPartBytes;
         multiply_block<parts>(v, weights_, padded / kStep, state.out + c * kSide * kQueryBlock, kQueryBlock, false);
@@ -201,8 +211,11 @@ class AmxTask {
     }
   }
 
+  // Two blocks of logits take turns.
+  float* logits(int64_t block) const { return logits_ + block / kKeyBlock % 2 * kKeyBlock * kQueryBlock; }
+
   // Scales the logits and adds the mask to them; -inf where the mask is, whatever the logit.
-  void apply_mask(int64_t query, int64_t rows, int64_t key, int64_t keys) {
+  void apply_mask(float* logits, int64_t query, int64_t rows, int64_t key, int64_t keys) {
     const vf scale = vset(static_cast<float>(call_.scale));
     if (call_.mask.data) {
       alignas(64) float row[kKeyBlock];
@@ -216,62 +229,71 @@ class AmxTask {
     }
     for (int64_t i = 0; i < keys * kQueryBlock; i += kLanes) {
       const vf b = vload(bias_ + i);
-      vstore(logits_ + i, vkeep(vfma(vload(logits_ + i), scale, b), b));
+      vstore(logits + i, vkeep(vfma(vload(logits + i), scale, b), b));
     }
   }
 
-  void apply_causal(int64_t query, int64_t key, int64_t keys) {
+  void apply_causal(float* logits, int64_t query, int64_t key, int64_t keys) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (int64_t j = std::max<int64_t>(query - key + 1, 0); j < keys; ++j) {
       for (int64_t lane = 0; lane < kQueryBlock; lane += kLanes) {
         const int behind = static_cast<int>(key + j - query - lane);  // lanes before it lie before the key
-        float* s = logits_ + j * kQueryBlock + lane;
+        float* s = logits + j * kQueryBlock + lane;
         vstore(s, _mm512_mask_mov_ps(vload(s), _mm512_cmplt_epi32_mask(lanes, _mm512_set1_epi32(behind)), vset(-INFINITY)));
       }
     }
   }
 
-  // Logits become weights 2^((s - highest) * factor), as the right operand [step][part][2 tiles][pair of keys][query].
-  void softmax(const State& state, int64_t keys) {
-    vf base[2], scaled[2], total[2];
+  // What turns the logits of one block into weights 2^((s - highest) * factor), for two groups of 16 queries.
+  struct Softmax { vf base[2], scaled[2], total[2]; bool moderate; };
+
+  Softmax begin_softmax(const State& state, const float* logits, int64_t keys) const {
+    Softmax now;
+    now.moderate = true;
     for (int g = 0; g < 2; ++g) {
       vf top[2] = {vset(-INFINITY), vset(-INFINITY)};
       for (int64_t j = 0; j < keys; j += 2) {
-        top[0] = vmax(vload(logits_ + j * kQueryBlock + g * kLanes), top[0]);
-        top[1] = vmax(vload(logits_ + (j + 1) * kQueryBlock + g * kLanes), top[1]);
+        top[0] = vmax(vload(logits + j * kQueryBlock + g * kLanes), top[0]);
+        top[1] = vmax(vload(logits + (j + 1) * kQueryBlock + g * kLanes), top[1]);
       }
-      const vf before = vload(state.highest + g * kLanes), now = vmax(vmax(top[0], top[1]), before);
-      total[g] = vload(state.total + g * kLanes);
-      const __mmask16 moved = _mm512_cmp_ps_mask(before, now, _CMP_LT_OQ);
+      const vf before = vload(state.highest + g * kLanes), highest = vmax(vmax(top[0], top[1]), before);
+      now.total[g] = vload(state.total + g * kLanes);
+      const __mmask16 moved = _mm512_cmp_ps_mask(before, highest, _CMP_LT_OQ);
       if (moved) {
-        vstore(state.highest + g * kLanes, now);
-        const vf decay = _mm512_mask_mov_ps(vset(1), moved, vexp2<6>(vmul(vsub(before, now), vset(factor_))));
-        total[g] = vmul(total[g], decay);
+        vstore(state.highest + g * kLanes, highest);
+        const vf decay = _mm512_mask_mov_ps(vset(1), moved, vexp2<6>(vmul(vsub(before, highest), vset(factor_))));
+        now.total[g] = vmul(now.total[g], decay);
         for (int64_t c = 0; c < columns_; ++c) {
           float* out = state.out + c * kQueryBlock + g * kLanes;
           vstore(out, vmul(vload(out), decay));
         }
       }
-      base[g] = _mm512_mask_mov_ps(now, _mm512_cmp_ps_mask(now, vset(-INFINITY), _CMP_EQ_OQ), vset(0));  // no key attended yet
-      scaled[g] = vmul(base[g], vset(-factor_));
+      now.base[g] = _mm512_mask_mov_ps(highest, _mm512_cmp_ps_mask(highest, vset(-INFINITY), _CMP_EQ_OQ), vset(0));  // no key attended yet
+      now.scaled[g] = vmul(now.base[g], vset(-factor_));
+      now.moderate &= _mm512_reduce_max_ps(_mm512_abs_ps(now.scaled[g])) < 1e30f;
     }
+    return now;
+  }
+
+  // Weights of 32 keys, as one step of the right operand: [part][2 tiles][pair of keys][query]. `fused`: s * factor - highest * factor, which
+  // is enough for bfloat16, unless the product overflows as it may under a mask of the lowest finite number.
+  template <bool fused>
+  void weigh(Softmax& now, const float* s, char* to) const {
     const vf factor = vset(factor_);
     const auto weight = [&](const float* s, int g) {
-      if constexpr (parts == 1) return vexp2<kDegree>(vfma(vload(s), factor, scaled[g]));
-      return vexp2<kDegree>(vmul(vsub(vload(s), base[g]), factor));
+      if constexpr (fused) return vexp2<kDegree>(vfma(vload(s), factor, now.scaled[g]));
+      return vexp2<kDegree>(vmul(vsub(vload(s), now.base[g]), factor));
     };
-    for (int64_t j = 0; j < keys; j += 2) {
-      const float* s = logits_ + j * kQueryBlock;
-      char* to = weights_ + j / kStep * parts * kPartBytes + j % kStep / 2 * 64;
+    for (int64_t j = 0; j < kStep; j += 2, s += 2 * kQueryBlock, to += 64) {
+#pragma GCC unroll 2
       for (int g = 0; g < 2; ++g) {
         const vf low = weight(s + g * kLanes, g), high = weight(s + kQueryBlock + g * kLanes, g);
-        total[g] = vadd(total[g], vadd(low, high));
+        now.total[g] = vadd(now.total[g], vadd(low, high));
         __m512i units[parts];
         split_pair<parts>(low, high, units);
         for (int p = 0; p < parts; ++p) _mm512_store_si512(to + p * kPartBytes + g * kTileBytes, units[p]);
       }
     }
-    for (int g = 0; g < 2; ++g) vstore(state.total + g * kLanes, total[g]);
   }
 
   void write(const State& state, int64_t query, int64_t rows) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fusewire.kernels.dispatch import forced_backend
 from fusewire.kernels.library import CPU
 
 MAX_CHANNELS = 512  # rows are staged in buffers of this size
@@ -12,6 +13,8 @@ def _why_not(q) -> str:
         return CPU.reason
     if not q.is_cpu:
         return f"q is on {q.device}"
+    if q.shape[1] == 1 and forced_backend() != "cpu":
+        return "one query: packing the keys would take longer than attending to them"
     if not 0 < q.shape[3] <= MAX_CHANNELS:
         return f"the head dimension is {q.shape[3]}; 1 to {MAX_CHANNELS} are served"
     return ""

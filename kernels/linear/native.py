@@ -21,6 +21,7 @@ POST_OPS = {"none": ("none", ""), "gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu"
 MAX_DIMS = 9
 # Fixed for the process; read once, so that torch.compile sees constants.
 ISA, INTEL = cpu_isa(), cpu_is_intel()
+FEW_TOKENS = 16
 AMX_TOKENS, AMX_OUTPUTS = 48, 192  # below either, packing the operands takes longer than what the product saves
 
 
@@ -48,12 +49,12 @@ def why_not_cpu(x, weight, bias, activation, gate, residual, exact) -> str:
         return f"x has {x.dim()} dimensions; at most {MAX_DIMS} are served"
     if activation == "gelu":
         return "the erf form of GELU has no kernel"
-    # By tokens, not by rows: whether a sample is in a batch must not change its result.
-    tokens = x.shape[-2] if x.dim() > 2 else 1
-    if forced_backend() != "cpu" and x.dtype is not torch.bfloat16:
-        if tokens == 1:
-            return "x has one row for each sample: reading the weight takes all the time"
-        if INTEL and x.dtype is torch.float32 and not (ISA == "amx" and tokens >= AMX_TOKENS and weight.shape[0] >= AMX_OUTPUTS):
+    if x.dtype is torch.float32 and forced_backend() != "cpu":
+        # By tokens, not by rows: whether a sample is in a batch must not change its result.
+        tokens = x.shape[-2] if x.dim() > 2 else 1
+        if tokens < FEW_TOKENS:
+            return "for so few rows of a sample PyTorch's product is as fast, and sums in shorter chains"
+        if INTEL and not (ISA == "amx" and tokens >= AMX_TOKENS and weight.shape[0] >= AMX_OUTPUTS):
             return "PyTorch's own product is faster here"
     return ""
 

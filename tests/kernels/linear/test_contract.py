@@ -8,6 +8,7 @@ import torch
 from fusewire import ops
 from fusewire.kernels.library import CPU, cpu_isa
 from fusewire.kernels.linear import reference
+from tests.kernels.linear.served import close
 from tests.tolerance import assert_close, assert_exact
 
 FAST = [torch.float32, torch.bfloat16, torch.float16]
@@ -27,8 +28,8 @@ def test_int32_stride(dtype):
     for name, near in (("x", x), ("weight", weight)):
         far.copy_(near)
         given = {"x": x, "weight": weight, "bias": bias, "residual": torch.ones(3, 3, dtype=dtype), "gate": torch.ones(3, dtype=dtype)}
-        want = ops.linear(**given, numerics="close")
-        assert_exact(ops.linear(**{**given, name: far}, numerics="close"), want, name)
+        want = close(**given)
+        assert_exact(close(**{**given, name: far}), want, name)
     assert ops.stats()["linear"]["cpu"] == 4
 
 
@@ -38,7 +39,7 @@ def test_fp16_overflow():
     x, weight = torch.full((5, 64), 200.0, dtype=torch.float16), torch.full((16, 64), 10.0, dtype=torch.float16)
     weight += torch.rand(16, 1).half()
     gate, residual = torch.full((16,), 1e-3, dtype=torch.float16), torch.randn(5, 16).half()
-    got = ops.linear(x, weight, gate=gate, residual=residual, numerics="close")
+    got = close(x, weight, None, gate=gate, residual=residual)
     assert ops.stats()["linear"]["cpu"] == 1 and got.isfinite().all()
     want = residual.double() + gate.double() * (x.double() @ weight.double().T)
     assert_close(got, want, want.half())
@@ -72,11 +73,11 @@ def test_nondeterminism_over_threads(dtype):
     """Our own product gives the same bits on any number of threads."""
     x, weight, bias = layer(300, 300, 129, dtype)
     rest = {"gate": torch.randn(129).to(dtype), "residual": torch.randn(300, 129).to(dtype)}
-    want, threads = ops.linear(x, weight, bias, **rest, numerics="close"), torch.get_num_threads()
+    want, threads = close(x, weight, bias, **rest), torch.get_num_threads()
     try:
         for n in (1, 2, 5):
             torch.set_num_threads(n)
-            assert_exact(ops.linear(x, weight, bias, **rest, numerics="close"), want, f"{n} threads")
+            assert_exact(close(x, weight, bias, **rest), want, f"{n} threads")
     finally:
         torch.set_num_threads(threads)
     assert ops.stats()["linear"]["cpu"] == 4

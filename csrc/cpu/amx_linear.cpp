@@ -8,9 +8,14 @@
 
 namespace fusewire::FUSEWIRE_ISA {
 
-// Steps of a slice, as measured: in bfloat16 both blocks share the first-level cache; more parts mean more products for each load, and longer
+// The inner dimension is cut into chunks: a thread's weights of a chunk, packed, share the second-level cache with what streams past them.
+// In bfloat16 a chunk is cut again, into slices, so that a block of the weights stays in the first level for a whole group of rows. With
+// more parts there are more products for each load, and fewer trips of the sums count for more.
 template <int parts>
-constexpr int64_t kSteps = parts == 1 ? 8 : 16;
+constexpr int64_t kChunk = parts == 1 ? 48 : 16;  // steps
+template <int parts>
+constexpr int64_t kSteps = parts == 1 ? 8 : 16;   // of a slice
+constexpr int64_t kGroup = 8;                     // blocks of rows
 
 static_assert(kLinearBlock == kSide);
 
@@ -32,7 +37,8 @@ int64_t linear_packed_bytes(int64_t inputs, ScalarKind type) {
 
 int64_t linear_scratch_bytes(int64_t rows, int64_t cols, ScalarKind type) {
   const int64_t blocks = (rows + kSide - 1) / kSide, panels = (cols + kSide - 1) / kSide;
-  return with_type(type, [](auto t) { return kSteps<parts_of<decltype(t)>> * parts_of<decltype(t)> * kPartBytes; }) * panels + blocks * panels * kSide * kSide * sizeof(float);
+  const int64_t panel = with_type(type, [](auto t) { return kChunk<parts_of<decltype(t)>> * parts_of<decltype(t)> * kPartBytes; });
+  return panels * panel + blocks * panels * kSide * kSide * sizeof(float);
 }
 
 template <typename T>
@@ -72,8 +78,8 @@ static void pack_weight(const LinearCall& c, const T* weight, int64_t rows, int6
         __m512i units[parts];
         const int64_t n = tile * 16 + r;
         if (n < rows) {
-          // The same row's part of the next slice: rows lie too far apart for the processor to foresee it.
-          const char* next = reinterpret_cast<const char*>(weight + n * c.weight_row + (k + kSteps<parts> * kStep) * c.weight_col);
+          // The row 32 further on: rows lie too far apart for the processor to foresee it.
+          const char* next = reinterpret_cast<const char*>(weight + (n + kSide) * c.weight_row + k * c.weight_col);
           for (int64_t line = 0; line < kStep * static_cast<int64_t>(sizeof(T)); line += 64) _mm_prefetch(next + line, _MM_HINT_T1);
           units_of<parts>(weight + n * c.weight_row + k * c.weight_col, c.weight_col, c.inputs - k, units, range);
         } else {
@@ -93,46 +99,56 @@ static void pack_weight(const LinearCall& c, const T* weight, int64_t rows, int6
 template <typename T>
 static uint32_t columns(const LinearCall& c, const LinearBlock& b, const char* packed, char* scratch) {
   constexpr int parts = parts_of<T>;
+  constexpr int64_t step_bytes = parts * kPartBytes, panel_bytes = kChunk<parts> * step_bytes, slice_bytes = kSteps<parts> * step_bytes;
   const int64_t steps = steps_of(c.inputs), blocks = (b.rows + kSide - 1) / kSide, panels = (b.cols + kSide - 1) / kSide;
-  const int64_t panel_bytes = kSteps<parts> * parts * kPartBytes;
-  char* const panel = scratch;
-  float* const sums = reinterpret_cast<float*>(scratch + panels * panel_bytes);  // [panels][blocks][32][32]
+  char* const panel = scratch;                                                    // [panels][steps of a chunk]
+  float* const sums = reinterpret_cast<float*>(scratch + panels * panel_bytes);   // [blocks][panels][32][32]
+  alignas(64) float fresh[kSide * kSide];
   const T* weight = static_cast<const T*>(c.weight) + b.col * c.weight_row;
+  Epilogue<T> epilogue(c, b.col, b.cols);
   Range range[kLinearCols / kSide];
   const TileScope tiles;
-  for (int64_t first = 0; first < steps; first += kSteps<parts>) {
-    const int64_t here = std::min(kSteps<parts>, steps - first);
+  for (int64_t chunk = 0; chunk < steps; chunk += kChunk<parts>) {
+    const int64_t end = std::min(chunk + kChunk<parts>, steps);
     for (int64_t n = 0; n < panels; ++n)
-      pack_weight(c, weight + n * kSide * c.weight_row, b.cols - n * kSide, first * kStep, here, panel + n * panel_bytes, range[n]);
-    // [slices][blocks][steps of a slice]: a slice lies together, and the next one is fetched while this one is multiplied.
-    const char* x = packed + first * blocks * parts * kPartBytes;
-    const int64_t ahead_lines = first + here < steps ? panel_bytes / 64 / (panels * here) : 0;
-    alignas(64) float fresh[kSide * kSide];
-    const auto multiply = [&](int64_t i, int64_t n) {
-      const Ahead ahead{x + blocks * panel_bytes + i * panel_bytes + n * ahead_lines * here * 64, ahead_lines};
-      float* block = sums + (n * blocks + i) * kSide * kSide;
-      // float32: a slice is summed on its own before it is added, because rounding errors grow with the length of a chain of sums.
-      const bool apart = parts == 3 && first > 0;
-      multiply_block<parts>(x + i * panel_bytes, panel + n * panel_bytes, here, apart ? fresh : block, kSide, apart || first == 0, ahead);
-      if (apart) {
+      pack_weight(c, weight + n * kSide * c.weight_row, b.cols - n * kSide, chunk * kStep, end - chunk, panel + n * panel_bytes, range[n]);
+    for (int64_t group = 0; group < blocks; group += kGroup) {
+      const int64_t group_end = std::min(group + kGroup, blocks);
+      for (int64_t first = chunk; first < end; first += kSteps<parts>) {
+        const int64_t here = std::min(kSteps<parts>, end - first);
+        // x is packed as [slices][blocks][steps of a slice]. The group's next slice, or the next group's first, is fetched meanwhile.
+        const bool more = first + here < end;
+        const char* x = packed + first * blocks * step_bytes;
+        const char* next = more ? x + blocks * slice_bytes : packed + chunk * blocks * step_bytes + kGroup * slice_bytes;
+        const int64_t ahead_lines = more || group_end < blocks ? slice_bytes / 64 / (panels * here) : 0;
+        const auto multiply = [&](int64_t i, int64_t n) {
+          const Ahead ahead{next + i * slice_bytes + n * ahead_lines * here * 64, ahead_lines};
+          float* block = sums + (i * panels + n) * kSide * kSide;
+          // float32: a slice is summed on its own before it is added, because rounding errors grow with the length of a chain of sums.
+          const bool apart = parts == 3 && first > 0;
+          multiply_block<parts>(x + i * slice_bytes, panel + n * panel_bytes + (first - chunk) * step_bytes, here, apart ? fresh : block, kSide,
+                                apart || first == 0, ahead);
+          if (apart) {
 #pragma omp simd
-        for (int64_t j = 0; j < kSide * kSide; ++j) block[j] += fresh[j];
+            for (int64_t j = 0; j < kSide * kSide; ++j) block[j] += fresh[j];
+          }
+        };
+        if constexpr (parts == 1) {
+          for (int64_t n = 0; n < panels; ++n)
+            for (int64_t i = group; i < group_end; ++i) multiply(i, n);
+        } else {
+          for (int64_t i = group; i < group_end; ++i)
+            for (int64_t n = 0; n < panels; ++n) multiply(i, n);
+        }
       }
-    };
-    if constexpr (parts == 1) {
-      for (int64_t n = 0; n < panels; ++n)
-        for (int64_t i = 0; i < blocks; ++i) multiply(i, n);
-    } else {
-      for (int64_t i = 0; i < blocks; ++i)
-        for (int64_t n = 0; n < panels; ++n) multiply(i, n);
+      if (end < steps) continue;
+      for (int64_t r = group * kSide; r < std::min(group_end * kSide, b.rows); ++r) {
+        alignas(64) float y[kLinearCols];
+        const float* row = sums + (r / kSide * panels * kSide + r % kSide) * kSide;
+        for (int64_t n = 0; n < panels; ++n) std::memcpy(y + n * kSide, row + n * kSide * kSide, kSide * sizeof(float));
+        epilogue.row(b.row + r, y);
+      }
     }
-  }
-  Epilogue<T> epilogue(c, b.col, b.cols);
-  for (int64_t r = 0; r < b.rows; ++r) {
-    alignas(64) float y[kLinearCols];
-    for (int64_t n = 0; n < panels; ++n)
-      std::memcpy(y + n * kSide, sums + (n * blocks * kSide + r) * kSide, kSide * sizeof(float));
-    epilogue.row(b.row + r, y);
   }
   uint32_t bad = 0;
   if constexpr (parts > 1) {

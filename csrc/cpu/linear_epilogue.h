@@ -87,6 +87,8 @@ class Epilogue {
       for (int64_t i = 0; i < cols; ++i) y[i] += values[i];
     }
     T* out = static_cast<T*>(c_.out) + r * c_.outputs + col_;
+    const char* later = reinterpret_cast<const char*>(out + 4 * c_.outputs);  // cold memory, asked for early
+    for (int64_t at = 0; at < cols * static_cast<int64_t>(sizeof(T)); at += 64) __builtin_prefetch(later + at, 1);
 #pragma omp simd
     for (int64_t i = 0; i < cols; ++i) out[i] = from_float<T>(y[i]);
   }

@@ -3,7 +3,8 @@
 Measured with two cores, GFLOP/s at [1024, 1536] x [1536, 6144] and back (``F.linear``, oneDNN, here):
 
 - Zen 4: float32 130, 200, 160-170; bfloat16 350-390, 350-390, 290-360; float16 20-35, -, 150.
-- Intel with AMX: float32 330-340, 325, 470-490; bfloat16 1830-1870, 1970-2140, 1590-1720; float16 310-340, 320-340, 770-790.
+- Intel with AMX: float32 330, 320, 490; bfloat16 1690-1800, 1910-1940, 1840-1860 (a whole SD3.5 block, weights cold:
+  2-4 % less time than with oneDNN); float16 310-340, 320-340, 770-790.
 
 oneDNN's float32 sum in one chain errs up to four times as much as MKL's (``F.linear``) and so breaks the contract of ``close``.
 """
@@ -22,7 +23,7 @@ MAX_DIMS = 9
 # Fixed for the process; read once, so that torch.compile sees constants.
 ISA, INTEL = cpu_isa(), cpu_is_intel()
 FEW_TOKENS = 16
-AMX_TOKENS, AMX_OUTPUTS = 48, 192  # below either, packing the operands takes longer than what the product saves
+AMX_TOKENS, AMX_TOKENS_BFLOAT16, AMX_OUTPUTS = 48, 256, 192  # below either, packing the operands takes longer than what the product saves
 
 
 def why_not_cpu(x, weight, bias, activation, gate, residual, exact) -> str:
@@ -39,7 +40,7 @@ def why_not_cpu(x, weight, bias, activation, gate, residual, exact) -> str:
         return "a tensor is empty"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    if onednn_serves(x, gate, residual):
+    if onednn_serves(x, weight, gate, residual):
         return ""
     if not CPU.loaded:
         return CPU.reason
@@ -59,8 +60,10 @@ def why_not_cpu(x, weight, bias, activation, gate, residual, exact) -> str:
     return ""
 
 
-def onednn_serves(x, gate, residual) -> bool:
-    """oneDNN is faster in bfloat16. Gate and residual take a pass of their own where they are as ``gate_residual`` takes them."""
+def onednn_serves(x, weight, gate, residual) -> bool:
+    """oneDNN is faster in bfloat16, but on AMX for what is large. Gate and residual take a pass of their own, where ``gate_residual`` takes them."""
+    if ISA == "amx" and x.dim() > 2 and x.shape[-2] >= AMX_TOKENS_BFLOAT16 and weight.shape[0] >= AMX_OUTPUTS:
+        return False
     if x.dtype is not torch.bfloat16 or not ONEDNN_BFLOAT16 or not torch.backends.mkldnn.enabled:
         return False
     return residual is None or gate is not None and x.dim() == 3 == residual.dim() and _per_sample(gate, residual)

@@ -206,7 +206,15 @@ class AmxTask {
       for (int g = 0; g < 2; ++g) vstore(state.total + g * kLanes, now.total[g]);
       for (int64_t c = 0; c < steps_; ++c) {
         const char* v = v_ + (c * key_steps + block / kStep) * parts * kPartBytes;
-        multiply_block<parts>(v, weights_, padded / kStep, state.out + c * kSide * kQueryBlock, kQueryBlock, false);
+        float* out = state.out + c * kSide * kQueryBlock;
+        if constexpr (parts == 3) {  // the same for float32, where it shows
+          alignas(64) float fresh[kSide * kQueryBlock];
+          multiply_block<parts>(v, weights_, padded / kStep, fresh, kQueryBlock, true);
+#pragma omp simd
+          for (int64_t i = 0; i < kSide * kQueryBlock; ++i) out[i] += fresh[i];
+        } else {
+          multiply_block<parts>(v, weights_, padded / kStep, out, kQueryBlock, false);
+        }
       }
     }
   }
@@ -284,16 +292,18 @@ class AmxTask {
       if constexpr (fused) return vexp2<kDegree>(vfma(vload(s), factor, now.scaled[g]));
       return vexp2<kDegree>(vmul(vsub(vload(s), now.base[g]), factor));
     };
+    vf sum[2] = {vset(0), vset(0)};  // on its own first: rounding errors grow with the length of a chain of sums
     for (int64_t j = 0; j < kStep; j += 2, s += 2 * kQueryBlock, to += 64) {
 #pragma GCC unroll 2
       for (int g = 0; g < 2; ++g) {
         const vf low = weight(s + g * kLanes, g), high = weight(s + kQueryBlock + g * kLanes, g);
-        now.total[g] = vadd(now.total[g], vadd(low, high));
+        sum[g] = vadd(sum[g], vadd(low, high));
         __m512i units[parts];
         split_pair<parts>(low, high, units);
         for (int p = 0; p < parts; ++p) _mm512_store_si512(to + p * kPartBytes + g * kTileBytes, units[p]);
       }
     }
+    for (int g = 0; g < 2; ++g) now.total[g] = vadd(now.total[g], sum[g]);
   }
 
   void write(const State& state, int64_t query, int64_t rows) {

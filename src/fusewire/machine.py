@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from fusewire import ops
+
 PACKAGES = ("torch", "diffusers", "transformers", "triton", "peft", "accelerate", "safetensors", "numpy", "matplotlib")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
@@ -84,12 +86,12 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 @functools.cache  # one figure for a process: the floors of several targets are then on one scale
 @torch.inference_mode()
 def gemm_rate(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> float:
-    """FLOP/s of the best matrix product of [1024, 1536] with [1536, 6144] that this machine's libraries offer in ``dtype``."""
+    """FLOP/s of the best matrix product of [1024, 1536] with [1536, 6144] that this machine's libraries, ours among them, offer in ``dtype``."""
     rows, inner, columns = 1024, 1536, 6144
     x = torch.randn(rows, inner, device=device, dtype=dtype)
     weight = torch.randn(columns, inner, device=device, dtype=dtype)
-    calls = [lambda: F.linear(x, weight)]
-    # PyTorch sends float32 products to one library and bf16 products to another; the floor is set by the faster one.
+    calls = [lambda: F.linear(x, weight), lambda: ops.linear(x[None], weight, numerics="close")]
+    # PyTorch sends float32 products to one library and bf16 products to another; the floor is set by the fastest of all.
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available():
         calls.append(lambda: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""))
     best = float("inf")

@@ -77,6 +77,16 @@ def test_one_query():
         assert_close(ops.attention(q, k, v), stock(q, k, v), stock(q, k, v, dtype=torch.float32))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_long_sums(dtype):
+    """Weights that are nearly alike, values with a mean: sums over all keys grow with their number, and so would the error of one long chain."""
+    q, k, v = qkv(1, 96, 1178, 8, 64, dtype)
+    q, v = q * 0.05, v * 0.5 + 1
+    with forced("cpu" if CPU.loaded else None):
+        got = ops.attention(q, k, v)
+    assert_close(got, stock(q, k, v), stock(q, k, v, dtype=dtype))
+
+
 @pytest.mark.parametrize("scale", [None, 0.3, 0.0, -0.2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scale(dtype, scale):

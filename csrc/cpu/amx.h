@@ -79,9 +79,18 @@ struct Ahead {
   }
 };
 
+// Every product but high.high, of two operands in three parts.
+#define FUSEWIRE_AMX_LOWER                                                                    \
+  FUSEWIRE_AMX_NEW(0, 2);                                                                     \
+  FUSEWIRE_AMX_NEW_B(1);                                                                      \
+  FUSEWIRE_AMX_NEW_A(1);                                                                      \
+  FUSEWIRE_AMX_NEW_B(0);                                                                      \
+  FUSEWIRE_AMX_NEW_A(2)
+
 // c[32][32] (+)= a . b over `steps` steps. Operands: [step][part][2 tiles][1024 bytes], as pack.h of AMX writes them. Every element is
-// summed in one order, whatever its neighbours.
-template <int parts>
+// summed in one order, whatever its neighbours. `lower_first`: the small products of all steps before the large ones, so that fewer sums
+// are rounded at full size; for results that an exponential will magnify.
+template <int parts, bool lower_first = false>
 [[gnu::always_inline]] inline void multiply_block(const char* a, const char* b, int64_t steps, float* c, int64_t row_floats, bool first,
                                                   Ahead ahead = {nullptr, 0}) {
   const int64_t stride = row_floats * sizeof(float);
@@ -92,6 +101,11 @@ template <int parts>
     _tile_loadd(0, c, stride); _tile_loadd(1, c + 16, stride);
     _tile_loadd(2, c + 16 * row_floats, stride); _tile_loadd(3, c + 16 * row_floats + 16, stride);
   }
+  if constexpr (lower_first && parts == 3) {
+    const char *const first_a = a, *const first_b = b;
+    for (int64_t s = 0; s < steps; ++s, a += parts * kPartBytes, b += parts * kPartBytes) { FUSEWIRE_AMX_LOWER; }
+    a = first_a, b = first_b;
+  }
   for (int64_t s = 0; s < steps; ++s, a += parts * kPartBytes, b += parts * kPartBytes) {
     ahead.fetch();
     if constexpr (parts == 1) {
@@ -100,12 +114,10 @@ template <int parts>
       FUSEWIRE_AMX_NEW(0, 1);
       FUSEWIRE_AMX_NEW_B(0);
       FUSEWIRE_AMX_NEW_A(1);
+    } else if constexpr (lower_first) {
+      FUSEWIRE_AMX_NEW(0, 0);
     } else {
-      FUSEWIRE_AMX_NEW(0, 2);
-      FUSEWIRE_AMX_NEW_B(1);
-      FUSEWIRE_AMX_NEW_A(1);
-      FUSEWIRE_AMX_NEW_B(0);
-      FUSEWIRE_AMX_NEW_A(2);
+      FUSEWIRE_AMX_LOWER;
       FUSEWIRE_AMX_NEW_A(0);
     }
   }

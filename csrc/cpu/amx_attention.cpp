@@ -185,7 +185,8 @@ class AmxTask {
     const int64_t key_steps = (count + kStep - 1) / kStep;
     if (call_.causal) count = std::min(count, query + rows - first_key);
     const auto multiply = [&](int64_t key, int64_t block) {  // logits of 32 keys
-      multiply_block<parts>(k_ + key / kSide * steps_ * parts * kPartBytes, q_, steps_, logits(block) + (key - block) * kQueryBlock, kQueryBlock, true);
+      const char* k = k_ + key / kSide * steps_ * parts * kPartBytes;
+      multiply_block<parts, true>(k, q_, steps_, logits(block) + (key - block) * kQueryBlock, kQueryBlock, true);
     };
     for (int64_t key = 0; key < std::min(kKeyBlock, count); key += kSide) multiply(key, 0);
     for (int64_t block = 0; block < count; block += kKeyBlock) {

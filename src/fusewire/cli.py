@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -87,7 +88,7 @@ def _console() -> Console:
 
 def _show(as_json: bool, result, *tables) -> int:
     if as_json:
-        print(json.dumps(result.to_dict(), indent=1))
+        print(json.dumps({"command": shlex.join(["fusewire", *sys.argv[1:]])} | result.to_dict(), indent=1))
     else:
         console = _console()
         for table in tables:

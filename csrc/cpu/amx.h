@@ -87,7 +87,7 @@ struct Ahead {
   FUSEWIRE_AMX_NEW_B(0);                                                                      \
   FUSEWIRE_AMX_NEW_A(2)
 
-// c[32][32] (+)= a . b over `steps` steps. Operands: [step][part][2 tiles][1024 bytes], as pack.h of AMX writes them. Every element is
+// c[32][32] (+)= a . b over `steps` steps. Operands: [step][part][2 tiles][1024 bytes]. Every element is
 // summed in one order, whatever its neighbours. `lower_first`: the small products of all steps before the large ones, so that fewer sums
 // are rounded at full size; for results that an exponential will magnify.
 template <int parts, bool lower_first = false>

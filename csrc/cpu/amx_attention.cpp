@@ -17,7 +17,7 @@ constexpr int64_t kQueryBlock = kSide;
 constexpr int64_t kKeyBlock = 128;             // two blocks of logits: 32 KiB
 constexpr int64_t kPackedKeyBytes = 3 << 19;   // keys and values packed at a time, in the second-level cache
 constexpr double kLog2e = 1.44269504088896341;
-static_assert(kQueryBlock == kAttentionAmxQueryBlock && kLanes == 16);
+static_assert(kQueryBlock == kAttentionAmxQueryBlock && kLanes == 16 && kAttentionMaxBlocks < 64);
 
 // What a block of 32 queries carries from one block of keys to the next: lanes are queries.
 struct State {
@@ -61,7 +61,7 @@ class AmxTask {
     const int64_t keys = call_.causal ? std::min(call_.keys, task_.end) : call_.keys;
     const TileScope tiles;
     int64_t first_key = 0;
-    uint64_t unsplit = 0;  // blocks of queries, one bit each: a task has at most 64
+    uint64_t unsplit = 0;  // blocks of queries, one bit each
     do {  // at least once, so that rows without any key are written as zeros
       const int64_t count = std::min(block_keys_, keys - first_key);
       if (!pack_keys(first_key, count) || !pack_values(first_key, count)) return fall_back(task_.begin, task_.end);

@@ -40,7 +40,7 @@ def why_not_cpu(x, weight, bias, activation, gate, residual, exact) -> str:
         return "a tensor is empty"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    if onednn_serves(x, weight, gate, residual):
+    if onednn_serves(x, weight, activation, gate, residual):
         return ""
     if not CPU.loaded:
         return CPU.reason
@@ -60,9 +60,9 @@ def why_not_cpu(x, weight, bias, activation, gate, residual, exact) -> str:
     return ""
 
 
-def onednn_serves(x, weight, gate, residual) -> bool:
+def onednn_serves(x, weight, activation, gate, residual) -> bool:
     """oneDNN is faster in bfloat16, but on AMX for what is large. Gate and residual take a pass of their own, where ``gate_residual`` takes them."""
-    if ISA == "amx" and x.dim() > 2 and x.shape[-2] >= AMX_TOKENS_BFLOAT16 and weight.shape[0] >= AMX_OUTPUTS:
+    if ISA == "amx" and activation != "gelu" and x.dim() > 2 and x.shape[-2] >= AMX_TOKENS_BFLOAT16 and weight.shape[0] >= AMX_OUTPUTS:
         return False
     if x.dtype is not torch.bfloat16 or not ONEDNN_BFLOAT16 or not torch.backends.mkldnn.enabled:
         return False

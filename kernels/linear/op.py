@@ -37,7 +37,7 @@ _onednn_op = define("linear_onednn(Tensor x, Tensor weight, Tensor? bias, str ac
 
 
 def _cpu(x, weight, bias, activation, gate, residual, exact) -> torch.Tensor:
-    if native.onednn_serves(x, weight, gate, residual):
+    if native.onednn_serves(x, weight, activation, gate, residual):
         # Where a graph is recorded (autograd, torch.compile) the registered op, which has a formula; the bare call elsewhere.
         recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()
         y = (_onednn_op if recorded else native.onednn)(x, weight, bias, activation)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +10,7 @@ from fusewire import ops
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU, ISA_LEVELS, cpu_isa
 from tests.kernels.attention.cases import DTYPES, qkv, stock, stock_norm
+from tests.kernels.isa_levels import run_at
 from tests.tolerance import assert_close
 
 BACKENDS = [pytest.param("cpu", marks=pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")), "reference"]
@@ -143,16 +140,7 @@ def test_joint(dtype, lengths, norm, backend):
 @pytest.mark.parametrize("level", ISA_LEVELS[:-1])
 def test_every_isa_level(level):
     """The same accuracy at each level below this processor's own (its own is what the other tests run at)."""
-    if not CPU.loaded or ISA_LEVELS.index(level) >= ISA_LEVELS.index(cpu_isa()):
-        pytest.skip(f"this processor runs at {cpu_isa() or 'no level'}")
-    code = (f"import pytest, sys; from fusewire.kernels.library import cpu_isa; assert cpu_isa() == {level!r}; "
-            f"sys.exit(pytest.main([{str(Path(__file__))!r}, '-x', '-q', '-p', 'no:cacheprovider', "
-            f"'-k', 'cpu and (test_against_float64 or test_joint) and not (160 or 512 or 100 or 256) or test_nan_under_mask']))")
-    root = Path(__file__).parents[3]
-    path = os.pathsep.join([str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"FUSEWIRE_CPU_ISA": level, "PYTHONPATH": path}, cwd=root,
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_at(level, __file__, "cpu and (test_against_float64 or test_joint) and not (160 or 512 or 100 or 256) or test_nan_under_mask")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

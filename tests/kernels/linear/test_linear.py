@@ -1,10 +1,5 @@
 """ops.linear: both numerics against float64 in every dtype, epilogue and layout; which backend ran; gradients; registration."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +9,7 @@ from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU, ISA_LEVELS, cpu_isa
 from fusewire.kernels.linear import native, reference
 from fusewire.kernels.linear.op import _linear_op, _onednn_op
+from tests.kernels.isa_levels import run_at
 from tests.kernels.linear.served import close
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact
@@ -95,6 +91,15 @@ def test_silent_off(dtype):
     assert {name: calls for name, calls in ops.stats()["linear"].items() if calls} == {"cpu": 1}
     ops.linear(*args)
     assert {name: calls for name, calls in ops.stats()["linear"].items() if calls} == {"cpu": 1, "reference": 1}
+
+
+@pytest.mark.skipif(not native.ONEDNN_BFLOAT16, reason="oneDNN has no bfloat16 here")
+@pytest.mark.parametrize("activation", [None, "gelu_tanh", "gelu", "silu"])
+def test_long_bfloat16_is_never_left_to_stock(activation):
+    args = layer((1, 300, 64), 256, torch.bfloat16)
+    got = ops.linear(*args, activation=activation, numerics="close")
+    assert {name: calls for name, calls in ops.stats()["linear"].items() if calls} == {"cpu": 1}
+    assert_close(got, in_float64(*args, activation or "none"), stock(*args, activation or "none"))
 
 
 @pytest.mark.parametrize("shape, n", [((0, 4), 3), ((2, 0, 4), 3), ((2, 3, 0), 3), ((2, 3, 4), 0)])
@@ -180,16 +185,7 @@ def test_unsplittable(dtype):
 @pytest.mark.parametrize("level", ISA_LEVELS[1:-1])
 def test_every_isa_level(level):
     """The same accuracy at each level below this processor's own (its own is what the other tests run at)."""
-    if not CPU.loaded or ISA_LEVELS.index(level) >= ISA_LEVELS.index(cpu_isa()):
-        pytest.skip(f"this processor runs at {cpu_isa() or 'no level'}")
-    code = (f"import pytest, sys; from fusewire.kernels.library import cpu_isa; assert cpu_isa() == {level!r}; "
-            f"sys.exit(pytest.main([{str(Path(__file__))!r}, '-x', '-q', '-p', 'no:cacheprovider', "
-            f"'-k', 'test_gate_residual or test_batch_coupling or test_unsplittable or (test_activation and 33)']))")
-    root = Path(__file__).parents[3]
-    path = os.pathsep.join([str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"FUSEWIRE_CPU_ISA": level, "PYTHONPATH": path}, cwd=root,
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_at(level, __file__, "test_gate_residual or test_batch_coupling or test_unsplittable or (test_activation and 33)")
 
 
 def test_alias():

@@ -1,4 +1,4 @@
-"""Gradients of a fused op whose fused backward is not there yet: the reference is recomputed and differentiated.
+"""Gradients of a fused op: by a kernel (``fused``), or by differentiating the reference, recomputed (``recomputing``).
 
 A gradient is never dropped: what the op's autograd formula does not compute by a kernel, it computes from the reference.
 """
@@ -43,5 +43,25 @@ def recomputing(reference: Callable) -> tuple[Callable, Callable]:
                                     allow_unused=True) if pairs else [None] * len(wanted)
         found = iter(found)
         return tuple(next(found) if is_tensor and needed else None for is_tensor, needed in zip(ctx.layout, ctx.needs_input_grad))
+
+    return backward, setup_context
+
+
+def fused(reference: Callable, gradients: Callable, recomputed_for: Callable[..., bool]) -> tuple[Callable, Callable]:
+    """(backward, setup_context) for ``torch.library.register_autograd``, with a kernel for the backward.
+
+    ``gradients(needed, grads, *args)`` returns one gradient (or None) for each of the op's arguments ``args``; ``needed`` says which are wanted,
+    ``grads`` are those of the outputs, None where an output was not used. The reference is differentiated instead where
+    ``recomputed_for(*args)`` holds (``exact``: the gradients are then those of the stock code, bit for bit), and where the gradients are to be
+    differentiated themselves (``create_graph=True``).
+    """
+    recompute, setup_context = recomputing(reference)
+
+    def backward(ctx, *grads):
+        saved = iter(ctx.saved_tensors)
+        arguments = [next(saved) if is_tensor else value for is_tensor, value in zip(ctx.layout, ctx.rest)]
+        if torch.is_grad_enabled() or recomputed_for(*arguments):
+            return recompute(ctx, *grads)
+        return gradients(ctx.needs_input_grad, grads, *arguments)
 
     return backward, setup_context

@@ -50,7 +50,9 @@ static void run(const AttentionCall& call, int64_t batch, int64_t heads) {
 #endif
   const int64_t blocks = (call.queries + block - 1) / block;
   if (batch * heads * blocks == 0) return;
-  const int64_t threads = torch::stable::get_num_threads();
+  // Waking a second thread takes longer than a hundred thousand products.
+  const bool small = batch * heads * call.queries * call.keys * call.channels < 100'000;
+  const int64_t threads = small ? 1 : torch::stable::get_num_threads();
   // A task packs the keys and values of its head again: at least 8 blocks where there is enough work for all threads, at most kAttentionMaxBlocks.
   const int64_t wanted = batch * heads * blocks / (4 * threads);
   const int64_t size = std::clamp<int64_t>(wanted, std::min<int64_t>(8, 1 + batch * heads * blocks / (2 * threads)), kAttentionMaxBlocks);

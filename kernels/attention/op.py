@@ -68,6 +68,18 @@ def _check(names: tuple[str, str, str], q, k, v) -> None:
             raise ValueError(f"{name} is on {x.device}; it should be on {q.device}, where {names[0]} is")
 
 
+def _check_streams(q, k, q2, k2) -> None:
+    """The second stream differs from the first in its tokens only."""
+    for name, other, x in (("q", q, q2), ("k", k, k2)):
+        shape, wanted = x.shape, other.shape
+        if shape[0] != wanted[0] or shape[2:] != wanted[2:]:
+            raise ValueError(f"{name}2 has shape {list(shape)}; it should be [{wanted[0]}, T, {wanted[2]}, {wanted[3]}], as {name} has")
+    if q2.dtype is not q.dtype:
+        raise TypeError(f"q2 has dtype {q2.dtype}; it should be {q.dtype}, as q has")
+    if q2.device != q.device:
+        raise ValueError(f"q2 is on {q2.device}; it should be on {q.device}, where q is")
+
+
 def _check_rest(q, names: tuple[str, ...], weights: tuple, scale, eps) -> None:
     for name, weight in zip(names, weights):
         if weight is not None:
@@ -155,12 +167,6 @@ def joint_attention(q, k, v, q2, k2, v2, *, q_weight=None, k_weight=None, q2_wei
         q, k, v, q2, k2, v2 = _cast((q, k, v, q2, k2, v2))
     _check(("q", "k", "v"), q, k, v)
     _check(("q2", "k2", "v2"), q2, k2, v2)
-    for name, x, other in (("q2", q2, q), ("k2", k2, k)):
-        if x.shape[0] != other.shape[0] or x.shape[2:] != other.shape[2:]:
-            raise ValueError(f"{name} has shape {list(x.shape)}; it should be [{other.shape[0]}, T, {other.shape[2]}, {other.shape[3]}], as {name[0]} has")
-    if q2.dtype is not q.dtype:
-        raise TypeError(f"q2 has dtype {q2.dtype}; it should be {q.dtype}, as q has")
-    if q2.device != q.device:
-        raise ValueError(f"q2 is on {q2.device}; it should be on {q.device}, where q is")
+    _check_streams(q, k, q2, k2)
     _check_rest(q, _WEIGHTS, (q_weight, k_weight, q2_weight, k2_weight), scale, eps)
     return _joint(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale, eps)

@@ -69,6 +69,22 @@ def linear(x, weight, bias=None, *, activation: str | None = None, gate=None, re
     Returns: [..., N] in the promoted dtype of the inputs.
     Raises: TypeError for a dtype, ValueError for a shape, a device, ``activation`` or ``numerics`` that is not as stated.
     """
+    if not _fits(x, weight, bias, activation, gate, residual):
+        _check(x, weight, bias, activation, gate, residual)
+    return _linear(x, weight, bias, activation or "none", gate, residual, is_exact(numerics))
+
+
+def _fits(x, weight, bias, activation, gate, residual) -> bool:
+    """The common call in few comparisons; ``_check`` looks at the rest and finds out what is wrong."""
+    if gate is not None or residual is not None or not isinstance(x, torch.Tensor) or not isinstance(weight, torch.Tensor):
+        return False
+    dtype, device, shape, given = x.dtype, x.device, weight.shape, x.shape
+    return (len(shape) == 2 and len(given) > 0 and given[-1] == shape[1] and dtype in checks.FLOATS and weight.dtype is dtype
+            and weight.device == device and (activation is None or activation in reference.ACTIVATIONS)
+            and (bias is None or isinstance(bias, torch.Tensor) and bias.dtype is dtype and bias.device == device and bias.shape == shape[:1]))
+
+
+def _check(x, weight, bias, activation, gate, residual) -> None:
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("gate", gate), ("residual", residual)):
         if tensor is not None:
             checks.floating(name, tensor)
@@ -85,7 +101,6 @@ def linear(x, weight, bias=None, *, activation: str | None = None, gate=None, re
         _check_epilogue(x, weight, activation, gate, residual)
     elif gate is not None:
         raise ValueError("gate is given without residual; it should be given with it")
-    return _linear(x, weight, bias, activation or "none", gate, residual, is_exact(numerics))
 
 
 def _check_epilogue(x, weight, activation, gate, residual) -> None:

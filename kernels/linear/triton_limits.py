@@ -13,6 +13,8 @@ def _autocast(x) -> str:
 
 
 def why_not_epilogue(x, weight, bias, activation, gate, residual, exact) -> str:
+    if exact and gate is None and residual is None:
+        return "numerics='exact' leaves nothing to fuse: the stock calls round in between"
     if reason := why_not(x, weight, bias, gate, residual) or _autocast(x):
         return reason
     if x.dim() > 4:
@@ -21,8 +23,6 @@ def why_not_epilogue(x, weight, bias, activation, gate, residual, exact) -> str:
         return "the result has 2^37 elements or more"
     if activation == "none" and residual is None:
         return "there is nothing to fuse with the matrix product"
-    if exact and activation != "none":
-        return "numerics='exact' rounds between the product and the activation, as the stock calls do"
     if exact and gate is None:
         return "a sum alone is one call already"
     if activation != "none" and forced_backend() != "triton":
@@ -31,10 +31,10 @@ def why_not_epilogue(x, weight, bias, activation, gate, residual, exact) -> str:
 
 
 def why_not_cublaslt(x, weight, bias, activation, gate, residual, exact) -> str:
-    if x.device.type != "cuda":
-        return f"x is on {x.device.type}"
     if exact:
         return "numerics='exact' rounds between the product and the activation, as the stock calls do"
+    if not x.is_cuda:
+        return f"x is on {x.device.type}"
     if activation != "gelu_tanh" or bias is None:
         return "cuBLASLt's epilogue is bias and GELU-tanh"
     if x.dtype not in FLOATS or not x.dtype is weight.dtype is bias.dtype:

@@ -81,3 +81,21 @@ def vector(name: str, tensor: torch.Tensor | None, channels: int, device: torch.
     if tensor.shape != (channels,):
         raise ValueError(f"{name} has shape {list(tensor.shape)}; it should be [{channels}]")
     same_device(name, tensor, device)
+
+
+def affine(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, dim: int = -1, rank_of_x: int = 0, meaning: str = "[..., C]") -> None:
+    """``x`` is floating and has a dimension ``dim`` (and ``rank_of_x`` dimensions, unless 0); ``weight`` and ``bias`` are None or vectors over it."""
+    if isinstance(x, _Tensor) and x.dtype in FLOATS:
+        shape = x.shape
+        if len(shape) == rank_of_x if rank_of_x else shape:
+            size, device = (shape[dim],), x.device
+            for tensor in (weight, bias):
+                if tensor is not None and not (isinstance(tensor, _Tensor) and tensor.dtype in FLOATS and tensor.shape == size and tensor.device == device):
+                    break
+            else:
+                return
+    floating("x", x)
+    if not x.dim() or (rank_of_x and x.dim() != rank_of_x):
+        raise ValueError(f"x has shape {list(x.shape)}; it should be {meaning}")
+    vector("weight", weight, x.shape[dim], x.device)
+    vector("bias", bias, x.shape[dim], x.device)

@@ -4,6 +4,14 @@
 
 namespace fusewire {
 
+inline Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, const Tensor& like) {
+  int32_t dtype;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 // Contiguous, of x's shape and dtype.
 inline Tensor empty_contiguous(const Tensor& x) {
   int64_t sizes[64], strides[64], total = 1;  // PyTorch's own limit
@@ -13,11 +21,13 @@ inline Tensor empty_contiguous(const Tensor& x) {
     strides[i] = total;
     total *= sizes[i] > 1 ? sizes[i] : 1;
   }
-  int32_t dtype;
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return empty_strided(dims, sizes, strides, x);
+}
+
+// [n], of the dtype of `like`.
+inline Tensor empty_vector(int64_t n, const Tensor& like) {
+  const int64_t stride = 1;
+  return empty_strided(1, &n, &stride, like);
 }
 
 }  // namespace fusewire

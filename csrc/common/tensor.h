@@ -29,20 +29,22 @@ using torch::stable::Tensor;
 // x [B, T, C].
 inline Rows rows(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
+// The rows of t as rows of a tensor whose leading dimensions are those of x: t broadcasts over missing dimensions and those of size 1.
+inline LeadingRows leading_rows(const Tensor& t, const Tensor& x) {
+  LeadingRows rows{t.const_data_ptr(), static_cast<int>(x.dim()) - 1, {}, {}, t.size(t.dim() - 1) == 1 ? 0 : t.stride(t.dim() - 1)};
+  STD_TORCH_CHECK(rows.dims <= LeadingRows::kMaxDims, "x has more than 9 dimensions");
+  for (int d = 0; d < rows.dims; ++d) {
+    const int64_t own = d - (x.dim() - t.dim());
+    rows.sizes[d] = x.size(d);
+    rows.strides[d] = own < 0 || t.size(own) == 1 ? 0 : t.stride(own);
+  }
+  return rows;
+}
+
 // A modulation tensor [B, C], [B, 1, C] or [B, T, C].
 inline Rows modulation(const Tensor& m) {
   if (m.dim() == 2) return {m.const_data_ptr(), m.stride(0), 0, m.stride(1)};
   return {m.const_data_ptr(), m.stride(0), m.size(1) == 1 ? 0 : m.stride(1), m.stride(2)};
-}
-
-// A new contiguous CPU tensor [B, T, C] of x's shape and dtype: half the time of new_empty, which goes through the dispatcher.
-inline Tensor empty_rows(const Tensor& x) {
-  const int64_t sizes[] = {x.size(0), x.size(1), x.size(2)}, strides[] = {sizes[1] * sizes[2], sizes[2], 1};
-  int32_t dtype;
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(3, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
 }
 
 }  // namespace fusewire

@@ -1,25 +1,17 @@
 // adaLN on the CPU: fusewire::adaln_modulate, adaln_modulate_dual, gate_residual, gate_residual_adaln.
 #include "cpu/adaln.h"
 
-#include <atomic>
-
-#include "common/tensor.h"
+#include "common/empty.h"
+#include "common/torch_order.h"
 
 namespace fusewire {
-
-// How the installed PyTorch's layer norm sums, by dtype; found out by comparison (kernels/adaln/native.py) before the first exact call.
-static std::atomic<StockOrder>& order_of(ScalarType type) {
-  static std::atomic<StockOrder> orders[4] = {StockOrder::unknown, StockOrder::unknown, StockOrder::unknown, StockOrder::unknown};
-  return orders[type == ScalarType::Float ? 0 : type == ScalarType::Double ? 1 : type == ScalarType::BFloat16 ? 2 : 3];
-}
 
 static AdalnTask task(const Tensor& x, double eps, bool rms, bool exact) {
   AdalnTask k{};
   k.batch = x.size(0), k.tokens = x.size(1), k.channels = x.size(2);
   k.x = rows(x);
   k.eps = eps, k.rms = rms, k.exact = exact;
-  k.order = order_of(x.scalar_type());
-  STD_TORCH_CHECK(!exact || rms || k.order != StockOrder::unknown, "fusewire: exact LayerNorm was called before PyTorch's order of summation was known");
+  k.order = exact && !rms ? known_order(x.scalar_type()) : order_of(x.scalar_type()).load();
   return k;
 }
 
@@ -45,7 +37,7 @@ static void set_affine(AdalnTask& k, const std::optional<Tensor>& weight, const 
 
 static Tensor adaln_modulate(const Tensor& x, const Tensor& shift, const Tensor& scale, const std::optional<Tensor>& weight,
                              const std::optional<Tensor>& bias, double eps, bool rms, bool exact) {
-  Tensor out = empty_rows(x);
+  Tensor out = empty_contiguous(x);
   AdalnTask k = task(x, eps, rms, exact);
   set_affine(k, weight, bias);
   set_modulation(k, 0, shift, scale, out);
@@ -55,7 +47,7 @@ static Tensor adaln_modulate(const Tensor& x, const Tensor& shift, const Tensor&
 
 static std::tuple<Tensor, Tensor> adaln_modulate_dual(const Tensor& x, const Tensor& shift, const Tensor& scale, const Tensor& shift2,
                                                       const Tensor& scale2, double eps, bool exact) {
-  Tensor out = empty_rows(x), out2 = empty_rows(x);
+  Tensor out = empty_contiguous(x), out2 = empty_contiguous(x);
   AdalnTask k = task(x, eps, false, exact);
   set_modulation(k, 0, shift, scale, out);
   set_modulation(k, 1, shift2, scale2, out2);
@@ -64,7 +56,7 @@ static std::tuple<Tensor, Tensor> adaln_modulate_dual(const Tensor& x, const Ten
 }
 
 static Tensor gate_residual(const Tensor& x, const Tensor& y, const Tensor& gate, bool exact) {
-  Tensor residual = empty_rows(x);
+  Tensor residual = empty_contiguous(x);
   AdalnTask k = task(x, 0, true, exact);
   k.y = rows(y), k.gate = modulation(gate), k.residual = residual.mutable_data_ptr();
   run(k, x.scalar_type());
@@ -75,7 +67,7 @@ static std::tuple<Tensor, Tensor> gate_residual_adaln(const Tensor& x, const Ten
                                                       const std::optional<Tensor>& gate2, const Tensor& shift, const Tensor& scale,
                                                       const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps,
                                                       bool rms, bool exact) {
-  Tensor residual = empty_rows(x), out = empty_rows(x);
+  Tensor residual = empty_contiguous(x), out = empty_contiguous(x);
   AdalnTask k = task(x, eps, rms, exact);
   k.y = rows(y), k.gate = modulation(gate), k.residual = residual.mutable_data_ptr();
   if (y2) k.y2 = rows(*y2), k.gate2 = modulation(*gate2);

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdlib>
 
-#include "common/moments.h"
+#include "common/row_norm.h"
 #include "common/torch_sum.h"
 
 namespace fusewire::FUSEWIRE_ISA {
@@ -104,34 +104,24 @@ class AdalnRows {
     }
   }
 
-  // How a row is normalised: `a`, `b`, `c` as the branches of `normalised` use them.
-  struct Coefficients { C a, b, c; };
+  using Coefficients = RowNorm<C>;  // as the branches of `normalised` use them
 
   template <int K, typename X>
   void statistics(const X* const (&x)[K], Coefficients (&row)[K]) const {
     const C eps = static_cast<C>(k_.eps);
-    if (k_.rms) {
+    if constexpr (!kExact) {
+      for (int r = 0; r < K; ++r) row[r] = k_.rms ? row_norm<true>(x[r], n_, eps) : row_norm<false>(x[r], n_, eps);
+    } else if (k_.rms) {
       for (int r = 0; r < K; ++r) {
-        C mean;
-        if constexpr (kExact) {
-          mean = torch_sum<C>(Squares<C, X>{x[r]}, n_) / static_cast<C>(n_);
-        } else {
-          mean = mean_square(x[r], n_);
-        }
+        const C mean = torch_sum<C>(Squares<C, X>{x[r]}, n_) / static_cast<C>(n_);
         row[r] = {0, 1 / std::sqrt(mean + eps), 0};
       }
-    } else if constexpr (kExact) {
+    } else {
       C mean[K], variance[K];
       stock_(x, mean, variance);
       for (int r = 0; r < K; ++r) {
         const C rstd = 1 / std::sqrt(variance[r] + eps);
         row[r] = {mean[r], rstd, -rstd * mean[r]};
-      }
-    } else {
-      for (int r = 0; r < K; ++r) {
-        const auto m = pivot_moments(x[r], n_);
-        const C rstd = 1 / std::sqrt(m.variance + eps);
-        row[r] = {m.pivot, rstd, -m.offset * rstd};
       }
     }
   }

@@ -16,18 +16,6 @@
 
 namespace fusewire {
 
-// The rows of t as rows of a tensor whose leading dimensions are those of x: t broadcasts over missing dimensions and those of size 1.
-static LeadingRows rows_of(const Tensor& t, const Tensor& x) {
-  LeadingRows rows{t.data_ptr(), static_cast<int>(x.dim()) - 1, {}, {}, t.size(t.dim() - 1) == 1 ? 0 : t.stride(t.dim() - 1)};
-  STD_TORCH_CHECK(rows.dims <= LeadingRows::kMaxDims, "linear: x has more than 9 dimensions");
-  for (int d = 0; d < rows.dims; ++d) {
-    const int64_t own = d - (x.dim() - t.dim());
-    rows.sizes[d] = x.size(d);
-    rows.strides[d] = own < 0 || t.size(own) == 1 ? 0 : t.stride(own);
-  }
-  return rows;
-}
-
 static Activation activation_of(const std::string& name) {
   if (name == "gelu_tanh") return Activation::gelu_tanh;
   if (name == "silu") return Activation::silu;
@@ -164,7 +152,7 @@ static Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<
   }
   shape.push_back(call.outputs);
   Tensor out = torch::stable::new_empty(x, shape);
-  call.x = rows_of(x, x);
+  call.x = leading_rows(x, x);
   call.weight = weight.data_ptr();
   call.weight_row = weight.stride(0);
   call.weight_col = weight.stride(1);
@@ -173,8 +161,8 @@ static Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<
     call.bias_stride = bias->stride(0);
   }
   call.activation = activation_of(activation);
-  if (gate) call.gate = rows_of(*gate, x);
-  if (residual) call.residual = rows_of(*residual, x);
+  if (gate) call.gate = leading_rows(*gate, x);
+  if (residual) call.residual = leading_rows(*residual, x);
   call.out = out.data_ptr();
   switch (x.scalar_type()) {
     case ScalarType::Float: run<float>(call, ScalarKind::f32); break;

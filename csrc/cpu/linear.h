@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "common/isa.h"
+#include "common/rows.h"
 #include "common/scalar.h"
 
 namespace fusewire {
@@ -10,23 +11,6 @@ namespace fusewire {
 enum class Activation : int { none, gelu_tanh, silu };
 
 enum class ScalarKind : int { f32, bf16, f16 };
-
-// The rows of a tensor [..., C] of any strides (in elements). Leading dimensions that the tensor broadcasts over have stride 0.
-struct LeadingRows {
-  static constexpr int kMaxDims = 8;
-  const void* data;
-  int dims;  // leading dimensions
-  int64_t sizes[kMaxDims], strides[kMaxDims];
-  int64_t channel;
-  int64_t offset(int64_t row) const {
-    int64_t at = 0;
-    for (int d = dims - 1; d > 0; --d) {
-      at += row % sizes[d] * strides[d];
-      row /= sizes[d];
-    }
-    return dims ? at + row * strides[0] : 0;
-  }
-};
 
 // out = act(x @ weight.T + bias), or residual + gate * (x @ weight.T + bias). All tensors have one dtype; out [rows, n] is contiguous.
 struct LinearCall {

@@ -5,6 +5,8 @@ A predicate runs at every call. It first tests, on attributes alone, whether eve
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from fusewire.kernels.adaln import reference
@@ -35,8 +37,9 @@ def _order_agrees(dtype: torch.dtype, order: int) -> bool:
     return True
 
 
-def _finds_order(dtype: torch.dtype) -> bool:
-    """Let exact calls follow the order of summation that the installed torch has, if we know it."""
+@functools.cache
+def finds_order(dtype: torch.dtype) -> bool:
+    """Let exact calls of every room follow the order of summation that the installed torch has, if we know it."""
     for order in _ORDERS:
         if _order_agrees(dtype, order):
             torch.ops.fusewire.cpu_layer_norm_order(torch.empty(0, dtype=dtype), order)
@@ -55,7 +58,7 @@ def compare_with_stock(op) -> None:
     if not CPU.loaded:
         return
     for dtype in FLOATS:
-        known = _finds_order(dtype)
+        known = finds_order(dtype)
         for rms in (False, True):
             if not known and not rms:
                 _stands_down[dtype, rms] = f"torch {torch.__version__} sums the rows of layer_norm in an order that the kernel does not know"

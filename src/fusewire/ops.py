@@ -6,6 +6,7 @@ from fusewire.kernels.dispatch import Choice as _Choice
 from fusewire.kernels.dispatch import choices as _choices
 from fusewire.kernels.dispatch import reset_stats, stats
 from fusewire.kernels.linear.op import linear
+from fusewire.kernels.norm.op import layer_norm, layer_norm_2d, rms_norm
 from fusewire.kernels.qk_norm_rope.op import qk_norm_into, qk_norm_rope
 from fusewire.kernels.sampler_step.op import sampler_step
 from fusewire.kernels.sampler_step.tables import flow_euler_table
@@ -19,17 +20,20 @@ __all__ = [
     "gate_residual",
     "gate_residual_adaln",
     "joint_attention",
+    "layer_norm",
+    "layer_norm_2d",
     "linear",
     "qk_norm_into",
     "qk_norm_rope",
     "reset_stats",
+    "rms_norm",
     "sampler_step",
     "stats",
 ]
 
 
-_OPS = (adaln_modulate, adaln_modulate_dual, attention, gate_residual, gate_residual_adaln, joint_attention, linear, qk_norm_into, qk_norm_rope,
-        sampler_step)
+_OPS = (adaln_modulate, adaln_modulate_dual, attention, gate_residual, gate_residual_adaln, joint_attention, layer_norm, layer_norm_2d, linear,
+        qk_norm_into, qk_norm_rope, rms_norm, sampler_step)
 
 
 def backends(name: str, *args, **kwargs) -> list[_Choice]:

@@ -1,0 +1,94 @@
+// RMSNorm and LayerNorm on the CPU: fusewire::rms_norm, layer_norm, layer_norm_2d and their gradients.
+#include "cpu/norm.h"
+
+#include "common/column_totals.h"
+#include "common/empty.h"
+#include "common/torch_order.h"
+
+namespace fusewire {
+
+static Affine affine(const std::optional<Tensor>& v, const Tensor& x) {
+  if (!v) return {};
+  return {v->const_data_ptr(), v->stride(0), v->scalar_type() == ScalarType::Float && x.scalar_type() != ScalarType::Float};
+}
+
+// x and out: [..., C], of any strides.
+static void norm_into(const Tensor& x, const LeadingRows& from, const LeadingRows& to, int64_t rows, const std::optional<Tensor>& weight,
+                      const std::optional<Tensor>& bias, int64_t channels, double eps, NormKind kind) {
+  NormTask k{from, to, channels, affine(weight, x), affine(bias, x), eps, kind, StockOrder::portable};
+  if (kind == NormKind::layer_torch) k.order = known_order(x.scalar_type());
+  if (kind == NormKind::layer_wide) k.order = known_order(ScalarType::Float);
+  if (rows == 0 || channels == 0) return;
+  const int64_t grain = 1 + 32768 / channels;
+  FUSEWIRE_SWITCH_FLOATS(x.scalar_type(), "norm", {
+    const auto run = FUSEWIRE_PICK(void (*)(const NormTask&, int64_t, int64_t, scalar_t), norm_rows);
+    if (rows <= grain) return run(k, 0, rows, scalar_t{});
+    torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { run(k, begin, end, scalar_t{}); });
+  });
+}
+
+static Tensor over_last(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps, NormKind kind) {
+  const Tensor out = empty_contiguous(x);
+  const int64_t channels = x.size(x.dim() - 1);
+  norm_into(x, leading_rows(x, x), leading_rows(out, out), channels ? x.numel() / channels : 0, weight, bias, channels, eps, kind);
+  return out;
+}
+
+static Tensor rms_norm(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps, bool as_torch, bool exact) {
+  return over_last(x, weight, bias, eps, !exact ? NormKind::rms_close : as_torch ? NormKind::rms_torch : NormKind::rms_diffusers);
+}
+
+static Tensor layer_norm(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps, bool wide, bool exact) {
+  const bool converts = wide && x.scalar_type() != ScalarType::Float;
+  return over_last(x, weight, bias, eps, !exact ? NormKind::layer_close : converts ? NormKind::layer_wide : NormKind::layer_torch);
+}
+
+// Over the channels of x [B, C, H, W]; the result's channels are last in memory where those of x lie side by side.
+static Tensor layer_norm_2d(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps, bool exact) {
+  const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
+  const int64_t sizes[] = {x.size(0), channels, height, width}, last[] = {height * width * channels, 1, width * channels, channels};
+  const Tensor out = x.stride(1) == 1 && channels > 1 ? empty_strided(4, sizes, last, x) : empty_contiguous(x);
+  const auto pixels = [](const Tensor& t) {
+    return LeadingRows{t.const_data_ptr(), 3, {t.size(0), t.size(2), t.size(3)}, {t.stride(0), t.stride(2), t.stride(3)}, t.stride(1)};
+  };
+  norm_into(x, pixels(x), pixels(out), x.size(0) * height * width, weight, bias, channels, eps,
+            exact ? NormKind::layer_torch : NormKind::layer_close);
+  return out;
+}
+
+// The gradients of x, weight and bias; one that is not wanted has no elements.
+static std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& weight, double eps, bool rms,
+                                                    bool of_x, bool of_weight, bool of_bias) {
+  const int64_t channels = x.size(x.dim() - 1), rows = channels ? x.numel() / channels : 0;
+  const Tensor dx = of_x ? empty_contiguous(x) : empty_vector(0, x);
+  NormGradientTask k{leading_rows(grad, grad), leading_rows(x, x), channels, affine(weight, x), eps, rms,
+                     of_x ? dx.mutable_data_ptr() : nullptr, nullptr, ColumnBlocks(rows)};
+  const ColumnSums sums(of_weight || of_bias ? k.blocks.count : 0, 2, channels, x);
+  if (of_weight || of_bias) k.sums = sums.data();
+  FUSEWIRE_SWITCH_FLOATS(x.scalar_type(), "norm gradient", {
+    const auto run = FUSEWIRE_PICK(void (*)(const NormGradientTask&, int64_t, int64_t, scalar_t), norm_gradient_blocks);
+    const int64_t grain = 1 + 16384 / (1 + channels * k.blocks.height);
+    if (channels) torch::stable::parallel_for(0, k.blocks.count, grain, [&](int64_t begin, int64_t end) { run(k, begin, end, scalar_t{}); });
+  });
+  return {dx, of_weight ? sums.total(0) : empty_vector(0, x), of_bias ? sums.total(1) : empty_vector(0, x)};
+}
+
+static std::tuple<Tensor, Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& weight, double eps,
+                                                            bool of_x, bool of_weight, bool of_bias) {
+  return gradients(grad, x, weight, eps, true, of_x, of_weight, of_bias);
+}
+
+static std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& weight, double eps,
+                                                              bool of_x, bool of_weight, bool of_bias) {
+  return gradients(grad, x, weight, eps, false, of_x, of_weight, of_bias);
+}
+
+}  // namespace fusewire
+
+STABLE_TORCH_LIBRARY_IMPL(fusewire, CPU, m) {
+  m.impl("rms_norm", TORCH_BOX(&fusewire::rms_norm));
+  m.impl("layer_norm", TORCH_BOX(&fusewire::layer_norm));
+  m.impl("layer_norm_2d", TORCH_BOX(&fusewire::layer_norm_2d));
+  m.impl("rms_norm_backward", TORCH_BOX(&fusewire::rms_norm_backward));
+  m.impl("layer_norm_backward", TORCH_BOX(&fusewire::layer_norm_backward));
+}

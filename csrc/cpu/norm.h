@@ -1,0 +1,51 @@
+// RMSNorm and LayerNorm on the CPU: what norm.cpp (tensors) hands to norm_kernels.cpp and norm_backward_kernels.cpp (loops).
+#pragma once
+#include "common/column_sums.h"
+#include "common/isa.h"
+#include "common/rows.h"
+#include "common/scalar.h"
+#include "common/stock_order.h"
+
+namespace fusewire {
+
+// Which norm, and whose rounding it follows. `wide`: on the row converted to float. `torch`, `diffusers`: as the module of that name.
+enum class NormKind : int { layer_close, layer_torch, layer_wide, rms_close, rms_torch, rms_diffusers };
+
+// A vector [C] of the rows' dtype, or of float where `wide`; or absent (data null).
+struct Affine {
+  const void* data = nullptr;
+  int64_t stride = 0;
+  bool wide = false;
+};
+
+// out = norm(x) * weight + bias over the channels.
+struct NormTask {
+  LeadingRows x, out;
+  int64_t channels;
+  Affine weight, bias;
+  double eps;
+  NormKind kind;
+  StockOrder order;  // for layer_torch and layer_wide
+};
+
+// The gradients of a norm in the rounding of `close`. `dx` and `sums` may be null where they are not wanted.
+struct NormGradientTask {
+  LeadingRows grad, x;
+  int64_t channels;
+  Affine weight;
+  double eps;
+  bool rms;
+  void* dx;    // contiguous
+  void* sums;  // [blocks, 2, C] in the compute type: of grad * xhat, and of grad
+  ColumnBlocks blocks;
+};
+
+#define FUSEWIRE_DECLARE_NORM(T)                                                             \
+  FUSEWIRE_DECLARE(void, norm_rows, (const NormTask&, int64_t begin, int64_t end, T))        \
+  FUSEWIRE_DECLARE(void, norm_gradient_blocks, (const NormGradientTask&, int64_t begin, int64_t end, T))
+FUSEWIRE_DECLARE_NORM(float)
+FUSEWIRE_DECLARE_NORM(double)
+FUSEWIRE_DECLARE_NORM(bfloat16)
+FUSEWIRE_DECLARE_NORM(float16)
+
+}  // namespace fusewire

@@ -42,30 +42,34 @@ class StockMoments {
     to.count = total;
   }
 
-  // G chunks of `count` vectors side by side: their updates are independent, which hides the latency of each.
+  // G chunks of `count` vectors side by side: their updates are independent, which hides the latency of each. Both halves of a vector too.
+  static constexpr int kWide = N * kHalves;
+  using Wide = lanes<C, kWide>;
+  struct Halves { V part[kHalves]; };
+
   template <int G>
-  FUSEWIRE_INLINE static void update(const T* x, int64_t count, V (&mean)[G][kHalves], V (&square)[G][kHalves]) {
-    for (int g = 0; g < G; ++g)
-      for (int h = 0; h < kHalves; ++h) mean[g][h] = square[g][h] = V{};
+  FUSEWIRE_INLINE static void update(const T* x, int64_t count, Wide (&mean)[G], Wide (&square)[G]) {
+    static constexpr C kShares[kChunk] = {C(1) / 1, C(1) / 2,  C(1) / 3,  C(1) / 4,  C(1) / 5,  C(1) / 6,  C(1) / 7,  C(1) / 8,
+                                          C(1) / 9, C(1) / 10, C(1) / 11, C(1) / 12, C(1) / 13, C(1) / 14, C(1) / 15, C(1) / 16};
+    for (int g = 0; g < G; ++g) mean[g] = square[g] = Wide{};
     for (int64_t j = 0; j < count; ++j) {
-      const V part = splat<N>(C(1) / static_cast<C>(j + 1));
+      const Wide part = splat<kWide>(kShares[j]);
       for (int g = 0; g < G; ++g) {
-        for (int h = 0; h < kHalves; ++h) {
-          const V value = load<N>(x + ((g * kChunk + j) * kHalves + h) * N);
-          const V delta = value - mean[g][h];
-          mean[g][h] = stock_fma<Fused, N, C>(part, delta, mean[g][h]);
-          square[g][h] = stock_fma<Fused, N, C>(delta, value - mean[g][h], square[g][h]);
-        }
+        const Wide value = load<kWide>(x + (g * kChunk + j) * kWide);
+        const Wide delta = value - mean[g];
+        mean[g] = stock_fma<Fused, kWide, C>(part, delta, mean[g]);
+        square[g] = stock_fma<Fused, kWide, C>(delta, value - mean[g], square[g]);
       }
     }
   }
 
   template <int G>
   FUSEWIRE_INLINE void chunks(const T* x, int64_t first, int64_t count, Sums* stack) const {
-    V mean[G][kHalves], square[G][kHalves];
-    update<G>(x + first * kChunk * kHalves * N, count, mean, square);
+    Wide mean[G], square[G];
+    update<G>(x + first * kChunk * kWide, count, mean, square);
     for (int g = 0; g < G; ++g) {
-      for (int h = 0; h < kHalves; ++h) add(stack[0], count, mean[g][h], square[g][h]);
+      const auto means = bits_as<Halves>(mean[g]), squares = bits_as<Halves>(square[g]);
+      for (int h = 0; h < kHalves; ++h) add(stack[0], count, means.part[h], squares.part[h]);
       int64_t mask = first + g + 1;
       for (int level = 1; level < depth_ && (mask & 1) == 0; ++level, mask >>= 1) {
         add(stack[level], stack[level - 1].count, stack[level - 1].mean, stack[level - 1].square);
@@ -97,7 +101,7 @@ class StockMoments {
       Sums stack[kDepth];
       int64_t chunk = 0;
       const int64_t full = vectors_ / kChunk;
-      constexpr int kSide = (kRegisterBytes == 64 ? 6 : 4) / kHalves;
+      constexpr int kSide = kRegisterBytes == 64 ? 6 : 4 / kHalves;
       for (; chunk + kSide <= full; chunk += kSide) chunks<kSide>(x[r], chunk, kChunk, stack);
       for (; chunk + 2 <= full; chunk += 2) chunks<2>(x[r], chunk, kChunk, stack);
       for (; chunk < full; ++chunk) chunks<1>(x[r], chunk, kChunk, stack);

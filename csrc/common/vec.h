@@ -74,6 +74,18 @@ FUSEWIRE_INLINE lanes<C, N> fma(lanes<C, N> a, lanes<C, N> b, lanes<C, N> c) {
   return y;
 }
 
+#if defined(__AVX512BW__)
+// Word i goes to word 2 i + 1, the upper half of lane i: the even words are masked.
+FUSEWIRE_INLINE __m512i odd_words() {
+  return _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+}
+// The upper halves of 16 lanes, side by side in the lower half of the register.
+FUSEWIRE_INLINE __m256i upper_halves(__m512i x) {
+  const __m512i from = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  return _mm512_castsi512_si256(_mm512_permutexvar_epi16(from, x));
+}
+#endif
+
 // N elements of storage type T, as compute_t<T>.
 template <int N, typename T>
 FUSEWIRE_INLINE lanes<compute_t<T>, N> load(const T* p) {
@@ -84,6 +96,11 @@ FUSEWIRE_INLINE lanes<compute_t<T>, N> load(const T* p) {
   } else {
     lanes<uint16_t, N> raw;
     std::memcpy(&raw, p, sizeof(raw));
+#if defined(__AVX512BW__)
+    if constexpr (std::is_same_v<T, bfloat16> && N == 16) {  // one shuffle, where widening and shifting would be two steps
+      return bits_as<lanes<float, N>>(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, odd_words(), _mm512_castsi256_si512(bits_as<__m256i>(raw))));
+    }
+#endif
     if constexpr (std::is_same_v<T, bfloat16>) return bits_as<lanes<float, N>>(__builtin_convertvector(raw, lanes<uint32_t, N>) << 16);
 #if defined(__AVX512F__)
     if constexpr (N == 16) return bits_as<lanes<float, N>>(_mm512_cvtph_ps(bits_as<__m256i>(raw)));
@@ -102,6 +119,13 @@ FUSEWIRE_INLINE lanes<compute_t<T>, N> load(const T* p) {
 template <int N>
 FUSEWIRE_INLINE lanes<uint32_t, N> round_to_upper_half(lanes<float, N> x) {
   const auto bits = bits_as<lanes<uint32_t, N>>(x);
+#if defined(__AVX512BW__)
+  if constexpr (N == 16) {  // up by half a unit, and down again to even where that was a tie
+    const __m512i up = _mm512_add_epi32(bits_as<__m512i>(bits), _mm512_set1_epi32(0x8000));
+    const __mmask16 tie = _mm512_testn_epi32_mask(up, _mm512_set1_epi32(0xffff));
+    return bits_as<lanes<uint32_t, N>>(_mm512_mask_and_epi32(up, tie, up, _mm512_set1_epi32(static_cast<int>(0xfffeffffu))));
+  }
+#endif
   return bits + 0x7fff + ((bits >> 16) & 1);
 }
 
@@ -110,6 +134,13 @@ FUSEWIRE_INLINE void store(T* p, lanes<compute_t<T>, N> x) {
   if constexpr (sizeof(T) >= 4) {
     std::memcpy(p, &x, sizeof(x));
   } else if constexpr (std::is_same_v<T, bfloat16>) {
+#if defined(__AVX512BW__)
+    if constexpr (N == 16) {
+      const __m256i raw = upper_halves(bits_as<__m512i>(round_to_upper_half<N>(x)));
+      std::memcpy(p, &raw, sizeof(raw));
+      return;
+    }
+#endif
     const auto raw = __builtin_convertvector(round_to_upper_half<N>(x) >> 16, lanes<uint16_t, N>);
     std::memcpy(p, &raw, sizeof(raw));
   } else {

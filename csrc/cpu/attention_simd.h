@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/exp2.h"
 #include "common/scalar.h"
 #if defined(__AVX2__)
 #pragma GCC diagnostic push
@@ -14,15 +15,6 @@
 #endif
 
 namespace fusewire::FUSEWIRE_ISA {
-
-// 2^x = 2^floor(x) * p(x - floor(x)). p is the minimax polynomial of 2^f on [0, 1) for the relative error, with p(0) = 1 exactly, so that
-// the largest logit of a row weighs exactly 1. Degree 6: 2e-9. Degree 3: 9e-5, a twentieth of what rounding to bf16 loses.
-template <int degree>
-struct Exp2;
-template <>
-struct Exp2<6> { static constexpr float c[6] = {0.693147044f, 0.240229306f, 0.0554852805f, 0.00967545172f, 0.0012467845f, 0.0002161292f}; };
-template <>
-struct Exp2<3> { static constexpr float c[3] = {0.695116784f, 0.227644998f, 0.0770670375f}; };
 
 #if defined(__AVX512F__)
 

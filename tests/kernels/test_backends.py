@@ -18,6 +18,7 @@ CALLS = {
     "attention": ((HEADS, HEADS, HEADS), dict(causal=True), "attention"),
     "gate_residual": ((X, X, ROW), {}, "gate_residual"),
     "gate_residual_adaln": ((X, X, ROW, ROW, ROW), dict(y2=X, gate2=ROW), "gate_residual_adaln"),
+    "group_norm_silu": ((HEADS.transpose(1, 3), 8), dict(eps=1e-6), "group_norm_silu"),
     "joint_attention": ((HEADS,) * 6, {}, "joint_attention"),
     "layer_norm": ((X, ROW[0]), dict(rounding="float32"), "layer_norm"),
     "layer_norm_2d": ((HEADS,), {}, "layer_norm_2d"),

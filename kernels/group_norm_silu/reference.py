@@ -1,0 +1,43 @@
+"""GroupNorm with SiLU in plain PyTorch: the meaning of the room's ops.
+
+Wu and He, "Group Normalization" (2018). Ho, Jain and Abbeel, "Denoising Diffusion Probabilistic Models" (2020): SiLU behind every norm and the time
+embedding added before the second. Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis" (2021), AdaGN: ``norm * (1 + scale) + shift``.
+``exact`` is eager PyTorch's arithmetic, operation by operation; otherwise float32 inside (float64 for float64) and one rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch._prims_common import suggest_memory_format
+
+from fusewire.kernels.rounding import compute_dtype
+
+
+def result_dtype(x: torch.Tensor, shift, scale, add) -> torch.dtype:
+    """What eager PyTorch gives: a group norm keeps its input's dtype, the sums and the product promote."""
+    dtype = x.dtype
+    for tensor in (add, scale, shift):
+        dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def over_pixels(parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """[B, C] -> [B, C, 1, ...] with as many dimensions as x."""
+    return parameter.reshape(parameter.shape[:2] + (1,) * (x.dim() - 2))
+
+
+def group_norm_silu(x, groups: int, weight, bias, eps: float, shift, scale, add, silu: bool, exact: bool) -> torch.Tensor:
+    """silu(group_norm(x + add) * (1 + scale) + shift) for x [B, C, ...]; shift, scale, add [B, C] or [B, C, 1, ...]."""
+    dtype, memory_format = result_dtype(x, shift, scale, add), suggest_memory_format(x)
+    if not exact:
+        wide = compute_dtype(dtype)
+        x, weight, bias, shift, scale, add = (None if t is None else t.to(wide) for t in (x, weight, bias, shift, scale, add))
+    y = x if add is None else x + over_pixels(add, x)
+    y = torch.group_norm(y, groups, weight, bias, eps) if y.numel() else y
+    if scale is not None:
+        y = y * (1 + over_pixels(scale, x))
+    if shift is not None:
+        y = y + over_pixels(shift, x)
+    y = F.silu(y) if silu else y
+    return y.to(dtype).contiguous(memory_format=memory_format)

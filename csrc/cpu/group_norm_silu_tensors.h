@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/tensor.h"
+#include "common/empty.h"
 #include "cpu/group_norm_silu.h"
 
 namespace fusewire {
@@ -54,11 +54,7 @@ struct Picture {
     int64_t sizes[5], strides[5];
     for (int64_t d = 0; d < x.dim(); ++d) sizes[d] = x.size(d);
     fill_strides(x, channels_last, strides);
-    int32_t dtype;
-    AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-    return Tensor(handle);
+    return empty_strided(x.dim(), sizes, strides, x);
   }
 
  private:

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("adaln", "qk_norm_rope", "attention", "linear", "norm", "group_norm_silu", "sampler_step")
+ROOMS = ("adaln", "qk_norm_rope", "attention", "linear", "norm", "gated_mlp", "group_norm_silu", "sampler_step")
 ELSEWHERE = "elsewhere"  # GPU, ahead-of-time compilation, models, swap, instruments
 
 # Class: (what went wrong, the rooms that it can concern: None for all, () for none but the project as a whole)
@@ -31,7 +31,8 @@ CLASSES = {
     "head-dim": ("an unusual head dimension is wrong or unsupported", ("qk_norm_rope", "attention")),
     "tail": ("rows or columns that do not fill a block", None),
     "empty": ("a dimension of size zero", None),
-    "fp16-overflow": ("squares, logits or exponentials leave float16", ("adaln", "qk_norm_rope", "attention", "linear", "norm", "group_norm_silu")),
+    "fp16-overflow": ("squares, logits or exponentials leave float16", ("adaln", "qk_norm_rope", "attention", "linear", "norm", "gated_mlp",
+                                                                       "group_norm_silu")),
     "cancellation": ("variance as the difference of two large means", ("adaln", "norm", "group_norm_silu")),
     "eps": ("eps outside the root, or ignored", ("adaln", "qk_norm_rope", "attention", "norm", "group_norm_silu")),
     "biased-cast": ("casts that truncate", None),

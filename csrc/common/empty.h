@@ -12,12 +12,12 @@ inline Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* s
   return Tensor(handle);
 }
 
-// Contiguous, of x's shape and dtype.
-inline Tensor empty_contiguous(const Tensor& x) {
+// Contiguous, of x's shape and dtype, but for the size of the last dimension where it is given.
+inline Tensor empty_contiguous(const Tensor& x, int64_t last = -1) {
   int64_t sizes[64], strides[64], total = 1;  // PyTorch's own limit
   const int64_t dims = x.dim();
   for (int64_t i = dims; i-- > 0;) {
-    sizes[i] = x.size(i);
+    sizes[i] = last >= 0 && i + 1 == dims ? last : x.size(i);
     strides[i] = total;
     total *= sizes[i] > 1 ? sizes[i] : 1;
   }

@@ -26,6 +26,11 @@ using torch::stable::Tensor;
     default: STD_TORCH_CHECK(false, name, ": unsupported dtype");                                          \
   }
 
+inline int64_t element_size(const Tensor& x) {
+  const ScalarType type = x.scalar_type();
+  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+}
+
 // x [B, T, C].
 inline Rows rows(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 

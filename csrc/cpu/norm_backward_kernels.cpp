@@ -1,7 +1,7 @@
 // The gradients of RMSNorm and LayerNorm: loops over blocks of rows, compiled once per ISA level.
-#include <algorithm>
 #include <memory>
 
+#include "common/column_fold.h"
 #include "common/row_access.h"
 #include "common/row_norm.h"
 #include "cpu/norm.h"
@@ -70,19 +70,8 @@ class NormGradientRows {
   }
 
   void run(int64_t block) {
-    C* sums = static_cast<C*>(k_.sums) + block * 2 * n_;
-    const int64_t end = k_.blocks.end(block);
-    if (k_.sums) std::fill_n(sums, 2 * n_, C(0));
-    for (int64_t i = k_.blocks.begin(block); i < end;) {
-      const int64_t group = std::min(i + ColumnBlocks::kGroup, end);
-      for (; i + kSide <= group; i += kSide) rows<kSide>(i);
-      for (; i < group; ++i) rows<1>(i);
-      if (!k_.sums) continue;
-      for_columns<N>(0, 2 * n_, [&](const auto& at) __attribute__((always_inline)) {
-        at.store(sums, at.load(sums) + at.load(group_));
-        at.store(group_, V{});
-      });
-    }
+    C* sums = k_.sums ? static_cast<C*>(k_.sums) + block * 2 * n_ : nullptr;
+    for_block<kSide>(k_.blocks, block, 2 * n_, group_, sums, [&](int64_t i, auto count) { rows<count>(i); });
   }
 };
 

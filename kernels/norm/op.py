@@ -28,8 +28,8 @@ def _fake_layer_2d(x, weight, bias, eps, exact):
 
 
 def _fake_backward(grad, x, weight, eps, of_x, of_weight, of_bias):
-    none, channels = x.new_empty(0), x.shape[-1]
-    return x.new_empty(x.shape) if of_x else none, x.new_empty(channels if of_weight else 0), x.new_empty(channels if of_bias else 0)
+    channels = x.shape[-1]
+    return x.new_empty(x.shape if of_x else 0), x.new_empty(channels if of_weight else 0), x.new_empty(channels if of_bias else 0)
 
 
 def _backward_table(name: str, meaning) -> Table:

@@ -5,6 +5,7 @@ from fusewire.kernels.attention.op import attention, joint_attention
 from fusewire.kernels.dispatch import Choice as _Choice
 from fusewire.kernels.dispatch import choices as _choices
 from fusewire.kernels.dispatch import reset_stats, stats
+from fusewire.kernels.gated_mlp.op import geglu, quick_gelu, swiglu
 from fusewire.kernels.group_norm_silu.op import group_norm_silu
 from fusewire.kernels.linear.op import linear
 from fusewire.kernels.norm.op import layer_norm, layer_norm_2d, rms_norm
@@ -20,6 +21,7 @@ __all__ = [
     "flow_euler_table",
     "gate_residual",
     "gate_residual_adaln",
+    "geglu",
     "group_norm_silu",
     "joint_attention",
     "layer_norm",
@@ -27,15 +29,17 @@ __all__ = [
     "linear",
     "qk_norm_into",
     "qk_norm_rope",
+    "quick_gelu",
     "reset_stats",
     "rms_norm",
     "sampler_step",
     "stats",
+    "swiglu",
 ]
 
 
-_OPS = (adaln_modulate, adaln_modulate_dual, attention, gate_residual, gate_residual_adaln, group_norm_silu, joint_attention, layer_norm,
-        layer_norm_2d, linear, qk_norm_into, qk_norm_rope, rms_norm, sampler_step)
+_OPS = (adaln_modulate, adaln_modulate_dual, attention, gate_residual, gate_residual_adaln, geglu, group_norm_silu, joint_attention, layer_norm,
+        layer_norm_2d, linear, qk_norm_into, qk_norm_rope, quick_gelu, rms_norm, sampler_step, swiglu)
 
 
 def backends(name: str, *args, **kwargs) -> list[_Choice]:

@@ -18,6 +18,7 @@ CALLS = {
     "attention": ((HEADS, HEADS, HEADS), dict(causal=True), "attention"),
     "gate_residual": ((X, X, ROW), {}, "gate_residual"),
     "gate_residual_adaln": ((X, X, ROW, ROW, ROW), dict(y2=X, gate2=ROW), "gate_residual_adaln"),
+    "geglu": ((X,), dict(gate=X, numerics="close"), "geglu"),
     "group_norm_silu": ((HEADS.transpose(1, 3), 8), dict(eps=1e-6), "group_norm_silu"),
     "joint_attention": ((HEADS,) * 6, {}, "joint_attention"),
     "layer_norm": ((X, ROW[0]), dict(rounding="float32"), "layer_norm"),
@@ -25,10 +26,12 @@ CALLS = {
     "linear": ((X, torch.randn(48, 64)), dict(activation="gelu_tanh", numerics="close"), "linear"),
     "qk_norm_into": ((HEADS, HEADS, None, None, torch.zeros_like(HEADS), torch.zeros_like(HEADS)), {}, "qk_norm_into"),
     "qk_norm_rope": ((HEADS, HEADS), dict(norm="torch_rms"), "qk_norm_rope"),
+    "quick_gelu": ((X,), dict(numerics="close"), "quick_gelu"),
     "rms_norm": ((X, ROW[0]), dict(rounding="torch"), "rms_norm"),
     "sampler_step": ((X, X, TABLE, 1), {}, "flow_euler_step"),
+    "swiglu": ((X,), dict(gate_first=True, numerics="close"), "swiglu"),
 }
-BACKWARD = {"layer_norm_backward", "rms_norm_backward"}  # reached by autograd, from no public op
+BACKWARD = {f"{op}_backward" for op in ("geglu", "layer_norm", "quick_gelu", "rms_norm", "swiglu")}  # reached by autograd, from no public op
 
 
 def test_every_op_is_here():

@@ -1,0 +1,130 @@
+"""Gated activations: the public ops, their registration, their gradients and their backends."""
+
+from __future__ import annotations
+
+import torch
+
+from fusewire.kernels import checks
+from fusewire.kernels.autograd import fused
+from fusewire.kernels.dispatch import Backend, Table, always
+from fusewire.kernels.gated_mlp import native, reference
+from fusewire.kernels.library import define
+from fusewire.kernels.rounding import is_exact
+
+
+def _fake(x, gate, bias, *rest):
+    width = x.shape[-1] // 2 if gate is None else x.shape[-1]
+    return x.new_empty((*x.shape[:-1], width), dtype=reference.result_dtype(x, gate, bias))
+
+
+def _fake_backward(grad, x, gate, bias, *rest):
+    of_bias = x.shape[-1] * (1 if gate is None else 2) if rest[-1] else 0
+    return x.new_empty(x.shape), x.new_empty(0 if gate is None else x.shape), x.new_empty(of_bias)
+
+
+def _fake_unary(first, *rest):
+    return first.new_empty(first.shape)
+
+
+def _table(op, why_not, meaning) -> Table:
+    return Table(meaning.__name__, [Backend("cpu", why_not, op), Backend("reference", always, meaning)])
+
+
+_GRADIENTS = "-> (Tensor, Tensor, Tensor)"
+_geglu_backward = _table(define(f"geglu_backward(Tensor grad, Tensor x, Tensor? gate, Tensor? bias, bool of_bias) {_GRADIENTS}",
+                                fallback=reference.geglu_backward, fake=_fake_backward), native.why_not_backward, reference.geglu_backward)
+_swiglu_backward = _table(define(f"swiglu_backward(Tensor grad, Tensor x, Tensor? gate, Tensor? bias, bool gate_first, bool of_bias) {_GRADIENTS}",
+                                 fallback=reference.swiglu_backward, fake=_fake_backward), native.why_not_backward, reference.swiglu_backward)
+_quick_backward = _table(define("quick_gelu_backward(Tensor grad, Tensor x) -> Tensor", fallback=reference.quick_gelu_backward, fake=_fake_unary),
+                         native.why_not_quick_gelu_backward, reference.quick_gelu_backward)
+
+
+def _recomputed(x, *rest) -> bool:
+    """exact: the gradients are stock's; so are those of arguments that differ in dtype."""
+    return rest[-1] or any(isinstance(value, torch.Tensor) and value.dtype is not x.dtype for value in rest)
+
+
+def _gradients(table: Table):
+    def gradients(needed, grads, x, gate, bias, *rest):
+        dx, dgate, dbias = table(grads[0], x, gate, bias, *rest[:-1], needed[2])
+        return dx, dgate if needed[1] else None, dbias if needed[2] else None, *[None] * len(rest)
+    return gradients
+
+
+def _register(schema: str, meaning, fake, gradients):
+    backward, setup_context = fused(meaning, gradients, _recomputed)
+    return define(schema, fallback=meaning, fake=fake, backward=backward, setup_context=setup_context)
+
+
+_geglu = _table(_register("geglu(Tensor x, Tensor? gate, Tensor? bias, bool exact) -> Tensor", reference.geglu, _fake, _gradients(_geglu_backward)),
+                native.why_not_geglu, reference.geglu)
+_swiglu = _table(_register("swiglu(Tensor x, Tensor? gate, Tensor? bias, bool gate_first, bool exact) -> Tensor", reference.swiglu, _fake,
+                           _gradients(_swiglu_backward)), native.why_not_swiglu, reference.swiglu)
+_quick_gelu = _table(_register("quick_gelu(Tensor x, bool exact) -> Tensor", reference.quick_gelu, _fake_unary,
+                               lambda needed, grads, x, exact: (_quick_backward(grads[0], x), None)), native.why_not_quick_gelu, reference.quick_gelu)
+
+
+def _check(x, gate, bias) -> None:
+    """x [..., 2F], or x and gate [..., F]; bias [2F]."""
+    checks.floating("x", x)
+    if not x.dim() or (gate is None and x.shape[-1] % 2):
+        raise ValueError(f"x has shape {list(x.shape)}; it should be {'[..., 2F], an even last dimension' if gate is None else '[..., F]'}")
+    if gate is not None:
+        checks.floating("gate", gate)
+        if gate.shape != x.shape:
+            raise ValueError(f"gate has shape {list(gate.shape)}; it should be {list(x.shape)}, as x")
+        checks.same_device("gate", gate, x.device)
+    if bias is not None:
+        checks.vector("bias", bias, x.shape[-1] * (1 if gate is None else 2), x.device)
+
+
+def geglu(x, *, gate=None, bias=None, numerics: str = "exact") -> torch.Tensor:
+    """``hidden * gelu(gate)`` with the exact (erf) GELU, in one pass.
+
+    Args:
+        x: [..., 2F], the hidden half and then the gate half of one projection; or, with ``gate``, the hidden half alone, [..., F]. float32, bfloat16,
+            float16 or float64, any strides.
+        gate: [..., F], or None where x holds both halves.
+        bias: [2F], added to both halves first (that of the projection), or None.
+        numerics: ``"exact"`` is eager PyTorch's chain, by PyTorch's own kernels on the CPU; ``"close"`` rounds once at the end.
+
+    Returns: [..., F], contiguous, in the dtype that eager PyTorch gives.
+    Raises: TypeError for a dtype, ValueError for a shape, a device or ``numerics`` that is not as stated.
+    Source: Shazeer (2020), "GLU Variants Improve Transformer"; diffusers' GEGLU.
+    """
+    _check(x, gate, bias)
+    return _geglu(x, gate, bias, is_exact(numerics))
+
+
+def swiglu(x, *, gate=None, bias=None, gate_first: bool = False, numerics: str = "exact") -> torch.Tensor:
+    """``hidden * silu(gate)``, in one pass.
+
+    Args:
+        x, gate, bias, numerics: as in ``geglu``.
+        gate_first: the halves of x (and of the bias) are (gate, hidden), as in Flux.2, instead of (hidden, gate), as in diffusers' SwiGLU.
+
+    Returns: [..., F], contiguous, in the dtype that eager PyTorch gives.
+    Raises: as ``geglu``; also ValueError for ``gate_first`` beside a ``gate`` of its own.
+    Source: Shazeer (2020), "GLU Variants Improve Transformer".
+    """
+    _check(x, gate, bias)
+    if gate_first and gate is not None:
+        raise ValueError("gate_first is True beside a gate of its own; it should be False, or gate None")
+    return _swiglu(x, gate, bias, bool(gate_first), is_exact(numerics))
+
+
+def quick_gelu(x, *, numerics: str = "exact") -> torch.Tensor:
+    """``x * sigmoid(1.702 x)``, in one pass.
+
+    Args:
+        x: [..., F], float32, bfloat16, float16 or float64, any strides.
+        numerics: as in ``geglu``.
+
+    Returns: [..., F], contiguous, in x's dtype.
+    Raises: as ``geglu``.
+    Source: CLIP's activation; diffusers' ApproximateGELU, transformers' QuickGELUActivation.
+    """
+    checks.floating("x", x)
+    if not x.dim():
+        raise ValueError("x has shape []; it should be [..., F]")
+    return _quick_gelu(x, is_exact(numerics))

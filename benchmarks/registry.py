@@ -31,11 +31,28 @@ def _tokens(tensors: int) -> list[Case]:
     return [Case("SD3.5-medium 512^2, guidance", shape, ("float32", "bfloat16"), tensors * shape[0] * shape[1] * shape[2])]
 
 
+def _alike(what: str, *shape: int) -> Case:
+    count = 1
+    for size in shape:
+        count *= size
+    return Case(what, shape, ("float32", "bfloat16"), 2 * count)  # x in, a result of its size out
+
+
+def _gated(what: str, *shape: int) -> Case:
+    return Case(what, shape, ("float32", "bfloat16"), shape[0] * shape[1] * shape[2] * 3 // 2)  # both halves in, one out
+
+
 REGISTRY = {
     "adaln_modulate": _tokens(2),  # x in, result out
     "adaln_modulate_dual": _tokens(3),  # x in, two results out
     "gate_residual": _tokens(3),  # x and y in, result out
     "gate_residual_adaln": _tokens(4),  # x and y in, sum and modulated norm out
+    "geglu": [_gated("SDXL 1024^2, guidance", 2, 1024, 10240)],
+    "layer_norm": [_alike("SD3.5-medium 512^2, guidance", 2, 1024, 1536)],
+    "layer_norm_2d": [_alike("Stable Cascade's prior 1024^2, guidance", 2, 1536, 24, 24)],
+    "rms_norm": [_alike("SD3.5-medium 512^2, guidance", 2, 1024, 1536), _alike("T5-XXL, 512 tokens", 1, 512, 4096)],
+    "swiglu": [_gated("Z-Image 512^2", 1, 1024, 20480)],
+    "quick_gelu": [_alike("CLIP-L, 77 tokens, guidance", 2, 77, 3072)],
     "qk_norm_rope": [
         _qk("SD3.5-medium 512^2, guidance", 2, 1024, 24, 64),
         _qk("SD3.5-medium 512^2", 1, 1024, 24, 64),

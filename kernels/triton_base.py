@@ -79,6 +79,13 @@ def over_tokens(tensor: torch.Tensor | None) -> tuple:
     return strided(tensor.unsqueeze(1) if tensor is not None and tensor.dim() == 2 else tensor, 3)
 
 
+def as_tokens(x: torch.Tensor) -> torch.Tensor:
+    """x [..., C] as [B, T, C]: a view, unless it has more than three dimensions whose strides do not merge."""
+    if x.dim() > 3:
+        return x.flatten(0, -3)
+    return x[(None,) * (3 - x.dim())]
+
+
 def inner_contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """The tensor, or a contiguous copy of one whose last stride is not 1: for kernels that sum over the last dimension.
 
@@ -126,6 +133,13 @@ def narrow(x, dtype: tl.constexpr):
         bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000) & 0xFFFF0000
         return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
     return x.to(dtype)
+
+
+@triton.jit
+def load_rows(x, i_b, i_t, o_c, x_b, x_t, x_c, mask):
+    """x[i_b, i_t, o_c] as float32 [ROWS, BLOCK], by 64-bit offsets."""
+    p_x = x + (i_b.to(tl.int64) * x_b + i_t.to(tl.int64) * x_t)[:, None] + o_c.to(tl.int64)[None, :] * x_c
+    return tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -12,24 +12,17 @@ import triton
 import triton.language as tl
 
 from fusewire.kernels.adaln.reference import normalise, normalised_dtype, promoted
-from fusewire.kernels.triton_base import TYPES, arch_of, inner_contiguous, launch, narrow, over_tokens, rounded, strided
+from fusewire.kernels.triton_base import TYPES, arch_of, inner_contiguous, launch, load_rows, narrow, over_tokens, rounded, strided
 from fusewire.kernels.tuning import aligned, row_tile
 
 NONE, LAYER, RMS = 0, 1, 2  # which norm the kernel applies
 
 
 @triton.jit
-def _load(x, i_b, i_t, o_c, x_b, x_t, x_c, mask):
-    """x[i_b, i_t, o_c] as float32 [ROWS, BLOCK], by 64-bit offsets."""
-    p_x = x + (i_b.to(tl.int64) * x_b + i_t.to(tl.int64) * x_t)[:, None] + o_c.to(tl.int64)[None, :] * x_c
-    return tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _add_gated(b_x, y, i_b, i_t, o_c, y_b, y_t, y_c, gate, g_b, g_t, g_c, mask, PRODUCT: tl.constexpr, SUM: tl.constexpr, EXACT: tl.constexpr):
     """b_x + gate * y"""
-    b_y = _load(y, i_b, i_t, o_c, y_b, y_t, y_c, mask)
-    b_gate = _load(gate, i_b, i_t, o_c, g_b, g_t, g_c, mask)
+    b_y = load_rows(y, i_b, i_t, o_c, y_b, y_t, y_c, mask)
+    b_gate = load_rows(gate, i_b, i_t, o_c, g_b, g_t, g_c, mask)
     if EXACT:
         return rounded(b_x + rounded(b_gate * b_y, PRODUCT), SUM)
     return b_x + b_gate * b_y
@@ -38,8 +31,8 @@ def _add_gated(b_x, y, i_b, i_t, o_c, y_b, y_t, y_c, gate, g_b, g_t, g_c, mask, 
 @triton.jit
 def _modulate(b_n, shift, h_b, h_t, h_c, scale, s_b, s_t, s_c, i_b, i_t, o_c, mask, SCALED: tl.constexpr, EXACT: tl.constexpr):
     """b_n * (1 + scale) + shift"""
-    b_scale = 1.0 + _load(scale, i_b, i_t, o_c, s_b, s_t, s_c, mask)
-    b_shift = _load(shift, i_b, i_t, o_c, h_b, h_t, h_c, mask)
+    b_scale = 1.0 + load_rows(scale, i_b, i_t, o_c, s_b, s_t, s_c, mask)
+    b_shift = load_rows(shift, i_b, i_t, o_c, h_b, h_t, h_c, mask)
     if EXACT:
         return rounded(b_n * rounded(b_scale, scale.dtype.element_ty), SCALED) + b_shift
     return b_n * b_scale + b_shift
@@ -68,7 +61,7 @@ def adaln_kernel(
     mask = (i_row < rows)[:, None] & (o_c < channels)[None, :]
     i_b, i_t = i_row // tokens, i_row % tokens
 
-    b_x = _load(x, i_b, i_t, o_c, x_b, x_t, x_c, mask)
+    b_x = load_rows(x, i_b, i_t, o_c, x_b, x_t, x_c, mask)
     if GATES >= 1:
         b_x = _add_gated(b_x, y, i_b, i_t, o_c, y_b, y_t, y_c, gate, gate_b, gate_t, gate_c, mask, GATED, SUM, EXACT)
     if GATES >= 2:

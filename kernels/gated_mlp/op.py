@@ -7,9 +7,10 @@ import torch
 from fusewire.kernels import checks
 from fusewire.kernels.autograd import fused
 from fusewire.kernels.dispatch import Backend, Table, always
-from fusewire.kernels.gated_mlp import native, reference
+from fusewire.kernels.gated_mlp import native, reference, triton_limits
 from fusewire.kernels.library import define
 from fusewire.kernels.rounding import is_exact
+from fusewire.kernels.triton_rows import row as triton_row
 
 
 def _fake(x, gate, bias, *rest):
@@ -26,17 +27,22 @@ def _fake_unary(first, *rest):
     return first.new_empty(first.shape)
 
 
-def _table(op, why_not, meaning) -> Table:
-    return Table(meaning.__name__, [Backend("cpu", why_not, op), Backend("reference", always, meaning)])
+def _table(op, why_not: str, meaning) -> Table:
+    """``why_not``: the name of the predicate, in native.py and in triton_limits.py."""
+    name = meaning.__name__
+    return Table(name, [Backend("cpu", getattr(native, why_not), op), triton_row(op, getattr(triton_limits, why_not), f"gated_mlp.{name}"),
+                        Backend("reference", always, meaning)])
 
 
-_GRADIENTS = "-> (Tensor, Tensor, Tensor)"
-_geglu_backward = _table(define(f"geglu_backward(Tensor grad, Tensor x, Tensor? gate, Tensor? bias, bool of_bias) {_GRADIENTS}",
-                                fallback=reference.geglu_backward, fake=_fake_backward), native.why_not_backward, reference.geglu_backward)
-_swiglu_backward = _table(define(f"swiglu_backward(Tensor grad, Tensor x, Tensor? gate, Tensor? bias, bool gate_first, bool of_bias) {_GRADIENTS}",
-                                 fallback=reference.swiglu_backward, fake=_fake_backward), native.why_not_backward, reference.swiglu_backward)
-_quick_backward = _table(define("quick_gelu_backward(Tensor grad, Tensor x) -> Tensor", fallback=reference.quick_gelu_backward, fake=_fake_unary),
-                         native.why_not_quick_gelu_backward, reference.quick_gelu_backward)
+def _backward_table(arguments: str, results: str, meaning, fake, why_not: str) -> Table:
+    return _table(define(f"{meaning.__name__}({arguments}) -> {results}", fallback=meaning, fake=fake), why_not, meaning)
+
+
+_TENSORS, _THREE = "Tensor grad, Tensor x, Tensor? gate, Tensor? bias", "(Tensor, Tensor, Tensor)"
+_geglu_backward = _backward_table(f"{_TENSORS}, bool of_bias", _THREE, reference.geglu_backward, _fake_backward, "why_not_backward")
+_swiglu_backward = _backward_table(f"{_TENSORS}, bool gate_first, bool of_bias", _THREE, reference.swiglu_backward, _fake_backward,
+                                   "why_not_backward")
+_quick_backward = _backward_table("Tensor grad, Tensor x", "Tensor", reference.quick_gelu_backward, _fake_unary, "why_not_quick_gelu_backward")
 
 
 def _recomputed(x, *rest) -> bool:
@@ -51,17 +57,16 @@ def _gradients(table: Table):
     return gradients
 
 
-def _register(schema: str, meaning, fake, gradients):
+def _forward_table(arguments: str, meaning, fake, gradients) -> Table:
     backward, setup_context = fused(meaning, gradients, _recomputed)
-    return define(schema, fallback=meaning, fake=fake, backward=backward, setup_context=setup_context)
+    op = define(f"{meaning.__name__}({arguments}) -> Tensor", fallback=meaning, fake=fake, backward=backward, setup_context=setup_context)
+    return _table(op, f"why_not_{meaning.__name__}", meaning)
 
 
-_geglu = _table(_register("geglu(Tensor x, Tensor? gate, Tensor? bias, bool exact) -> Tensor", reference.geglu, _fake, _gradients(_geglu_backward)),
-                native.why_not_geglu, reference.geglu)
-_swiglu = _table(_register("swiglu(Tensor x, Tensor? gate, Tensor? bias, bool gate_first, bool exact) -> Tensor", reference.swiglu, _fake,
-                           _gradients(_swiglu_backward)), native.why_not_swiglu, reference.swiglu)
-_quick_gelu = _table(_register("quick_gelu(Tensor x, bool exact) -> Tensor", reference.quick_gelu, _fake_unary,
-                               lambda needed, grads, x, exact: (_quick_backward(grads[0], x), None)), native.why_not_quick_gelu, reference.quick_gelu)
+_geglu = _forward_table("Tensor x, Tensor? gate, Tensor? bias, bool exact", reference.geglu, _fake, _gradients(_geglu_backward))
+_swiglu = _forward_table("Tensor x, Tensor? gate, Tensor? bias, bool gate_first, bool exact", reference.swiglu, _fake, _gradients(_swiglu_backward))
+_quick_gelu = _forward_table("Tensor x, bool exact", reference.quick_gelu, _fake_unary,
+                             lambda needed, grads, x, exact: (_quick_backward(grads[0], x), None))
 
 
 def _check(x, gate, bias) -> None:

@@ -8,8 +8,9 @@ from fusewire.kernels import checks
 from fusewire.kernels.autograd import fused
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import define
-from fusewire.kernels.norm import native, reference
+from fusewire.kernels.norm import native, reference, triton_limits
 from fusewire.kernels.rounding import is_exact
+from fusewire.kernels.triton_rows import row as triton_row
 
 RMS_ROUNDINGS = {"diffusers": False, "torch": True}
 LAYER_ROUNDINGS = {"torch": False, "float32": True}
@@ -35,7 +36,8 @@ def _fake_backward(grad, x, weight, eps, of_x, of_weight, of_bias):
 def _backward_table(name: str, meaning) -> Table:
     op = define(f"{name}(Tensor grad, Tensor x, Tensor? weight, float eps, bool of_x, bool of_weight, bool of_bias) -> (Tensor, Tensor, Tensor)",
                 fallback=meaning, fake=_fake_backward)
-    return Table(name, [Backend("cpu", native.why_not_backward, op), Backend("reference", always, meaning)])
+    return Table(name, [Backend("cpu", native.why_not_backward, op), triton_row(op, triton_limits.why_not_backward, f"norm.{name}"),
+                        Backend("reference", always, meaning)])
 
 
 _rms_backward = _backward_table("rms_norm_backward", reference.rms_norm_backward)
@@ -71,8 +73,10 @@ _rms_op = _register(f"rms_norm({_ARGUMENTS}, bool as_torch, bool exact) -> Tenso
 _layer_op = _register(f"layer_norm({_ARGUMENTS}, bool wide, bool exact) -> Tensor", reference.layer_norm, _fake_layer, _gradients(_layer_backward))
 _layer_2d_op = _register(f"layer_norm_2d({_ARGUMENTS}, bool exact) -> Tensor", reference.layer_norm_2d, _fake_layer_2d, _gradients_2d)
 
-_rms = Table("rms_norm", [Backend("cpu", native.why_not_rms, _rms_op), Backend("reference", always, reference.rms_norm)])
-_layer = Table("layer_norm", [Backend("cpu", native.why_not_layer, _layer_op), Backend("reference", always, reference.layer_norm)])
+_rms = Table("rms_norm", [Backend("cpu", native.why_not_rms, _rms_op), triton_row(_rms_op, triton_limits.why_not_norm, "norm.rms_norm"),
+                          Backend("reference", always, reference.rms_norm)])
+_layer = Table("layer_norm", [Backend("cpu", native.why_not_layer, _layer_op), triton_row(_layer_op, triton_limits.why_not_norm, "norm.layer_norm"),
+                              Backend("reference", always, reference.layer_norm)])
 _layer_2d = Table("layer_norm_2d", [Backend("cpu", native.why_not_layer_2d, _layer_2d_op), Backend("reference", always, reference.layer_norm_2d)])
 native.compare_with_stock(_rms_op, _layer_op)
 

@@ -69,15 +69,16 @@ def test_close_gradients(kind, dtype, bias, width, backend):
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 500), st.sampled_from(DTYPES), st.booleans(), st.floats(1e-3, 30), st.integers(0, 2**31))
 def test_property(kind, batch, rows, width, dtype, bias, spread, seed):
-    """Any shape, options and scale: exact equals stock; close has the same bits in another layout, and lies within a few units of exact."""
+    """Any shape, options and scale: exact equals stock; close has the same bits in another layout, and lies within a few units of float64."""
     torch.manual_seed(seed)
     v = inputs(rows, width, dtype, kind, bias, batch, spread)
     assert_exact(call(kind, v), stock(kind, v))
     got, want = call(kind, v, numerics="close"), stock(kind, wide(v))
     turned = {name: None if t is None else t.movedim(-1, 0).contiguous().movedim(0, -1) for name, t in v.items()}
     assert_exact(call(kind, turned, numerics="close"), got)
-    unit = torch.finfo(dtype).eps
-    assert ((got - want).abs() <= 8 * unit * want.abs() + 8 * unit * spread).all()
+    info, largest = torch.finfo(dtype), 2 * max(t.double().abs().max() for t in v.values() if t is not None)
+    # Stock's 1 + erf of a closed gate is off by a unit of 1: what is left of hidden * gate is, by as many units of that product
+    assert ((got - want).abs() <= info.eps * (8 * want.abs() + largest**2 + info.smallest_normal)).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,0 +1,43 @@
+"""One row of a benchmark of an op that has a backward kernel: forward, and forward with backward, beside eager PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from alternating import measure, served
+from fusewire import ops
+from registry import Case
+
+
+def row(op: str, case: Case, dtype: str, ours: Callable, eager: Callable, given: tuple[torch.Tensor, ...], rounds: int, modes: tuple[str, ...]) -> dict:
+    """``ours(*given, numerics=...)`` and ``eager(*given)`` in turn, each mode forward and ``close`` with its gradients. ``exact`` must be equal to eager."""
+    stock = eager(*given)
+    if "exact" in modes:
+        assert torch.equal(ours(*given, numerics="exact"), stock), f"{op} in {dtype} is not exact"
+    compiled = torch.compile(eager, dynamic=False)
+    with torch.inference_mode(False), torch.enable_grad():  # the harness runs in inference mode, whose tensors take no gradient
+        leaves = [t.clone().requires_grad_() for t in given]
+        grad = torch.randn(stock.shape).to(stock.dtype)
+
+    def step(function: Callable) -> Callable:
+        def run():
+            with torch.inference_mode(False), torch.enable_grad():
+                torch.autograd.grad(function(*leaves), leaves, grad)
+        return run
+
+    ops.reset_stats()
+    times = measure({
+        **{mode: (lambda mode=mode: ours(*given, numerics=mode)) for mode in modes},
+        "clone": lambda: stock.clone(memory_format=torch.contiguous_format),
+        "compile": lambda: compiled(*given),
+        "eager": lambda: eager(*given),
+        "close with backward": step(lambda *tensors: ours(*tensors, numerics="close")),
+        "eager with backward": step(eager),
+    }, rounds)
+    first, both = times[modes[0]], times["eager with backward"] / times["close with backward"]
+    return {"op": op, "shape": case.what, "size": list(case.shape), "dtype": dtype, "backend": served(op), "backend of backward": served(f"{op.removesuffix('_2d')}_backward"),
+            **times, f"compile/{modes[0]}": round(times["compile"] / first, 2), f"eager/{modes[0]}": round(times["eager"] / first, 2),
+            f"{modes[0]}/clone": round(first / times["clone"], 2), "with backward, eager/close": round(both, 2),
+            "GB/s": round(case.elements * given[0].element_size() / first / 1e3, 1)}

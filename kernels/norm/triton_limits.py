@@ -1,0 +1,28 @@
+"""What triton_kernel.py serves: the predicates of the room's Triton rows. ``exact`` is PyTorch's own norm, whose order of summation belongs to it."""
+
+from __future__ import annotations
+
+from fusewire.kernels.triton_rows import why_not
+
+MAX_CHANNELS = 16384  # a row is held in the registers of one program
+MAX_BACKWARD_CHANNELS = 8192  # with the sums of weight's and bias's gradients beside it
+MAX_ROWS = 2**31 - 2048  # rows are numbered in 32 bits; offsets have 64
+
+
+def _why_not(most: int, x, *tensors) -> str:
+    if reason := why_not(x, *tensors):
+        return reason
+    channels = x.shape[-1]
+    if channels > most:
+        return f"x has {channels} channels, more than {most}"
+    if channels and x.numel() // channels > MAX_ROWS:
+        return f"x has more than {MAX_ROWS} rows"
+    return ""
+
+
+def why_not_norm(x, weight, bias, eps, switch, exact) -> str:
+    return "numerics='exact' keeps PyTorch's own norm" if exact else _why_not(MAX_CHANNELS, x, weight, bias)
+
+
+def why_not_backward(grad, x, weight, eps, of_x, of_weight, of_bias) -> str:
+    return _why_not(MAX_BACKWARD_CHANNELS, x, grad, weight)

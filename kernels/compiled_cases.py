@@ -8,7 +8,9 @@ import torch
 
 from fusewire.kernels.adaln import triton_kernel as adaln
 from fusewire.kernels.attention import triton_kernel as attention
+from fusewire.kernels.gated_mlp import triton_kernel as gated_mlp
 from fusewire.kernels.linear import triton_kernel as linear
+from fusewire.kernels.norm import triton_kernel as norm
 from fusewire.kernels.qk_norm_rope import triton_kernel as qk_norm_rope
 from fusewire.kernels.qk_norm_rope.reference import RMS
 from fusewire.kernels.sampler_step import triton_kernel as sampler_step
@@ -70,6 +72,53 @@ for _channels, _dtype in itertools.product((64, 1152, 1536, 3072, 8192, 16384), 
             x, _ = _tokens(channels, dtype)
             linear.epilogue(x, meta(channels, dtype=dtype), "gelu_tanh", None, None, False)
 
+for _channels, _dtype in itertools.product((64, 1536, 4096, 8192), SHORT):
+    @case(f"layer_norm {_channels} {SHORT[_dtype]}")
+    def _(channels=_channels, dtype=_dtype):
+        w = meta(channels, dtype=dtype)
+        norm.layer_norm(meta(2, 1024, channels, dtype=dtype), w, w, 1e-6, False, False)
+
+    @case(f"rms_norm {_channels} {SHORT[_dtype]}")
+    def _(channels=_channels, dtype=_dtype):
+        norm.rms_norm(meta(1, 512, channels, dtype=dtype), meta(channels, dtype=dtype), None, 1e-6, False, False)
+
+    @case(f"layer_norm_backward {_channels} {SHORT[_dtype]}")
+    def _(channels=_channels, dtype=_dtype):
+        x = meta(2, 1024, channels, dtype=dtype)
+        norm.layer_norm_backward(x, x, meta(channels, dtype=dtype), 1e-6, True, True, True)
+
+    @case(f"rms_norm_backward {_channels} {SHORT[_dtype]}")
+    def _(channels=_channels, dtype=_dtype):
+        x = meta(1, 512, channels, dtype=dtype)
+        norm.rms_norm_backward(x, x, meta(channels, dtype=dtype), 1e-6, True, True, False)
+
+for _width, _dtype in itertools.product((5120, 10240), SHORT):
+    @case(f"geglu {_width} {SHORT[_dtype]}")
+    def _(width=_width, dtype=_dtype):
+        gated_mlp.geglu(meta(2, 1024, 2 * width, dtype=dtype), None, None, False)
+
+    @case(f"geglu_backward bias {_width} {SHORT[_dtype]}")
+    def _(width=_width, dtype=_dtype):
+        gated_mlp.geglu_backward(meta(2, 1024, width, dtype=dtype), meta(2, 1024, 2 * width, dtype=dtype), None, meta(2 * width, dtype=dtype), True)
+
+    @case(f"swiglu gate first bias {_width} {SHORT[_dtype]}")
+    def _(width=_width, dtype=_dtype):
+        gated_mlp.swiglu(meta(1, 1024, 2 * width, dtype=dtype), None, meta(2 * width, dtype=dtype), True, False)
+
+    @case(f"swiglu_backward gate apart {_width} {SHORT[_dtype]}")
+    def _(width=_width, dtype=_dtype):
+        x = meta(1, 1024, width, dtype=dtype)
+        gated_mlp.swiglu_backward(x, x, x, None, False, False)
+
+    @case(f"quick_gelu {_width} {SHORT[_dtype]}")
+    def _(width=_width, dtype=_dtype):
+        gated_mlp.quick_gelu(meta(2, 77, width, dtype=dtype), False)
+
+    @case(f"quick_gelu_backward {_width} {SHORT[_dtype]}")
+    def _(width=_width, dtype=_dtype):
+        x = meta(2, 77, width, dtype=dtype)
+        gated_mlp.quick_gelu_backward(x, x)
+
 # The same values in other layouts: the order of the sums must be that of the plain one
 LAYOUTS = {
     "unaligned": lambda x: meta(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape),
@@ -83,6 +132,12 @@ for _channels, (_name, _layout) in itertools.product((1536, 1000, 63), {"plain":
     def _(channels=_channels, layout=_layout):
         x, m = _tokens(channels, torch.bfloat16)
         adaln.gate_residual_adaln(layout(x), layout(x), layout(m[0]), None, None, layout(m[1]), layout(m[2]), None, None, 1e-6, False, False)
+
+for _channels, (_name, _layout) in itertools.product((1536, 63), {"plain": lambda x: x, **LAYOUTS}.items()):
+    @case(f"layout of norm_backward {_channels}: {_name}")
+    def _(channels=_channels, layout=_layout):
+        x, w = meta(2, 1024, channels), meta(channels)
+        norm.layer_norm_backward(layout(x), layout(x), layout(w), 1e-6, True, True, True)
 
 for _dim, (_name, _layout) in itertools.product((64, 40, 9), {"plain": lambda x: x, **LAYOUTS}.items()):
     @case(f"layout of qk_norm {_dim}: {_name}")
@@ -134,7 +189,8 @@ for _dim, _dtype in itertools.product((64, 128), SHORT):
         attention.joint_attention(q, q, q, q2, q2, q2, w, None, w, None, None, 1e-6)
 
 QUICK = ("adaln_modulate 1536 bf16", "gate_residual_adaln two gates 3072 f32", "gate_residual exact 1536 f32", "linear gate residual 1536 bf16",
-         "qk_norm_into joint buffer 64 bf16", "flow_euler_step guided bf16", "attention 64 bf16", "joint_attention 128 bf16", "attention 72 bf16 bool")
+         "qk_norm_into joint buffer 64 bf16", "flow_euler_step guided bf16", "attention 64 bf16", "joint_attention 128 bf16", "attention 72 bf16 bool",
+         "layer_norm 1536 bf16", "rms_norm_backward 4096 bf16", "geglu 5120 bf16", "geglu_backward bias 5120 f32")
 DOCUMENTED = (*QUICK, "adaln_modulate 3072 bf16", "adaln_modulate_dual 1536 bf16", "gate_residual_adaln two gates 1536 bf16",
               "gate_residual_adaln two gates 16384 f32", "adaln_modulate exact 1536 bf16", "linear bias gelu_tanh 1536 bf16", "qk_norm_rope 64 bf16",
               "qk_norm_rope 128 f32", "attention 64 f32", "attention 128 bf16", "attention 128 bf16 additive", "attention 128 f32",

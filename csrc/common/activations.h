@@ -1,39 +1,12 @@
 // Activation functions and their slopes on short vectors. For *_kernels.cpp.
 #pragma once
-#include "common/vec.h"
+#include "common/exp.h"
 
 namespace fusewire::FUSEWIRE_ISA {
 
-// e^x to about one unit in the last place: 2^n * e^r, r in [-ln 2 / 2, ln 2 / 2] (Cephes' polynomial). x is at most 88; below -87 it is taken for -87.
-template <int N>
-FUSEWIRE_INLINE lanes<float, N> exponential(lanes<float, N> x) {
-  using V = lanes<float, N>;
-  const auto plus = [](V a, V b, float c) __attribute__((always_inline)) { return fma<N, float>(a, b, splat<N>(c)); };
-  const V low = splat<N>(-87.0f);
-  x = x < low ? low : x;
-  const V shifted = plus(x, splat<N>(1.44269504f), 12582912.0f);  // the low bits of the sum are n
-  const V n = shifted - 12582912.0f;
-  const V r = fma<N, float>(n, splat<N>(2.12194440e-4f), fma<N, float>(n, splat<N>(-0.693359375f), x));
-  V p = plus(splat<N>(1.9875691500e-4f), r, 1.3981999507e-3f);
-  p = plus(p, r, 8.3334519073e-3f);
-  p = plus(p, r, 4.1665795894e-2f);
-  p = plus(p, r, 1.6666665459e-1f);
-  p = plus(p, r, 5.0000001201e-1f);
-  p = fma<N, float>(p * r, r, r) + 1.0f;
-  return p * bits_as<V>((bits_as<lanes<int32_t, N>>(shifted) << 23) + (127 << 23));
-}
-template <int N>
-FUSEWIRE_INLINE lanes<double, N> exponential(lanes<double, N> x) {
-  for (int i = 0; i < N; ++i) x[i] = std::exp(x[i]);
-  return x;
-}
-
-// y / (1 + e^-z): silu for z = y. Below -87, where e^-z leaves float, the result is zero (NaN and infinities of y stay).
+// y / (1 + e^-z): silu for z = y
 template <int N, typename C>
-FUSEWIRE_INLINE lanes<C, N> logistic(lanes<C, N> y, lanes<C, N> z) {
-  const lanes<C, N> ratio = y / (1 + exponential<N>(-z));
-  return z < splat<N>(C(-87)) ? y * 0 : ratio;
-}
+FUSEWIRE_INLINE lanes<C, N> logistic(lanes<C, N> y, lanes<C, N> z) { return y / (1 + exponential<kHasFma, N, C>(-z)); }
 
 // What a GELU needs at x: the standard normal's weight beyond |x|, and e^(-x^2 / 2).
 template <typename V>
@@ -49,14 +22,14 @@ FUSEWIRE_INLINE NormalTail<lanes<float, N>> normal_tail(lanes<float, N> a) {
   V p = splat<N>(c[8]);
 #pragma GCC unroll 8
   for (int i = 7; i >= 0; --i) p = fma<N, float>(p, t, splat<N>(c[i]));
-  const V density = exponential<N>(-0.5f * a * a);
+  const V density = exponential<kHasFma, N, float>(-0.5f * a * a);
   return {0.5f * density * t * p, density};
 }
 template <int N>
 FUSEWIRE_INLINE NormalTail<lanes<double, N>> normal_tail(lanes<double, N> a) {
   lanes<double, N> beyond;
   for (int i = 0; i < N; ++i) beyond[i] = 0.5 * std::erfc(a[i] * 0.70710678118654752440);
-  return {beyond, exponential<N>(-0.5 * a * a)};
+  return {beyond, exponential<kHasFma, N, double>(-0.5 * a * a)};
 }
 
 // x * P(X <= x) = max(x, 0) - |x| * P(X > |x|), which keeps its relative precision at both ends.

@@ -81,9 +81,9 @@ def gated_backward_kernel(grad, d_b, d_t, d_c, hidden, h_b, h_t, h_c, gate, g_b,
                 b_gate_sum += b_dgate
         tl.store(dgate + o_row, narrow(b_dgate, dgate.dtype.element_ty), mask=m_row)
     if sums is not None:
-        p_sums = sums + (i_chunk.to(tl.int64) * 2 * width + o_c)
-        tl.store(p_sums + hidden_at, b_hidden_sum, mask=mask)
-        tl.store(p_sums + gate_at, b_gate_sum, mask=mask)
+        i_sums = i_chunk.to(tl.int64) * 2 * width
+        tl.store(sums + (i_sums + hidden_at + o_c), b_hidden_sum, mask=mask)
+        tl.store(sums + (i_sums + gate_at + o_c), b_gate_sum, mask=mask)
 
 
 def _halves(x, gate, bias, gate_first: bool):

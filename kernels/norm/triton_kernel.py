@@ -76,9 +76,9 @@ def norm_backward_kernel(grad, g_b, g_t, g_c, x, x_b, x_t, x_c, weight, weight_c
                 b_dx -= (tl.sum(b_dy, 1) / channels)[:, None]
             tl.store(dx + ((i_row.to(tl.int64) * channels)[:, None] + o_c[None, :]), narrow(b_dx * b_rstd, dx.dtype.element_ty), mask=mask)
     if sums is not None:
-        p_sums = sums + (i_program.to(tl.int64) * 2 * channels + o_c)
-        tl.store(p_sums, b_by_xhat, mask=o_c < channels)
-        tl.store(p_sums + channels, b_plain, mask=o_c < channels)
+        i_sums = i_program.to(tl.int64) * 2 * channels
+        tl.store(sums + (i_sums + o_c), b_by_xhat, mask=o_c < channels)
+        tl.store(sums + (i_sums + channels + o_c), b_plain, mask=o_c < channels)
 
 
 def _norm(x, weight, bias, eps: float, rms: bool, out) -> torch.Tensor:

@@ -58,7 +58,7 @@ def test_matrix_instructions(quick):
             assert one["instructions"].get(wanted[one["target"]]), one
 
 
-@pytest.mark.parametrize("group", ["adaln 1536", "qk_norm 64"])
+@pytest.mark.parametrize("group", ["adaln 1536", "norm_backward 1536", "qk_norm 64"])
 def test_one_order_of_summation(group):
     """Bug class strided-input, for the order of the sums: the layouts that are reduced over do not depend on the inputs' strides and alignment."""
     names = ("plain", "unaligned", "transposed", "reversed", "step two", "sliced")

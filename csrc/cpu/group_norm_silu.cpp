@@ -26,10 +26,10 @@ static void run(Range<T> kernel, const GroupNormTask& k, int64_t begin, int64_t 
   parallel(begin, end, elements, [&](int64_t from, int64_t to) { kernel(k, from, to, T{}); });
 }
 
-// Statistics and result of a [spatial, C] picture, a few samples at a time, so that the second reading finds them in the cache.
+// Statistics and result of [spatial, C] pictures, a few samples at a time.
 template <typename T>
 static void close_pictures(const GroupNormTask& k) {
-  const int64_t tile = std::min(k.batch, std::max<int64_t>(1, (2 << 20) / (k.sample() * sizeof(T))));
+  const int64_t tile = tile_of(k, sizeof(T));
   std::vector<compute_t<T>> sums(tile * k.blocks() * 2 * k.channels);
   for (int64_t first = 0; first < k.batch; first += tile) {
     const int64_t last = std::min(k.batch, first + tile);

@@ -100,21 +100,33 @@ inline GroupNormTask group_norm_task(const Picture& picture, int64_t groups, con
   return k;
 }
 
+// Samples that are worked on together, so that a second reading finds them in the cache.
+inline int64_t tile_of(const GroupNormTask& k, int64_t itemsize) {
+  return std::min(k.batch, std::max<int64_t>(1, (2 << 20) / (k.sample() * itemsize)));
+}
+
+// Calls body(n, begin, end) over the blocks of samples [first, last).
+template <typename F>
+inline void over_blocks(const GroupNormTask& k, int64_t first, int64_t last, const F& body) {
+  const int64_t blocks = k.blocks();
+  parallel(first * blocks, last * blocks, kPixelBlock * k.channels, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t n = begin / blocks, next = std::min(end, (n + 1) * blocks);
+      body(n, begin - n * blocks, next - n * blocks);
+      begin = next;
+    }
+  });
+}
+
 // close: the coefficients of samples [first, last) of a [spatial, C] picture. `sums` has room for 2 * C for each of their blocks.
 template <typename T>
 void group_norm_statistics(const GroupNormTask& k, int64_t first, int64_t last, compute_t<T>* sums) {
   const auto guess = FUSEWIRE_PICK(void (*)(const GroupNormTask&, int64_t, T), group_norm_guess);
   const auto block_sums = FUSEWIRE_PICK(void (*)(const GroupNormTask&, int64_t, int64_t, int64_t, void*, T), group_norm_block_sums);
   const auto finish = FUSEWIRE_PICK(bool (*)(const GroupNormTask&, int64_t, const void*, bool, T), group_norm_finish);
-  const int64_t blocks = k.blocks(), sample = blocks * 2 * k.channels;
+  const int64_t sample = k.blocks() * 2 * k.channels;
   const auto sum = [&](int64_t from, int64_t to) {
-    parallel(from * blocks, to * blocks, kPixelBlock * k.channels, [&](int64_t begin, int64_t end) {
-      while (begin < end) {
-        const int64_t n = begin / blocks, next = std::min(end, (n + 1) * blocks);
-        block_sums(k, n, begin - n * blocks, next - n * blocks, sums + (n - first) * sample, T{});
-        begin = next;
-      }
-    });
+    over_blocks(k, from, to, [&](int64_t n, int64_t begin, int64_t end) { block_sums(k, n, begin, end, sums + (n - first) * sample, T{}); });
   };
   for (int64_t n = first; n < last; ++n) guess(k, n, T{});
   sum(first, last);

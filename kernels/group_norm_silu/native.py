@@ -113,3 +113,9 @@ def why_not(x, groups, weight, bias, eps, shift, scale, add, silu, exact) -> str
     if add is not None and 0 in x.stride():
         return "PyTorch lays out the sum of an expanded x in an order of its own"
     return _large_differs(dtype) if _is_large(x) else ""
+
+
+def why_not_backward(grad, x, groups, weight, bias, eps, shift, scale, add, silu, of_x) -> str:
+    if grad.dtype is not x.dtype:
+        return f"grad has dtype {grad.dtype}, x has {x.dtype}"
+    return why_not(x, groups, weight, bias, eps, shift, scale, add, silu, False)

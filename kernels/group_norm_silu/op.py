@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusewire.kernels import checks
-from fusewire.kernels.autograd import recomputing
+from fusewire.kernels.autograd import fused
 from fusewire.kernels.checks import FLOATS
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.group_norm_silu import native, reference
@@ -19,7 +19,29 @@ def _fake(x, groups, weight, bias, eps, shift, scale, add, silu, exact):
     return torch.empty_like(x, dtype=reference.result_dtype(x, shift, scale, add), memory_format=reference.suggest_memory_format(x))
 
 
-_backward, _setup_context = recomputing(reference.group_norm_silu)
+def _fake_backward(grad, x, groups, weight, bias, eps, shift, scale, add, silu, of_x):
+    dx = torch.empty_like(x, memory_format=reference.suggest_memory_format(x)) if of_x else x.new_empty(0)
+    return dx, *(x.new_empty(0) if t is None else t.new_empty(x.shape[1:2] if t.dim() == 1 else x.shape[:2]) for t in (weight, bias, shift, scale, add))
+
+
+_backward_op = define("group_norm_silu_backward(Tensor grad, Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, Tensor? shift, Tensor? scale, "
+                      "Tensor? add, bool silu, bool of_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+                      fallback=reference.group_norm_silu_backward, fake=_fake_backward)
+_backward_table = Table("group_norm_silu_backward", [
+    Backend("cpu", native.why_not_backward, _backward_op),
+    Backend("reference", always, reference.group_norm_silu_backward),
+])
+
+
+def _gradients(needed, grads, x, groups, weight, bias, eps, shift, scale, add, silu, exact):
+    found = _backward_table(grads[0], x, groups, weight, bias, eps, shift, scale, add, silu, needed[0])
+    dx, dweight, dbias, dshift, dscale, dadd = (
+        gradient.view(tensor.shape) if wanted and tensor is not x else gradient if wanted else None
+        for gradient, tensor, wanted in zip(found, (x, weight, bias, shift, scale, add), (*needed[:1], *needed[2:4], *needed[5:8])))
+    return dx, None, dweight, dbias, None, dshift, dscale, dadd, None, None
+
+
+_backward, _setup_context = fused(reference.group_norm_silu, _gradients, lambda *args: args[-1])
 _op = define("group_norm_silu(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, Tensor? shift, Tensor? scale, Tensor? add, bool silu, "
              "bool exact) -> Tensor", fallback=reference.group_norm_silu, fake=_fake, backward=_backward, setup_context=_setup_context)
 _table = Table("group_norm_silu", [

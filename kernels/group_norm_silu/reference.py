@@ -41,3 +41,15 @@ def group_norm_silu(x, groups: int, weight, bias, eps: float, shift, scale, add,
         y = y + over_pixels(shift, x)
     y = F.silu(y) if silu else y
     return y.to(dtype).contiguous(memory_format=memory_format)
+
+
+def group_norm_silu_backward(grad, x, groups: int, weight, bias, eps: float, shift, scale, add, silu: bool, of_x: bool) -> tuple[torch.Tensor, ...]:
+    """The gradients of ``close`` for x (where ``of_x``), weight, bias, shift, scale and add, each empty where there is none."""
+    # x always takes part: torch 2.13's channels-last backward ends the process where it does not
+    given = [t if t is None else t.detach().requires_grad_() for t in (x, weight, bias, shift, scale, add)]
+    with torch.enable_grad():
+        out = group_norm_silu(given[0], groups, *given[1:3], eps, *given[3:], silu, False)
+    found = iter(torch.autograd.grad(out, [t for t in given if t is not None], grad, allow_unused=True, materialize_grads=True))
+    found = [x.new_empty(0) if t is None else next(found) for t in given]
+    found[0] = found[0].contiguous(memory_format=suggest_memory_format(x)) if of_x else x.new_empty(0)
+    return tuple(t if i < 3 or not t.numel() else t.reshape(t.shape[:2]).contiguous() for i, t in enumerate(found))

@@ -31,7 +31,7 @@ CALLS = {
     "sampler_step": ((X, X, TABLE, 1), {}, "flow_euler_step"),
     "swiglu": ((X,), dict(gate_first=True, numerics="close"), "swiglu"),
 }
-BACKWARD = {f"{op}_backward" for op in ("geglu", "layer_norm", "quick_gelu", "rms_norm", "swiglu")}  # reached by autograd, from no public op
+BACKWARD = {f"{op}_backward" for op in ("geglu", "group_norm_silu", "layer_norm", "quick_gelu", "rms_norm", "swiglu")}  # reached by autograd, from no public op
 
 
 def test_every_op_is_here():

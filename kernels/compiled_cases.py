@@ -9,6 +9,7 @@ import torch
 from fusewire.kernels.adaln import triton_kernel as adaln
 from fusewire.kernels.attention import triton_kernel as attention
 from fusewire.kernels.gated_mlp import triton_kernel as gated_mlp
+from fusewire.kernels.group_norm_silu import triton_kernel as group_norm_silu
 from fusewire.kernels.linear import triton_kernel as linear
 from fusewire.kernels.norm import triton_kernel as norm
 from fusewire.kernels.qk_norm_rope import triton_kernel as qk_norm_rope
@@ -168,6 +169,19 @@ for _dtype in SHORT:
     def _(dtype=_dtype):
         sampler_step.flow_euler_step(meta(1, 16, 128, 128, dtype=torch.float32), meta(2, 16, 128, 128, dtype=dtype), None,
                                      meta(28, 2, dtype=torch.float64), 0, meta(dtype=torch.int64), True)
+
+for _dtype, (_shape, _format) in itertools.product(SHORT, itertools.product(((2, 320, 64, 64), (1, 128, 512, 512)), ("", " channels last"))):
+    @case(f"group_norm_silu {_shape[1]} {SHORT[_dtype]}{_format}")
+    def _(dtype=_dtype, shape=_shape, last=_format):
+        x, w = meta(*shape, dtype=dtype), meta(shape[1], dtype=dtype)
+        x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        group_norm_silu.group_norm_silu(x, 32, w, w, 1e-5, None, None, None, True, False)
+
+    @case(f"group_norm_silu_backward {_shape[1]} {SHORT[_dtype]}{_format}")
+    def _(dtype=_dtype, shape=_shape, last=_format):
+        x, w, m = meta(*shape, dtype=dtype), meta(shape[1], dtype=dtype), meta(shape[0], shape[1], dtype=dtype)
+        x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        group_norm_silu.group_norm_silu_backward(x, x, 32, w, w, 1e-5, m, m, m, True, True)
 
 MASKS = {"": lambda q: None, " bool": lambda q: meta(q.shape[0], 1, q.shape[1], q.shape[1], dtype=torch.bool),
          " additive": lambda q: meta(q.shape[0], 1, 1, q.shape[1], dtype=torch.float32)}

@@ -67,6 +67,20 @@ def flat_tile(elements: int, arch: Arch) -> tuple[int, int]:
     return block, max(block // (8 * arch.warp), 1)
 
 
+class GroupTile(NamedTuple):
+    """``steps`` blocks of ``block`` elements in one program of ``warps`` warps."""
+
+    block: int
+    steps: int
+    warps: int
+
+
+def group_tile(elements: int, arch: Arch) -> GroupTile:
+    """For sums over runs of ``elements``: 16 elements a thread, and at most 128 programs for each run, whose results are put together at the end."""
+    block = min(max(power_of_2(elements), 256), 4096)
+    return GroupTile(block, max(-(-elements // (block * 128)), 1), max(block // (16 * arch.warp), 1))
+
+
 class AttentionTile(NamedTuple):
     """Blocks of queries and keys, the padded head dimension, and how float32 is multiplied."""
 

@@ -8,9 +8,10 @@ from fusewire.kernels import checks
 from fusewire.kernels.autograd import fused
 from fusewire.kernels.checks import FLOATS
 from fusewire.kernels.dispatch import Backend, Table, always
-from fusewire.kernels.group_norm_silu import native, reference
+from fusewire.kernels.group_norm_silu import native, reference, triton_limits
 from fusewire.kernels.library import define
 from fusewire.kernels.rounding import is_exact
+from fusewire.kernels.triton_rows import row as triton_row
 
 _Tensor = torch.Tensor
 
@@ -29,6 +30,7 @@ _backward_op = define("group_norm_silu_backward(Tensor grad, Tensor x, int group
                       fallback=reference.group_norm_silu_backward, fake=_fake_backward)
 _backward_table = Table("group_norm_silu_backward", [
     Backend("cpu", native.why_not_backward, _backward_op),
+    triton_row(_backward_op, triton_limits.why_not_backward, "group_norm_silu.group_norm_silu_backward"),
     Backend("reference", always, reference.group_norm_silu_backward),
 ])
 
@@ -46,6 +48,7 @@ _op = define("group_norm_silu(Tensor x, int groups, Tensor? weight, Tensor? bias
              "bool exact) -> Tensor", fallback=reference.group_norm_silu, fake=_fake, backward=_backward, setup_context=_setup_context)
 _table = Table("group_norm_silu", [
     Backend("cpu", native.why_not, _op),
+    triton_row(_op, triton_limits.why_not_forward, "group_norm_silu.group_norm_silu"),
     Backend("reference", always, reference.group_norm_silu),
 ])
 native.compare_with_stock(_op)

@@ -67,6 +67,13 @@ def test_one_order_of_summation(group):
     assert len({tuple(order) for order in orders.values()}) == 1, orders
 
 
+def test_group_norm():
+    """The picture is read and written 16 bytes at a time; a channel's parameters are read one by one."""
+    for one in compiled("--target", "sm_90", "--case=group_norm_silu 320 bf16", "--case=group_norm_silu_backward 320 bf16"):
+        assert one["loads"].get("16"), one
+        assert "16" in one["stores"] or one["kernel"] in ("group_norm_parts_kernel", "group_norm_sums_kernel"), one
+
+
 @pytest.mark.slow
 def test_every_case():
     assert compiled()

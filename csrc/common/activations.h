@@ -4,46 +4,78 @@
 
 namespace fusewire::FUSEWIRE_ISA {
 
-// y / (1 + e^-z): silu for z = y
-template <int N, typename C>
-FUSEWIRE_INLINE lanes<C, N> logistic(lanes<C, N> y, lanes<C, N> z) { return y / (1 + exponential<kHasFma, N, C>(-z)); }
+// 1 / x for x in [1, 2^126] and NaN, for a result of type T: where a division takes longer than all the rest, an estimate and (but for bfloat16) one
+// step of Newton's method, good to a unit in the last place.
+template <typename T, int N>
+FUSEWIRE_INLINE lanes<compute_t<T>, N> close_reciprocal(lanes<compute_t<T>, N> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(x) == 64 && sizeof(x[0]) == 4) {
+    const auto r = bits_as<lanes<float, N>>(_mm512_maskz_rcp14_ps(0xffff, bits_as<__m512>(x)));
+    if constexpr (std::is_same_v<T, bfloat16>) return r;
+    return fma<N, float>(r, fma<N, float>(-x, r, splat<N>(1.0f)), r);
+  }
+#endif
+  return 1 / x;
+}
+
+// y / (1 + e^-z): silu for z = y. Beyond -80 it is below what a reciprocal holds, and taken for zero (NaN where y is infinite, as in stock).
+template <typename T, int N>
+FUSEWIRE_INLINE lanes<compute_t<T>, N> logistic(lanes<compute_t<T>, N> y, lanes<compute_t<T>, N> z) {
+  using C = compute_t<T>;
+  if constexpr (sizeof(C) == 8) {
+    return y / (1 + exponential<kHasFma, N, C>(-z));
+  } else {
+    return z < splat<N>(C(-80)) ? y * 0 : y * close_reciprocal<T, N>(1 + close_exponential<T, N>(-z));
+  }
+}
 
 // What a GELU needs at x: the standard normal's weight beyond |x|, and e^(-x^2 / 2).
 template <typename V>
 struct NormalTail { V beyond, density; };
 
-// P(X > a) = e^(-a^2 / 2) * t * p(t) / 2, t = 1 / (1 + 0.35 a). p is the minimax polynomial of degree 8 for the relative error on [0, 14], 4e-8, with
-// p(1) = 1. At 14 and beyond the weight is below every float that a gelu could show.
-template <int N>
-FUSEWIRE_INLINE NormalTail<lanes<float, N>> normal_tail(lanes<float, N> a) {
-  using V = lanes<float, N>;
-  constexpr float c[9] = {0.279244065f, 0.279698431f, 0.239877269f, 0.210060239f, -0.0436601527f, 0.314172477f, -0.507358849f, 0.28576857f, -0.0578021081f};
-  const V t = 1 / fma<N, float>(splat<N>(0.35f), a, splat<N>(1.0f));
-  V p = splat<N>(c[8]);
+// P(X > a) = e^(-a^2 / 2) * t * p(t) / 2, t = 1 / (1 + k a). p is the minimax polynomial for the relative error on [0, 14], with p(1) = 1: of degree 8
+// 4e-8, of degree 5 for bfloat16 9e-6. At 14 and beyond the weight is below every float that a gelu could show.
+template <typename T>
+struct TailPolynomial {
+  static constexpr int degree = 8;
+  static constexpr float k = 0.35f, c[9] = {0.279244065f, 0.279698431f, 0.239877269f, 0.210060239f, -0.0436601527f, 0.314172477f, -0.507358849f,
+                                            0.28576857f, -0.0578021081f};
+};
+template <>
+struct TailPolynomial<bfloat16> {
+  static constexpr int degree = 5;
+  static constexpr float k = 0.3f, c[6] = {0.240162104f, 0.22730674f, 0.289248288f, -0.0358181931f, 0.434089929f, -0.15498887f};
+};
+template <typename T, int N>
+FUSEWIRE_INLINE NormalTail<lanes<compute_t<T>, N>> normal_tail(lanes<compute_t<T>, N> a) {
+  using C = compute_t<T>;
+  if constexpr (sizeof(C) == 8) {
+    lanes<C, N> beyond;
+    for (int i = 0; i < N; ++i) beyond[i] = 0.5 * std::erfc(a[i] * 0.70710678118654752440);
+    return {beyond, exponential<kHasFma, N, C>(-0.5 * a * a)};
+  } else {
+    using P = TailPolynomial<T>;
+    const auto t = close_reciprocal<T, N>(fma<N, C>(splat<N>(P::k), a, splat<N>(1.0f)));
+    auto p = splat<N>(P::c[P::degree]);
 #pragma GCC unroll 8
-  for (int i = 7; i >= 0; --i) p = fma<N, float>(p, t, splat<N>(c[i]));
-  const V density = exponential<kHasFma, N, float>(-0.5f * a * a);
-  return {0.5f * density * t * p, density};
-}
-template <int N>
-FUSEWIRE_INLINE NormalTail<lanes<double, N>> normal_tail(lanes<double, N> a) {
-  lanes<double, N> beyond;
-  for (int i = 0; i < N; ++i) beyond[i] = 0.5 * std::erfc(a[i] * 0.70710678118654752440);
-  return {beyond, exponential<kHasFma, N, double>(-0.5 * a * a)};
+    for (int i = P::degree - 1; i >= 0; --i) p = fma<N, C>(p, t, splat<N>(P::c[i]));
+    const auto density = close_exponential<T, N>(-0.5f * a * a);
+    return {0.5f * density * t * p, density};
+  }
 }
 
 // x * P(X <= x) = max(x, 0) - |x| * P(X > |x|), which keeps its relative precision at both ends.
 struct GeluErf {
-  template <int N, typename C>
+  template <typename T, int N, typename C = compute_t<T>>
   FUSEWIRE_INLINE static lanes<C, N> value(lanes<C, N> x) {
     const lanes<C, N> a = x < 0 ? -x : x, capped = a > 14 ? splat<N>(C(14)) : a;
-    return (x > 0 ? x : lanes<C, N>{}) - capped * normal_tail<N>(capped).beyond;
+    return (x > 0 ? x : lanes<C, N>{}) - capped * normal_tail<T, N>(capped).beyond;
   }
   // P(X <= x) + x * e^(-x^2 / 2) / sqrt(2 pi)
-  template <int N, typename C>
+  template <typename T, int N, typename C = compute_t<T>>
   FUSEWIRE_INLINE static void both(lanes<C, N> x, lanes<C, N>& y, lanes<C, N>& slope) {
     const lanes<C, N> a = x < 0 ? -x : x, capped = a > 14 ? splat<N>(C(14)) : a;
-    const auto tail = normal_tail<N>(capped);
+    const auto tail = normal_tail<T, N>(capped);
     y = (x > 0 ? x : lanes<C, N>{}) - capped * tail.beyond;
     const lanes<C, N> bump = capped * tail.density * C(0.39894228040143267794);
     slope = x > 0 ? 1 - tail.beyond + bump : tail.beyond - bump;
@@ -55,12 +87,12 @@ template <bool Quick>
 struct ScaledSilu {
   template <typename C>
   static constexpr C kScale = Quick ? C(1.702) : C(1);
-  template <int N, typename C>
-  FUSEWIRE_INLINE static lanes<C, N> value(lanes<C, N> x) { return logistic<N, C>(x, kScale<C> * x); }
+  template <typename T, int N, typename C = compute_t<T>>
+  FUSEWIRE_INLINE static lanes<C, N> value(lanes<C, N> x) { return logistic<T, N>(x, kScale<C> * x); }
   // s(z) * (1 + z * (1 - s(z))), z = scale * x
-  template <int N, typename C>
+  template <typename T, int N, typename C = compute_t<T>>
   FUSEWIRE_INLINE static void both(lanes<C, N> x, lanes<C, N>& y, lanes<C, N>& slope) {
-    const lanes<C, N> z = kScale<C> * x, part = logistic<N, C>(splat<N>(C(1)), z);
+    const lanes<C, N> z = kScale<C> * x, part = logistic<T, N>(splat<N>(C(1)), z);
     y = x * part;
     slope = part * fma<N, C>(z, 1 - part, splat<N>(C(1)));
   }

@@ -47,7 +47,7 @@ static void forward(const GatedTask& k, int64_t begin, int64_t end) {
       for_columns<N>(0, n, [&](const auto& at) __attribute__((always_inline)) {
         lanes<C, N> g = at.load(gate[r]);
         if constexpr (Bias) g += at.load(memory.gate_bias);
-        lanes<C, N> y = Act::template value<N, C>(g);
+        lanes<C, N> y = Act::template value<T, N>(g);
         if constexpr (Gated) y = (Bias ? at.load(hidden[r]) + at.load(memory.hidden_bias) : at.load(hidden[r])) * y;
         at.store(out, y);
       });
@@ -77,7 +77,7 @@ static void backward(const GatedGradientTask& k, int64_t begin, int64_t end) {
       for (int r = 0; r < K; ++r) {
         V g = at.load(gate[r]), y, slope;
         if constexpr (Bias) g += at.load(memory.gate_bias);
-        Act::template both<N, C>(g, y, slope);
+        Act::template both<T, N>(g, y, slope);
         const V dy = at.load(grad[r]);
         if constexpr (Gated) {
           V h = at.load(hidden[r]);

@@ -20,7 +20,11 @@ FUSEWIRE_INLINE const compute_t<T>* wide_vector(const T* p, int64_t stride, int6
   return room;
 }
 
-// The rows [row, row + count) of a tensor: pointers into it where its channels are contiguous, otherwise to copies in `room` [count, n].
+// Elements from one copied row to the next: an odd number of cache lines, so that rows that are filled side by side do not meet in the same few sets.
+template <typename T>
+FUSEWIRE_INLINE int64_t row_pitch(int64_t n) { return ((n * sizeof(T) + 63) / 64 | 1) * 64 / sizeof(T); }
+
+// The rows [row, row + count) of a tensor: pointers into it where its channels are contiguous, otherwise to copies in `room` [count, pitch].
 // Rows that lie side by side (pictures [B, C, H, W]) are turned channel by channel, so that every cache line is read once.
 template <typename T>
 FUSEWIRE_INLINE void gather_rows(const LeadingRows& x, int64_t row, int count, int64_t n, T* room, const T** rows) {
@@ -31,7 +35,8 @@ FUSEWIRE_INLINE void gather_rows(const LeadingRows& x, int64_t row, int count, i
     side_by_side &= rows[r] == rows[0] + r;
   }
   if (x.channel == 1) return;
-  const auto copy = [&](int r, int64_t i) { room[r * n + i] = rows[r][i * x.channel]; };
+  const int64_t pitch = row_pitch<T>(n);
+  const auto copy = [&](int r, int64_t i) { room[r * pitch + i] = rows[r][i * x.channel]; };
   if (side_by_side) {
     for (int64_t i = 0; i < n; ++i)
       for (int r = 0; r < count; ++r) copy(r, i);
@@ -39,17 +44,18 @@ FUSEWIRE_INLINE void gather_rows(const LeadingRows& x, int64_t row, int count, i
     for (int r = 0; r < count; ++r)
       for (int64_t i = 0; i < n; ++i) copy(r, i);
   }
-  for (int r = 0; r < count; ++r) rows[r] = room + r * n;
+  for (int r = 0; r < count; ++r) rows[r] = room + r * pitch;
 }
 
-// The way back: rows [count, n] of `room` into a tensor whose channels are not contiguous.
+// The way back: rows [count, pitch] of `room` into a tensor whose channels are not contiguous.
 template <typename T>
 FUSEWIRE_INLINE void scatter_rows(const LeadingRows& out, int64_t row, int count, int64_t n, const T* room) {
   T* data = static_cast<T*>(const_cast<void*>(out.data));
   T* rows[64];
   for (int r = 0; r < count; ++r) rows[r] = data + out.offset(row + r);
+  const int64_t pitch = row_pitch<T>(n);
   for (int64_t i = 0; i < n; ++i)
-    for (int r = 0; r < count; ++r) rows[r][i * out.channel] = room[r * n + i];
+    for (int r = 0; r < count; ++r) rows[r][i * out.channel] = room[r * pitch + i];
 }
 
 }  // namespace fusewire::FUSEWIRE_ISA

@@ -24,10 +24,10 @@ struct GatedMemory {
       hidden_bias = read(k.hidden_bias, wide.get());
       gate_bias = read(k.gate_bias, wide.get() + k.width);
     }
-    rows.reset(new T[3 * K * k.width]);
+    rows.reset(new T[3 * K * row_pitch<T>(k.width)]);
   }
   void gather(const LeadingRows& from, int64_t row, int count, int64_t n, int which, const T** found) const {
-    gather_rows(from, row, count, n, rows.get() + which * K * n, found);
+    gather_rows(from, row, count, n, rows.get() + which * K * row_pitch<T>(n), found);
   }
 };
 

@@ -42,7 +42,7 @@ FUSEWIRE_INLINE void xhat_and_gradient(const T* x, const T* grad, const Row& row
   if constexpr (Silu) {
     lanes<C, N> value, slope;
     const auto h = stock_fma<kHasFma, N, C>(xhat, more.template get<N>(kScaled, at), more.template get<N>(kShifted, at));
-    fusewire::FUSEWIRE_ISA::Silu::both<N, C>(h, value, slope);
+    fusewire::FUSEWIRE_ISA::Silu::both<T, N>(h, value, slope);
     dh *= slope;
   }
 }

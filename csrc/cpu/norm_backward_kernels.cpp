@@ -43,7 +43,7 @@ class NormGradientRows {
   FUSEWIRE_INLINE void rows(int64_t i) const {
     const T *grad[K], *x[K];
     gather_rows(k_.grad, i, K, n_, gathered_.get(), grad);
-    gather_rows(k_.x, i, K, n_, gathered_.get() + kSide * n_, x);
+    gather_rows(k_.x, i, K, n_, gathered_.get() + kSide * row_pitch<T>(n_), x);
     RowNorm<C> row[K];
     GradientMeans<C> means[K]{};
     for (int r = 0; r < K; ++r) {
@@ -65,7 +65,7 @@ class NormGradientRows {
  public:
   explicit NormGradientRows(const NormGradientTask& k)
       : k_(k), n_(k.channels), room_(new C[3 * n_]()),
-        gathered_(k.x.channel == 1 && k.grad.channel == 1 ? nullptr : new T[2 * kSide * n_]), weight_(nullptr), group_(room_.get() + n_) {
+        gathered_(k.x.channel == 1 && k.grad.channel == 1 ? nullptr : new T[2 * kSide * row_pitch<T>(n_)]), weight_(nullptr), group_(room_.get() + n_) {
     if (k.weight.data) weight_ = wide_vector(static_cast<const T*>(k.weight.data), k.weight.stride, n_, room_.get());
   }
 

@@ -102,8 +102,8 @@ class NormRows {
 
  public:
   explicit NormRows(const NormTask& k)
-      : k_(k), n_(k.channels), stock_(k.channels, k.order), affine_(new C[2 * n_]), in_(k.x.channel == 1 ? nullptr : new T[kBlock * n_]),
-        out_(k.out.channel == 1 ? nullptr : new T[kBlock * n_]), wide_(std::is_same_v<X, T> ? nullptr : new X[kSide * n_]) {
+      : k_(k), n_(k.channels), stock_(k.channels, k.order), affine_(new C[2 * n_]), in_(k.x.channel == 1 ? nullptr : new T[kBlock * row_pitch<T>(n_)]),
+        out_(k.out.channel == 1 ? nullptr : new T[kBlock * row_pitch<T>(n_)]), wide_(std::is_same_v<X, T> ? nullptr : new X[kSide * n_]) {
     weight_ = read(k.weight, affine_.get());
     bias_ = read(k.bias, affine_.get() + n_);
   }
@@ -115,7 +115,7 @@ class NormRows {
       const int count = end - i < kBlock ? static_cast<int>(end - i) : kBlock;
       gather_rows(k_.x, i, count, n_, in_.get(), x);
       for (int r = 0; r < count; ++r) {
-        out[r] = k_.out.channel == 1 ? static_cast<T*>(const_cast<void*>(k_.out.data)) + k_.out.offset(i + r) : out_.get() + r * n_;
+        out[r] = k_.out.channel == 1 ? static_cast<T*>(const_cast<void*>(k_.out.data)) + k_.out.offset(i + r) : out_.get() + r * row_pitch<T>(n_);
       }
       int r = 0;
       for (; r + kSide <= count; r += kSide) rows<kSide>(x + r, out + r);

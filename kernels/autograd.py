@@ -47,21 +47,26 @@ def recomputing(reference: Callable) -> tuple[Callable, Callable]:
     return backward, setup_context
 
 
-def fused(reference: Callable, gradients: Callable, recomputed_for: Callable[..., bool]) -> tuple[Callable, Callable]:
+def fused(reference: Callable, gradients: Callable, recomputed_for: Callable[..., bool], *, with_outputs: bool = False) -> tuple[Callable, Callable]:
     """(backward, setup_context) for ``torch.library.register_autograd``, with a kernel for the backward.
 
     ``gradients(needed, grads, *args)`` returns one gradient (or None) for each of the op's arguments ``args``; ``needed`` says which are wanted,
     ``grads`` are those of the outputs, None where an output was not used. The reference is differentiated instead where
     ``recomputed_for(*args)`` holds (``exact``: the gradients are then those of the stock code, bit for bit), and where the gradients are to be
-    differentiated themselves (``create_graph=True``).
+    differentiated themselves (``create_graph=True``). ``with_outputs``: the op's outputs are kept too, and ``gradients`` gets them after ``args``.
     """
-    recompute, setup_context = recomputing(reference)
+    recompute, keep_inputs = recomputing(reference)
+
+    def setup_context(ctx, inputs, output):
+        keep_inputs(ctx, inputs, output)
+        if with_outputs:
+            ctx.save_for_backward(*(value for value in inputs if isinstance(value, torch.Tensor)), *output)
 
     def backward(ctx, *grads):
         saved = iter(ctx.saved_tensors)
         arguments = [next(saved) if is_tensor else value for is_tensor, value in zip(ctx.layout, ctx.rest)]
         if torch.is_grad_enabled() or recomputed_for(*arguments):
             return recompute(ctx, *grads)
-        return gradients(ctx.needs_input_grad, grads, *arguments)
+        return gradients(ctx.needs_input_grad, grads, *arguments, *saved)
 
     return backward, setup_context

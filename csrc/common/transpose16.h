@@ -2,6 +2,7 @@
 #pragma once
 #if defined(__AVX512F__)
 #pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms from GCC 12's own AVX-512 headers (GCC bug 105593)
 #include <immintrin.h>
 #pragma GCC diagnostic pop

@@ -36,6 +36,7 @@ class TileScope {
       config[16 + 2 * i] = 64;
       config[48 + i] = 16;
     }
+    asm volatile("" : : "r"(config) : "memory");  // GCC's tile intrinsics do not tell the compiler that they read memory
     _tile_loadconfig(config);
   }
   ~TileScope() {
@@ -90,11 +91,12 @@ struct Ahead {
 // c[32][32] (+)= a . b over `steps` steps. Operands: [step][part][2 tiles][1024 bytes]. Every element is
 // summed in one order, whatever its neighbours. `lower_first`: the small products of all steps before the large ones, so that fewer sums
 // are rounded at full size; for results that an exponential will magnify.
-template <int parts, bool lower_first = false>
+// `whole`: float16's fourth product too, so that nothing is rounded but sums; for results whose difference from another sum will matter.
+template <int parts, bool lower_first = false, bool whole = false>
 [[gnu::always_inline]] inline void multiply_block(const char* a, const char* b, int64_t steps, float* c, int64_t row_floats, bool first,
                                                   Ahead ahead = {nullptr, 0}) {
   const int64_t stride = row_floats * sizeof(float);
-  asm volatile("" ::: "memory");  // GCC's tile intrinsics do not tell the compiler that they read memory
+  asm volatile("" ::: "memory");  // as in TileScope
   if (first) {
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
   } else {
@@ -111,7 +113,12 @@ template <int parts, bool lower_first = false>
     if constexpr (parts == 1) {
       FUSEWIRE_AMX_NEW(0, 0);
     } else if constexpr (parts == 2) {  // high.low, high.high, low.high: each load serves as many products as can be
-      FUSEWIRE_AMX_NEW(0, 1);
+      if constexpr (whole) {
+        FUSEWIRE_AMX_NEW(1, 1);
+        FUSEWIRE_AMX_NEW_A(0);
+      } else {
+        FUSEWIRE_AMX_NEW(0, 1);
+      }
       FUSEWIRE_AMX_NEW_B(0);
       FUSEWIRE_AMX_NEW_A(1);
     } else if constexpr (lower_first) {

@@ -16,7 +16,6 @@ namespace fusewire::FUSEWIRE_ISA {
 constexpr int64_t kQueryBlock = kSide;
 constexpr int64_t kKeyBlock = 128;             // two blocks of logits: 32 KiB
 constexpr int64_t kPackedKeyBytes = 3 << 19;   // keys and values packed at a time, in the second-level cache
-constexpr double kLog2e = 1.44269504088896341;
 static_assert(kQueryBlock == kAttentionAmxQueryBlock && kLanes == 16 && kAttentionMaxBlocks < 64);
 
 // What a block of 32 queries carries from one block of keys to the next: lanes are queries.
@@ -320,6 +319,7 @@ class AmxTask {
         for (int64_t i = 0; i < 16; ++i) vstore(wide[i] + channel, square[i]);
       }
       for (int64_t r = 0; r < std::min<int64_t>(kLanes, rows - g); ++r) {
+        put_softmax(call_, task_, query + g + r, state.highest[g + r], factor_, state.total[g + r]);
         T* out = const_cast<T*>(row_of<T>(call_.out, task_.batch, task_.head, query + g + r).data);
         const float* x = wide[r];
 #pragma omp simd

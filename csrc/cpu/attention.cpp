@@ -6,24 +6,9 @@
 #include <cmath>
 #include <vector>
 
-#include "common/tensor.h"
+#include "cpu/attention_tensors.h"
 
 namespace fusewire {
-
-static AttentionType attention_type(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float: return AttentionType::f32;
-    case ScalarType::BFloat16: return AttentionType::bf16;
-    case ScalarType::Half: return AttentionType::f16;
-    case ScalarType::Double: return AttentionType::f64;
-    case ScalarType::Bool: return AttentionType::boolean;
-    default: STD_TORCH_CHECK(false, "attention: unsupported dtype");
-  }
-}
-
-static AttentionTensor view(const Tensor& x) {
-  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3), x.size(1), nullptr};
-}
 
 // A norm weight as doubles, kept alive by `keep`.
 static const double* weight_of(const std::optional<Tensor>& weight, std::vector<std::vector<double>>& keep) {
@@ -70,50 +55,64 @@ static void run(const AttentionCall& call, int64_t batch, int64_t heads) {
 
 static AttentionCall begin_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, std::optional<double> scale, double eps) {
   AttentionCall call{};
-  call.q[0] = view(q);
-  call.k[0] = view(k);
-  call.v[0] = view(v);
-  call.out[0] = view(out);
+  call.q[0] = attention_view(q);
+  call.k[0] = attention_view(k);
+  call.v[0] = attention_view(v);
+  call.out[0] = attention_view(out);
   call.type = attention_type(q.scalar_type());
   call.queries = q.size(1);
   call.keys = k.size(1);
   call.channels = q.size(3);
+  call.heads = q.size(2);
   call.group = k.size(2) ? q.size(2) / k.size(2) : 1;
-  call.scale = scale ? *scale : 1.0 / std::sqrt(static_cast<double>(q.size(3)));
+  call.scale = attention_scale(q, scale);
   call.eps = eps;
+  return call;
+}
+
+static AttentionCall whole_call(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask, const Tensor& out, bool causal,
+                                std::optional<double> scale, double eps) {
+  AttentionCall call = begin_call(q, k, v, out, scale, eps);
+  call.causal = causal;
+  if (mask) call.mask = attention_mask(*mask, q, k);
   return call;
 }
 
 static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask, const std::optional<Tensor>& q_weight,
                         const std::optional<Tensor>& k_weight, bool causal, std::optional<double> scale, double eps) {
-  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
-  AttentionCall call = begin_call(q, k, v, out, scale, eps);
+  Tensor out = empty_contiguous(q);
+  AttentionCall call = whole_call(q, k, v, mask, out, causal, scale, eps);
   std::vector<std::vector<double>> keep;
   call.q[0].weight = weight_of(q_weight, keep);
   call.k[0].weight = weight_of(k_weight, keep);
-  call.causal = causal;
-  if (mask) {
-    const int64_t sizes[4] = {q.size(0), q.size(2), q.size(1), k.size(1)};
-    int64_t strides[4] = {};
-    for (int64_t i = 0; i < 4; ++i) strides[i] = mask->size(i) == 1 && sizes[i] != 1 ? 0 : mask->stride(i);
-    call.mask = {mask->data_ptr(), attention_type(mask->scalar_type()), strides[0], strides[1], strides[2], strides[3]};
-  }
   run(call, q.size(0), q.size(2));
   return out;
+}
+
+// Also each query's highest logit, and the sum of exp(logit - highest), in float64 [B, H, Tq]: what the gradients and the log-sum-exp need.
+static std::tuple<Tensor, Tensor, Tensor> attention_softmax(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
+                                                            bool causal, std::optional<double> scale) {
+  Tensor out = empty_contiguous(q);
+  Tensor highest = torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Double);
+  Tensor total = torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Double);
+  AttentionCall call = whole_call(q, k, v, mask, out, causal, scale, 1.0);
+  call.highest = static_cast<double*>(highest.data_ptr());
+  call.total = static_cast<double*>(total.data_ptr());
+  run(call, q.size(0), q.size(2));
+  return {out, highest, total};
 }
 
 static std::tuple<Tensor, Tensor> joint_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q2, const Tensor& k2,
                                                   const Tensor& v2, const std::optional<Tensor>& q_weight, const std::optional<Tensor>& k_weight,
                                                   const std::optional<Tensor>& q2_weight, const std::optional<Tensor>& k2_weight,
                                                   std::optional<double> scale, double eps) {
-  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
-  Tensor out2 = torch::stable::new_empty(q, {q2.size(0), q2.size(1), q2.size(2), q2.size(3)});
+  Tensor out = empty_contiguous(q), out2 = empty_contiguous(q2);
   AttentionCall call = begin_call(q, k, v, out, scale, eps);
   std::vector<std::vector<double>> keep;
-  call.q[1] = view(q2);
-  call.k[1] = view(k2);
-  call.v[1] = view(v2);
-  call.out[1] = view(out2);
+  call.q[1] = attention_view(q2);
+  call.k[1] = attention_view(k2);
+  call.v[1] = attention_view(v2);
+  call.out[1] = attention_view(out2);
   call.q[0].weight = weight_of(q_weight, keep);
   call.k[0].weight = weight_of(k_weight, keep);
   call.q[1].weight = weight_of(q2_weight, keep);
@@ -128,5 +127,6 @@ static std::tuple<Tensor, Tensor> joint_attention(const Tensor& q, const Tensor&
 
 STABLE_TORCH_LIBRARY_IMPL(fusewire, CPU, m) {
   m.impl("attention", TORCH_BOX(&fusewire::attention));
+  m.impl("attention_softmax", TORCH_BOX(&fusewire::attention_softmax));
   m.impl("joint_attention", TORCH_BOX(&fusewire::joint_attention));
 }

@@ -31,6 +31,10 @@ class DoubleTask {
       for (int64_t r = 0; r < rows; ++r) {
         double* out = const_cast<double*>(row_of<double>(call_.out, task_.batch, task_.head, query + r).data);
         for (int64_t c = 0; c < channels_; ++c) out[c] = total_[r] == 0 ? 0.0 : out_[r * channels_ + c] / total_[r];
+        if (call_.total) {
+          const int64_t at = (task_.batch * call_.heads + task_.head) * call_.queries + query + r;
+          call_.highest[at] = highest_[r], call_.total[at] = total_[r];
+        }
       }
     }
   }

@@ -16,7 +16,6 @@ namespace fusewire::FUSEWIRE_ISA {
 
 constexpr int64_t kQueries = kAttentionQueryBlock;
 constexpr int64_t kPackedBytes = 2 << 20;  // keys and values packed at a time
-constexpr double kLog2e = 1.44269504088896341;
 static_assert(kQueries % kRows == 0);
 
 // What one block of queries carries from one block of keys to the next.
@@ -183,6 +182,7 @@ class Task {
     for (int64_t r = 0; r < rows; ++r) {
       const float total = vsum_of(vload(state.total + r * kLanes));
       const float inverse = total == 0 ? 0.0f : 1.0f / total;  // no key attended: 0
+      put_softmax(call_, task_, query + r, state.highest[r], factor_, total);
       float* x = state.out + r * columns_;
       for (int64_t c = 0; c < columns_; ++c) x[c] *= inverse;
       T* out = const_cast<T*>(row_of<T>(call_.out, task_.batch, task_.head, query + r).data);

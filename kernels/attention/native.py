@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from fusewire.kernels.dispatch import forced_backend
 from fusewire.kernels.library import CPU
 
+FEW_QUERIES = 16
 MAX_CHANNELS = 512  # rows are staged in buffers of this size
 
 
@@ -25,4 +28,16 @@ def why_not_attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps) -> 
 
 
 def why_not_joint(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale, eps) -> str:
+    return _why_not(q)
+
+
+def why_not_softmax(q, k, v, mask, causal, scale) -> str:
+    return _why_not(q)
+
+
+def why_not_backward(grad, lse_grad, q, k, v, out, highest, total, mask, causal, scale) -> str:
+    if q.dtype is torch.float64:
+        return "q has dtype torch.float64"
+    if q.numel() == 0 or k.numel() == 0:
+        return "a tensor is empty"
     return _why_not(q)

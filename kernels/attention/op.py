@@ -8,9 +8,11 @@ import torch
 
 from fusewire.kernels import checks
 from fusewire.kernels.attention import native, reference, triton_limits
-from fusewire.kernels.autograd import recomputing
+from fusewire.kernels.autograd import fused, recomputing
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import define
+from fusewire.kernels.norm.op import rms_norm
+from fusewire.kernels.rounding import compute_dtype
 from fusewire.kernels.triton_rows import row as triton_row
 
 
@@ -30,6 +32,55 @@ _backward, _setup = recomputing(reference.joint_attention)
 _joint_op = define("joint_attention(Tensor q, Tensor k, Tensor v, Tensor q2, Tensor k2, Tensor v2, Tensor? q_weight, Tensor? k_weight, "
                    "Tensor? q2_weight, Tensor? k2_weight, float? scale, float eps) -> (Tensor, Tensor)",
                    fallback=reference.joint_attention, fake=_fake_joint, backward=_backward, setup_context=_setup)
+
+
+def _fake_softmax(q, k, v, mask, causal, scale):
+    rows = (q.shape[0], q.shape[2], q.shape[1])
+    return q.new_empty(q.shape), q.new_empty(rows, dtype=torch.float64), q.new_empty(rows, dtype=torch.float64)
+
+
+def _fake_gradients(grad, lse_grad, q, k, v, out, highest, total, mask, causal, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_gradients_op = define("attention_backward(Tensor grad, Tensor? lse_grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor highest, Tensor total, "
+                       "Tensor? mask, bool causal, float? scale) -> (Tensor, Tensor, Tensor)",
+                       fallback=reference.attention_backward, fake=_fake_gradients)
+
+
+def _cpu_gradients(grad, lse_grad, q, k, v, out, highest, total, mask, causal, scale):
+    if mask is not None or causal and k.shape[1] > q.shape[1]:
+        k, v = reference.without_unused(q, k, v, mask, causal)
+    return _gradients_op(grad, lse_grad, q, k, v, out, highest, total, mask, causal, scale)
+
+
+_gradients = Table("attention_backward", [
+    Backend("cpu", native.why_not_backward, _cpu_gradients),
+    Backend("reference", always, reference.attention_backward),
+])
+
+
+def _gradients_of(needed, grads, q, k, v, mask, causal, scale, out, highest, total):
+    grad, _, total_grad = grads
+    # With the highest logit as a constant, the gradient of the total is that of the log-sum-exp over the total.
+    lse_grad = None if total_grad is None else (total_grad * total).masked_fill(total == 0, 0)
+    grad = torch.zeros_like(out) if grad is None else grad
+    return *_gradients(grad, lse_grad, q, k, v, out, highest, total, mask, causal, scale), None, None, None
+
+
+def _recomputed(q, k, v, mask, causal, scale) -> bool:
+    """For few queries PyTorch's float32 products are as fast, and sum in shorter chains; no kernel has the gradient of a mask."""
+    return mask is not None and mask.requires_grad or q.is_cpu and q.dtype is torch.float32 and q.shape[1] < native.FEW_QUERIES
+
+
+_backward, _setup = fused(reference.attention_softmax, _gradients_of, _recomputed, with_outputs=True)
+_softmax_op = define("attention_softmax(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float? scale) -> (Tensor, Tensor, Tensor)",
+                     fallback=reference.attention_softmax, fake=_fake_softmax, backward=_backward, setup_context=_setup)
+_softmax = Table("attention_softmax", [
+    Backend("cpu", native.why_not_softmax, _softmax_op),
+    triton_row(_softmax_op, triton_limits.why_not_softmax, "attention.attention_softmax"),
+    Backend("reference", always, reference.attention_softmax),
+])
 _attention = Table("attention", [
     Backend("cpu", native.why_not_attention, _attention_op),
     triton_row(_attention_op, triton_limits.why_not_attention, "attention.attention"),
@@ -119,8 +170,13 @@ def _cast(tensors: tuple) -> tuple:
     return tuple(x.to(dtype) if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x for x in tensors)
 
 
+def _learns(*tensors) -> bool:
+    """Whether a gradient of any of them is wanted."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def attention(q, k, v, *, mask=None, causal: bool = False, scale: float | None = None, q_weight=None, k_weight=None,
-              eps: float = 1e-6) -> torch.Tensor:
+              eps: float = 1e-6, return_lse: bool = False):
     """``softmax(q k^T * scale + mask) v``, optionally with RMS norm of each head of q and k on the way in.
 
     Args:
@@ -132,8 +188,10 @@ def attention(q, k, v, *, mask=None, causal: bool = False, scale: float | None =
         scale: None for 1 / sqrt(D).
         q_weight, k_weight: [D]; where given, q (k) is normalised over D with this weight, in float32 and rounded once.
         eps: of that norm, added to the mean square; greater than 0.
+        return_lse: also return the log-sum-exp of each query's scaled and masked logits, [B, H, Tq] in float32 (float64 for float64), natural
+            logarithm, -inf where no key is left. Parts of a sequence that were attended to apart can be put together with it.
 
-    Returns: [B, Tq, H, D], contiguous, in q's dtype. Never bit-equal to PyTorch's: ``numerics="close"`` in the sense of the other ops.
+    Returns: [B, Tq, H, D], contiguous, in q's dtype; with ``return_lse`` the pair (that, log-sum-exp). Never bit-equal to PyTorch's: ``numerics="close"`` in the sense of the other ops.
     Under autocast q, k and v are cast as for PyTorch's attention.
     Raises: TypeError for a dtype, ValueError for a shape, a device, ``scale`` or ``eps`` that is not as stated.
     Source: Dao et al. (2022), "FlashAttention"; Vaswani et al. (2017).
@@ -144,7 +202,19 @@ def attention(q, k, v, *, mask=None, causal: bool = False, scale: float | None =
     _check_rest(q, _WEIGHTS, (q_weight, k_weight), scale, eps)
     if mask is not None:
         mask = _full_mask(mask, q, k)
+    if return_lse or _learns(q, k, v, mask, q_weight, k_weight):
+        out, highest, total = _softmax(_normalised(q, q_weight, eps), _normalised(k, k_weight, eps), v, mask, causal, scale)
+        return (out, _log_sum_exp(highest, total).to(compute_dtype(q.dtype))) if return_lse else out
     return _attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps)
+
+
+def _log_sum_exp(highest, total) -> torch.Tensor:
+    empty = total == 0
+    return (highest.detach() + torch.log(total.masked_fill(empty, 1))).masked_fill(empty, -torch.inf)
+
+
+def _normalised(x, weight, eps: float) -> torch.Tensor:
+    return x if weight is None else rms_norm(x, weight, eps=eps, numerics="close").to(x.dtype)
 
 
 def joint_attention(q, k, v, q2, k2, v2, *, q_weight=None, k_weight=None, q2_weight=None, k2_weight=None, eps: float = 1e-6,
@@ -169,4 +239,8 @@ def joint_attention(q, k, v, q2, k2, v2, *, q_weight=None, k_weight=None, q2_wei
     _check(("q2", "k2", "v2"), q2, k2, v2)
     _check_streams(q, k, q2, k2)
     _check_rest(q, _WEIGHTS, (q_weight, k_weight, q2_weight, k2_weight), scale, eps)
+    if _learns(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight):
+        pairs = ((_normalised(q, q_weight, eps), _normalised(q2, q2_weight, eps)), (_normalised(k, k_weight, eps), _normalised(k2, k2_weight, eps)), (v, v2))
+        out, _, _ = _softmax(*(torch.cat(pair, dim=1) for pair in pairs), None, False, scale)
+        return tuple(part.contiguous() for part in out.split((q.shape[1], q2.shape[1]), dim=1))
     return _joint(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale, eps)

@@ -17,34 +17,91 @@ def widen(x, weight, eps: float) -> torch.Tensor:
     return x if weight is None else x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
 
 
-def attend(q, k, v, mask, causal: bool, scale: float | None) -> torch.Tensor:
-    """softmax(q k^T * scale + mask) v over [B, T, H, D]; 0 for a query that no key is left for."""
-    if k.shape[1] == 0:
-        return torch.zeros_like(q)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) if x.shape[1] != q.shape[1] else x for x in (k, v))
+def _hidden(q, k, mask, causal: bool) -> torch.Tensor:
+    """Which keys each query of [B, H, T, D] does not see, broadcastable to [B, H, Tq, Tk]."""
     hidden = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=q.device)
     if mask is not None:
         hidden = ~mask if mask.dtype is torch.bool else mask == -torch.inf
     if causal:
         hidden = hidden | torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
-    # Keys that no query attends to may hold anything, even NaN
-    unused = hidden.all(dim=-2).unsqueeze(-1)
-    k, v = k.masked_fill(unused, 0), v.masked_fill(unused, 0)
+    return hidden
+
+
+def _heads_first(q, k, v) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[B, T, H, D] -> [B, H, T, D], the heads of k and v repeated for q's."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return q, *(x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) if x.shape[1] != q.shape[1] else x for x in (k, v))
+
+
+def _logits(q, k, mask, hidden, scale: float | None) -> torch.Tensor:
     logits = q @ k.mT * (max(q.shape[-1], 1) ** -0.5 if scale is None else scale)
     if mask is not None and mask.dtype is not torch.bool:
         logits = logits + mask.to(logits.dtype)
-    logits = logits.masked_fill(hidden, -torch.inf)
+    return logits.masked_fill(hidden, -torch.inf)
+
+
+def attend(q, k, v, mask, causal: bool, scale: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """softmax(q k^T * scale + mask) v over [B, T, H, D], 0 for a query that no key is left for.
+
+    Also [B, H, Tq] of each query's highest logit, which counts as a constant where gradients are taken, and of the sum of exp(logit - highest):
+    their log-sum-exp is highest + log(total).
+    """
+    if k.shape[1] == 0:
+        rows = q.new_zeros((q.shape[0], q.shape[2], q.shape[1]))
+        return torch.zeros_like(q), rows, rows.clone()
+    q, k, v = _heads_first(q, k, v)
+    hidden = _hidden(q, k, mask, causal)
+    # Keys that no query attends to may hold anything, even NaN
+    unused = hidden.all(dim=-2).unsqueeze(-1)
+    k, v = k.masked_fill(unused, 0), v.masked_fill(unused, 0)
+    logits = _logits(q, k, mask, hidden, scale)
     highest = logits.amax(-1, keepdim=True).detach().clamp(min=torch.finfo(logits.dtype).min)
     weights = torch.exp(logits - highest)
     total = weights.sum(-1, keepdim=True)
-    return (weights @ v / total.masked_fill(total == 0, 1)).transpose(1, 2)
+    return (weights @ v / total.masked_fill(total == 0, 1)).transpose(1, 2), highest.squeeze(-1), total.squeeze(-1)
 
 
 def attention(q, k, v, mask, q_weight, k_weight, causal: bool, scale: float | None, eps: float) -> torch.Tensor:
     """-> [B, Tq, H, D] in q's dtype: one rounding, at the end."""
-    out = attend(widen(q, q_weight, eps), widen(k, k_weight, eps), widen(v, None, eps), mask, causal, scale)
+    out, _, _ = attend(widen(q, q_weight, eps), widen(k, k_weight, eps), widen(v, None, eps), mask, causal, scale)
     return out.to(q.dtype).contiguous()
+
+
+def attention_softmax(q, k, v, mask, causal: bool, scale: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> [B, Tq, H, D] in q's dtype, and the highest logits and the totals of ``attend`` in float64."""
+    out, highest, total = attend(*(widen(x, None, 0) for x in (q, k, v)), mask, causal, scale)
+    return out.to(q.dtype).contiguous(), highest.to(torch.float64).contiguous(), total.to(torch.float64).contiguous()
+
+
+def without_unused(q, k, v, mask, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """k and v [B, T, H_kv, D] with zeros for the keys that no query of any head of theirs sees: those may hold anything, even NaN."""
+    unused = _hidden(q.transpose(1, 2), k.transpose(1, 2), mask, causal).all(dim=-2)
+    if unused.shape[1] not in (1, k.shape[2]):
+        unused = unused.unflatten(1, (k.shape[2], -1)).all(dim=2)
+    unused = unused.transpose(1, 2).unsqueeze(-1)
+    return k.masked_fill(unused, 0), v.masked_fill(unused, 0)
+
+
+def attention_backward(grad, lse_grad, q, k, v, out, highest, total, mask, causal: bool,
+                       scale: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of q, k and v. Dao et al. (2022), "FlashAttention", appendix B.2, with the softmax's two numbers a query in the place of their
+    log-sum-exp, which loses the second where the first is large."""
+    if q.numel() == 0 or k.numel() == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dtypes, groups = (q.dtype, k.dtype, v.dtype), q.shape[2] // k.shape[2]
+    q, k, v = _heads_first(*(widen(x, None, 0) for x in (q, k, v)))
+    grad, out = (widen(x, None, 0).transpose(1, 2) for x in (grad, out))
+    hidden = _hidden(q, k, mask, causal)
+    unused = hidden.all(dim=-2).unsqueeze(-1)
+    k, v = k.masked_fill(unused, 0), v.masked_fill(unused, 0)
+    highest, total = highest.masked_fill(total == 0, 0).unsqueeze(-1), total.masked_fill(total == 0, 1).unsqueeze(-1)
+    weights = (torch.exp(_logits(q, k, mask, hidden, scale) - highest) / total).to(q.dtype)
+    delta = (grad * out).sum(-1, keepdim=True)
+    if lse_grad is not None:
+        delta = delta - lse_grad.unsqueeze(-1).to(q.dtype)
+    slopes = weights * (grad @ v.mT - delta).masked_fill(hidden, 0) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    k_grad, v_grad = (x.unflatten(1, (-1, groups)).sum(2) for x in (slopes.mT @ q, weights.mT @ grad))
+    return tuple(x.transpose(1, 2).to(dtype).contiguous() for x, dtype in zip((slopes @ k, k_grad, v_grad), dtypes))
 
 
 def joint_attention(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale: float | None, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,5 +109,5 @@ def joint_attention(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weigh
     joint_q = torch.cat([widen(q, q_weight, eps), widen(q2, q2_weight, eps)], dim=1)
     joint_k = torch.cat([widen(k, k_weight, eps), widen(k2, k2_weight, eps)], dim=1)
     joint_v = torch.cat([widen(v, None, eps), widen(v2, None, eps)], dim=1)
-    out = attend(joint_q, joint_k, joint_v, None, False, scale).to(q.dtype)
+    out = attend(joint_q, joint_k, joint_v, None, False, scale)[0].to(q.dtype)
     return out[:, :q.shape[1]].contiguous(), out[:, q.shape[1]:].contiguous()

@@ -121,15 +121,15 @@ def _attend_segment(
 
 
 @triton.jit
-def _finish(out, lse, lse_base, b_acc, b_max, b_sum, i_q, i_b, i_h, tokens, heads, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A query that saw no key gives 0, and minus infinity as its log-sum-exp. ``out``: contiguous [B, T, H, D]."""
+def _finish(out, highest, total, o_row, b_acc, b_max, b_sum, i_q, i_b, i_h, tokens, heads, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A query that saw no key gives 0, and a total of 0. ``out``: contiguous [B, T, H, D]; ``highest``, in natural units, and ``total`` [B, H, T]."""
     b_acc = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
     o_d = tl.arange(0, BLOCK_D)
     o_out = (((i_b * tokens + i_q) * heads + i_h) * DIM)[:, None] + o_d[None, :]
     tl.store(out + o_out, narrow(b_acc, out.dtype.element_ty), mask=(i_q < tokens)[:, None] & (o_d < DIM)[None, :])
-    if lse is not None:
-        b_lse = tl.where(b_sum == 0.0, float("-inf"), (b_max + tl.log2(b_sum)) / LOG2E)
-        tl.store(lse + lse_base + i_q, b_lse, mask=i_q < tokens)
+    if total is not None:
+        tl.store(highest + o_row + i_q, b_max / LOG2E, mask=i_q < tokens)
+        tl.store(total + o_row + i_q, b_sum, mask=i_q < tokens)
 
 
 # Numbers of tokens are not specialised on: no recompilation for each picture size
@@ -137,7 +137,7 @@ def _finish(out, lse, lse_base, b_acc, b_max, b_sum, i_q, i_b, i_h, tokens, head
 def attention_kernel(
     q, q_b, q_t, q_h, q_d, q_weight, q_weight_d, k, k_b, k_t, k_h, k_d, v, v_b, v_t, v_h, v_d, out,
     q2, q2_b, q2_t, q2_h, q2_d, q2_weight, q2_weight_d, k2, k2_b, k2_t, k2_h, k2_d, v2, v2_b, v2_t, v2_h, v2_d, out2,
-    mask, mask_b, mask_h, mask_q, mask_k, lse, tiles, tiles2, q_tokens, q2_tokens, k_tokens, k2_tokens, heads, group, scale, eps,
+    mask, mask_b, mask_h, mask_q, mask_k, highest, total, tiles, tiles2, q_tokens, q2_tokens, k_tokens, k2_tokens, heads, group, scale, eps,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):
@@ -177,14 +177,14 @@ def attention_kernel(
             b_acc, b_max, b_sum, b_q, i_q, tokens, k2 + (i_b * k2_b + i_kv * k2_h) * UNIT, k2_t * UNIT, k2_d, v2 + (i_b * v2_b + i_kv * v2_h) * UNIT, v2_t * UNIT, v2_d, k2_tokens,
             p_mask, mask_k, scale, MASK, CAUSAL, PRECISION, BLOCK_M, BLOCK_N, DIM, BLOCK_D)
 
-    lse_base = i_bh * (q_tokens + q2_tokens)
+    o_row = i_bh * (q_tokens + q2_tokens)
     if q2 is None:
-        _finish(out, lse, lse_base, b_acc, b_max, b_sum, i_q, i_b, i_h, q_tokens, heads, DIM, BLOCK_D)
+        _finish(out, highest, total, o_row, b_acc, b_max, b_sum, i_q, i_b, i_h, q_tokens, heads, DIM, BLOCK_D)
     else:
         if second:
-            _finish(out2, lse, lse_base + q_tokens, b_acc, b_max, b_sum, i_q, i_b, i_h, q2_tokens, heads, DIM, BLOCK_D)
+            _finish(out2, highest, total, o_row + q_tokens, b_acc, b_max, b_sum, i_q, i_b, i_h, q2_tokens, heads, DIM, BLOCK_D)
         else:
-            _finish(out, lse, lse_base, b_acc, b_max, b_sum, i_q, i_b, i_h, q_tokens, heads, DIM, BLOCK_D)
+            _finish(out, highest, total, o_row, b_acc, b_max, b_sum, i_q, i_b, i_h, q_tokens, heads, DIM, BLOCK_D)
 
 
 def _unit(*tensors: torch.Tensor | None) -> int:
@@ -201,8 +201,9 @@ def _in_units(tensor: torch.Tensor | None, unit: int) -> tuple:
     return (pointer, *(stride // unit for stride in strides), last)
 
 
-def _launch(first, second, mask, weights, lse, causal: bool, scale: float | None, eps: float) -> None:
-    """``first``, ``second``: (q, k, v, out) of a segment, the second of None where there is one only; ``weights``: those of q and q2."""
+def _launch(first, second, mask, weights, softmax, causal: bool, scale: float | None, eps: float) -> None:
+    """``first``, ``second``: (q, k, v, out) of a segment, the second of None where there is one only; ``weights``: those of q and q2;
+    ``softmax``: None twice, or float32 [B, H, T] for each query's highest logit and total."""
     # The norm sums over the head dimension of the queries
     first, second = ((q if weight is None else inner_contiguous(q), *rest) for (q, *rest), weight in zip((first, second), weights))
     q, k = first[:2]
@@ -218,7 +219,7 @@ def _launch(first, second, mask, weights, lse, causal: bool, scale: float | None
         segments += [*_in_units(queries, unit), *strided(weight, 1), *_in_units(keys, unit), *_in_units(values, unit), out]
     launch(
         attention_kernel, batch * heads * (tiles + tiles2), q, *segments,
-        *strided(mask.view(torch.uint8) if kind == BOOL else mask, 4), lse, tiles, tiles2, q_tokens, q2_tokens, k.shape[1], k2_tokens,
+        *strided(mask.view(torch.uint8) if kind == BOOL else mask, 4), *softmax, tiles, tiles2, q_tokens, q2_tokens, k.shape[1], k2_tokens,
         heads, heads // max(k.shape[2], 1), default_scale(scale, dim) * LOG2E.value, eps,
         MASK=kind, CAUSAL=causal, PRECISION=tile.precision, BLOCK_M=tile.queries, BLOCK_N=tile.keys, DIM=dim, BLOCK_D=tile.dim, UNIT=unit,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,  # fused where the code says so: equal bits for any layout
@@ -239,18 +240,21 @@ def _normalised_keys(keys, weights, eps: float) -> list:
     return [fresh.get(i, x) for i, x in enumerate(keys)]
 
 
-def attention(q, k, v, mask, q_weight, k_weight, causal: bool, scale: float | None, eps: float, lse=None) -> torch.Tensor:
-    """``lse``: None, or float32 [B, H, Tq] that receives the natural log-sum-exp of each query's scores."""
+def attention(q, k, v, mask, q_weight, k_weight, causal: bool, scale: float | None, eps: float, softmax=(None, None)) -> torch.Tensor:
+    """``softmax``: None twice, or float32 [B, H, Tq] for each query's highest logit, and for the sum of exp(logit - highest)."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     (k,) = _normalised_keys((k,), (k_weight,), eps)
-    _launch((q, k, v, out), (None,) * 4, mask, (q_weight, None), lse, causal, scale, eps)
+    _launch((q, k, v, out), (None,) * 4, mask, (q_weight, None), softmax, causal, scale, eps)
     return out
 
 
-def joint_attention(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale: float | None, eps: float,
-                    lse=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """``lse``: None, or float32 [B, H, T + T2]."""
+def attention_softmax(q, k, v, mask, causal: bool, scale: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    softmax = tuple(torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device) for _ in range(2))
+    return attention(q, k, v, mask, None, None, causal, scale, 1.0, softmax), *(x.double() for x in softmax)
+
+
+def joint_attention(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale: float | None, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     out, out2 = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, q2))
     k, k2 = _normalised_keys((k, k2), (k_weight, k2_weight), eps)
-    _launch((q, k, v, out), (q2, k2, v2, out2), None, (q_weight, q2_weight), lse, False, scale, eps)
+    _launch((q, k, v, out), (q2, k2, v2, out2), None, (q_weight, q2_weight), (None, None), False, scale, eps)
     return out, out2

@@ -31,3 +31,7 @@ def why_not_attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps) -> 
 
 def why_not_joint(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale, eps) -> str:
     return _why_not(q, scale, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight)
+
+
+def why_not_softmax(q, k, v, mask, causal, scale) -> str:
+    return why_not_attention(q, k, v, mask, None, None, causal, scale, 0.0)

@@ -134,7 +134,7 @@ def test_attention(dtype, shape, kind):
     with torch.no_grad(), forced("triton"):
         got = ops.attention(q, k, v, mask=mask, causal=kind == "causal")
     wide = mask if mask is None or mask.dtype is torch.bool else mask.double()
-    want = attention.attend(q.double(), k.double(), v.double(), wide, kind == "causal", None)
+    want = attention.attend(q.double(), k.double(), v.double(), wide, kind == "causal", None)[0]
     plain = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, is_causal=kind == "causal",
                                            enable_gqa=True).transpose(1, 2)
     assert_close(got, want, plain)

@@ -1,0 +1,241 @@
+// The gradients of attention, block by block (Dao et al. 2022, "FlashAttention", algorithm 4), over a policy that multiplies blocks of 32 x 32.
+//
+//   S = scale Q K^T + mask    P = exp(S - highest) / total    dP = dO V^T    dS = P (dP - delta)    delta = sum(dO * O) - dlse
+//   dV = P^T dO               dK = scale dS^T Q                  dQ = scale dS K
+//
+// P and dS exist only as one square of 32 queries x 32 keys at a time, and packed as operands for a few squares more. dV and dK are summed
+// transposed, [channel][key], so that P and dS enter every product as they lie. One thread owns a key head: every sum has one order.
+//
+// A policy has kBytes, of a packed square of the floats x[32][32], whose rows are `stride` apart, and
+//   rows(x, stride, to)       a[r][k] = x[r][k], the left operand
+//   rows_right(x, stride, to) b[k][c] = x[c][k], the right operand
+//   cols(x, stride, to)       a[r][k] = x[k][r]
+//   cols_right(x, stride, to) b[k][c] = x[k][c]
+//   multiply(a, b, steps, c, first)   c[32][32] (+)= the sum over `steps` packed squares
+//   exp2(x)                   of as many digits as the policy's products keep
+//   splits()                  whether everything packed so far can be multiplied
+#pragma once
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/attention_backward.h"
+#include "cpu/attention_pack.h"
+#include "cpu/attention_tiles.h"
+
+namespace fusewire::FUSEWIRE_ISA {
+
+template <typename T, typename Policy>
+class AttentionBackward {
+  static constexpr int64_t kSquare = 32, kBlock = 128, kSquares = kBlock / kSquare;  // of a block of queries, or of keys
+  static constexpr int64_t kBytes = Policy::kBytes;
+
+ public:
+  AttentionBackward(const AttentionBackwardCall& call, const AttentionBackwardTask& task)
+      : call_(call), task_(task), channel_squares_((call.channels + kSquare - 1) / kSquare), columns_(channel_squares_ * kSquare),
+        query_squares_((call.queries + kSquare - 1) / kSquare), key_squares_((call.keys + kSquare - 1) / kSquare),
+        masked_(call.mask.data || call.causal) {}
+
+  bool run() {
+    const int64_t queries = query_squares_ * kSquare, keys = key_squares_ * kSquare, operand = channel_squares_ * kBytes;
+    const auto floats = [](int64_t n) { return Workspace::bytes_of<float>(n); };
+    Workspace space(3 * key_squares_ * operand + 4 * query_squares_ * operand + 3 * kSquares * kSquares * kBytes + Workspace::bytes_of<Pair>(queries) + 2 * floats(queries) +
+                    floats(queries * columns_) + 2 * floats(keys * columns_) + floats(kSquare * columns_));
+    const auto take = [&](int64_t squares) { return space.template take<char>(squares * operand); };
+    k_rows_ = take(key_squares_), k_cols_ = take(key_squares_), v_rows_ = take(key_squares_);
+    q_rows_ = take(query_squares_), q_cols_ = take(query_squares_), grad_rows_ = take(query_squares_), grad_cols_ = take(query_squares_);
+    weights_ = space.template take<char>(kSquares * kSquares * kBytes);
+    slopes_ = space.template take<char>(kSquares * kSquares * kBytes);
+    slopes_rows_ = space.template take<char>(kSquares * kSquares * kBytes);
+    base_ = space.template take<Pair>(queries);
+    inverse_ = space.template take<float>(queries), delta_ = space.template take<float>(queries);
+    q_grad_ = space.template take<float>(queries * columns_);
+    k_grad_ = space.template take<float>(keys * columns_), v_grad_ = space.template take<float>(keys * columns_);
+    staged_ = space.template take<float>(kSquare * columns_);
+
+    pack(call_.k, task_.head, call_.keys, 1, k_rows_, k_cols_, &Policy::rows_right, &Policy::cols_right);
+    pack(call_.v, task_.head, call_.keys, 1, v_rows_, nullptr, &Policy::rows_right, nullptr);
+    if (!policy_.splits()) return false;
+    // dO as numbers near one, by a power of two that is divided out again: a small loss scale must not push parts of it into denormals.
+    power_ = power_of_gradients();
+    std::fill_n(k_grad_, keys * columns_, 0.0f);
+    std::fill_n(v_grad_, keys * columns_, 0.0f);
+    for (int64_t h = 0; h < call_.group; ++h) {
+      head_ = task_.head * call_.group + h;
+      pack(call_.q, head_, call_.queries, 1, q_rows_, q_cols_, &Policy::rows, &Policy::cols);
+      pack(call_.grad, head_, call_.queries, power_, grad_rows_, grad_cols_, &Policy::rows, &Policy::cols);
+      if (!policy_.splits()) return false;
+      prepare_rows();
+      std::fill_n(q_grad_, queries * columns_, 0.0f);
+      for (int64_t key = 0; key < key_squares_; key += kSquares) {
+        for (int64_t query = 0; query < query_squares_; query += kSquares) {
+          if (!call_.causal || (std::min(query + kSquares, query_squares_)) * kSquare > key * kSquare) meet(query, key);
+        }
+      }
+      write(q_grad_, false, head_, call_.heads, call_.queries, static_cast<float>(call_.scale) / power_, static_cast<T*>(call_.q_grad));
+    }
+    const int64_t key_heads = call_.heads / call_.group;
+    write(k_grad_, true, task_.head, key_heads, call_.keys, static_cast<float>(call_.scale) / power_, static_cast<T*>(call_.k_grad));
+    write(v_grad_, true, task_.head, key_heads, call_.keys, 1 / power_, static_cast<T*>(call_.v_grad));
+    return true;
+  }
+
+ private:
+  using Pack = void (Policy::*)(const float*, int64_t, char*);
+
+  Row<T> row(const AttentionTensor& x, int64_t head, int64_t t) const {
+    return {static_cast<const T*>(x.data) + task_.batch * x.batch + head * x.head + t * x.token, x.channel, nullptr};
+  }
+
+  // All tokens of a head: `along` as [square of tokens][square of channels], summed over channels; `across` as [channels][tokens], summed over tokens.
+  void pack(const AttentionTensor& x, int64_t head, int64_t tokens, float factor, char* along, char* across, Pack pack_along, Pack pack_across) {
+    const int64_t squares = (tokens + kSquare - 1) / kSquare;
+    for (int64_t s = 0; s < squares; ++s) {
+      for (int64_t r = 0; r < kSquare; ++r) {
+        float* to = staged_ + r * columns_;
+        const int64_t t = s * kSquare + r;
+        if (t < tokens) {
+          prefetch_row(row(x, head, std::min(t + kAhead, tokens - 1)), call_.channels);
+          load_row(row(x, head, t), call_.channels, to);
+          if (factor != 1) {
+            for (int64_t c = 0; c < call_.channels; ++c) to[c] *= factor;
+          }
+          std::fill(to + call_.channels, to + columns_, 0.0f);
+        } else {
+          std::fill_n(to, columns_, 0.0f);
+        }
+      }
+      for (int64_t c = 0; c < channel_squares_; ++c) {
+        (policy_.*pack_along)(staged_ + c * kSquare, columns_, along + (s * channel_squares_ + c) * kBytes);
+        if (across) (policy_.*pack_across)(staged_ + c * kSquare, columns_, across + (c * squares + s) * kBytes);
+      }
+    }
+  }
+
+  float power_of_gradients() {
+    float highest = 0;
+    for (int64_t h = 0; h < call_.group; ++h) {
+      for (int64_t t = 0; t < call_.queries; ++t) {
+        load_row(row(call_.grad, task_.head * call_.group + h, t), call_.channels, staged_);
+        for (int64_t c = 0; c < call_.channels; ++c) highest = std::max(highest, std::fabs(staged_[c]));
+      }
+    }
+    if (!(highest > 0) || !(highest <= 3.4028235e38f)) return 1;
+    return std::ldexp(1.0f, std::clamp(-std::ilogb(highest), -126, 126));
+  }
+
+  // A number as the sum of two floats.
+  struct Pair { float high, low; };
+  static Pair split(double x) {
+    const float high = static_cast<float>(x);
+    return {high, std::isfinite(high) ? static_cast<float>(x - static_cast<double>(high)) : 0.0f};
+  }
+
+  // base: the highest logit; inverse: of the total, 0 where a query attends to nothing; delta. Exponents are in base 2, but natural where there
+  // is a mask: its lowest number would overflow.
+  void prepare_rows() {
+    const int64_t queries = query_squares_ * kSquare;
+    float *grad = staged_, *out = staged_ + columns_;
+    const int64_t at = (task_.batch * call_.heads + head_) * call_.queries;
+    for (int64_t t = 0; t < queries; ++t) {
+      base_[t] = {0, 0};
+      inverse_[t] = delta_[t] = 0;
+      if (t >= call_.queries || call_.total[at + t] == 0) continue;
+      load_row(row(call_.grad, head_, t), call_.channels, grad);
+      load_row(row(call_.out, head_, t), call_.channels, out);
+      double sum = 0;
+      for (int64_t c = 0; c < call_.channels; ++c) sum += static_cast<double>(grad[c]) * static_cast<double>(out[c]);
+      if (call_.lse_grad) sum -= call_.lse_grad[at + t];
+      delta_[t] = static_cast<float>(sum * static_cast<double>(power_));
+      inverse_[t] = static_cast<float>(1 / call_.total[at + t]);
+      base_[t] = split(call_.highest[at + t] * (masked_ ? 1.0 : kLog2e));
+    }
+  }
+
+  // Up to 4 x 4 squares of queries and keys.
+  void meet(int64_t query, int64_t key) {
+    const int64_t q_count = std::min(kSquares, query_squares_ - query), k_count = std::min(kSquares, key_squares_ - key);
+    for (int64_t i = 0; i < q_count; ++i) {
+      for (int64_t j = 0; j < k_count; ++j) {
+        const int64_t q_at = (query + i) * channel_squares_ * kBytes, k_at = (key + j) * channel_squares_ * kBytes;
+        Policy::multiply(q_rows_ + q_at, k_rows_ + k_at, channel_squares_, logits_, true);
+        Policy::multiply(grad_rows_ + q_at, v_rows_ + k_at, channel_squares_, slopes_wide_, true);
+        slope((query + i) * kSquare, (key + j) * kSquare);
+        policy_.cols_right(logits_, kSquare, weights_ + (j * kSquares + i) * kBytes);
+        policy_.cols_right(slopes_wide_, kSquare, slopes_ + (j * kSquares + i) * kBytes);
+        policy_.rows(slopes_wide_, kSquare, slopes_rows_ + (i * kSquares + j) * kBytes);
+      }
+    }
+    const auto add = [](const char* a, const char* b, int64_t steps, float* c) { Policy::multiply(a, b, steps, c, false); };
+    for (int64_t c = 0; c < channel_squares_; ++c) {
+      const int64_t across = (c * query_squares_ + query) * kBytes;
+      for (int64_t j = 0; j < k_count; ++j) {
+        const int64_t to = ((key + j) * channel_squares_ + c) * kSquare * kSquare;
+        add(grad_cols_ + across, weights_ + j * kSquares * kBytes, q_count, v_grad_ + to);
+        add(q_cols_ + across, slopes_ + j * kSquares * kBytes, q_count, k_grad_ + to);
+      }
+      for (int64_t i = 0; i < q_count; ++i) {
+        add(slopes_rows_ + i * kSquares * kBytes, k_cols_ + (c * key_squares_ + key) * kBytes, k_count,
+            q_grad_ + ((query + i) * channel_squares_ + c) * kSquare * kSquare);
+      }
+    }
+  }
+
+  // From S and dP of a square to P and dS, in place.
+  void slope(int64_t query, int64_t key) {
+    const bool plain = !masked_ || (!call_.mask.data && key + kSquare - 1 <= query);
+    const int64_t keys = std::min(kSquare, call_.keys - key);
+    const Pair factor = split(masked_ ? call_.scale : call_.scale * kLog2e);
+    alignas(64) float bias[kSquare];
+    for (int64_t r = 0; r < kSquare; ++r) {
+      float *s = logits_ + r * kSquare, *d = slopes_wide_ + r * kSquare;
+      const vf high = vset(base_[query + r].high), low = vset(base_[query + r].low), delta = vset(delta_[query + r]);
+      const vf inverse = vset(inverse_[query + r]), log2e = vset(static_cast<float>(kLog2e));
+      if (plain) {
+        for (int64_t i = 0; i < kSquare; i += kLanes) {  // s * factor - base, rounded once where it is near zero, that is where it counts
+          const vf logit = vload(s + i), x = vadd(vfma(logit, vset(factor.high), vsub(vset(0), high)), vsub(vmul(logit, vset(factor.low)), low));
+          vstore(s + i, vmul(Policy::exp2(masked_ ? vmul(x, log2e) : x), inverse));
+        }
+      } else {
+        std::fill_n(bias, kSquare, 0.0f);
+        if (call_.mask.data && query + r < call_.queries) read_bias(call_.mask, {task_.batch, head_, 0, 0}, query + r, key, keys, bias);
+        const int64_t visible = call_.causal ? std::clamp<int64_t>(query + r - key + 1, 0, keys) : keys;
+        std::fill(bias + visible, bias + kSquare, -INFINITY);
+        for (int64_t i = 0; i < kSquare; i += kLanes) {  // the masked logit rounds as it did on the way forward
+          const vf b = vload(bias + i), x = vmul(vsub(vfma(vload(s + i), vset(factor.high), b), high), log2e);
+          vstore(s + i, vmul(Policy::exp2(vkeep(x, b)), inverse));
+        }
+        for (int64_t j = 0; j < kSquare; ++j) d[j] = bias[j] == -INFINITY ? 0.0f : d[j];  // hidden: even NaN does not matter
+      }
+      std::fill(s + keys, s + kSquare, 0.0f);  // no key there
+      for (int64_t i = 0; i < kSquare; i += kLanes) vstore(d + i, vmul(vload(s + i), vsub(vload(d + i), delta)));
+      std::fill(d + keys, d + kSquare, 0.0f);
+    }
+  }
+
+  // [square of tokens][square of channels] of [32][32], each square transposed or not, into rows of a contiguous [B, T, H, D].
+  void write(const float* x, bool transposed, int64_t head, int64_t heads, int64_t tokens, float factor, T* out) const {
+    const int64_t row_step = transposed ? 1 : kSquare, column_step = transposed ? kSquare : 1;
+    for (int64_t t = 0; t < tokens; ++t) {
+      T* to = out + ((task_.batch * tokens + t) * heads + head) * call_.channels;
+      const float* square = x + t / kSquare * channel_squares_ * kSquare * kSquare + t % kSquare * row_step;
+      for (int64_t c = 0; c < call_.channels; ++c) {
+        to[c] = from_float<T>(square[c / kSquare * kSquare * kSquare + c % kSquare * column_step] * factor);
+      }
+    }
+  }
+
+  const AttentionBackwardCall& call_;
+  const AttentionBackwardTask& task_;
+  const int64_t channel_squares_, columns_, query_squares_, key_squares_;
+  const bool masked_;
+  int64_t head_ = 0;
+  float power_ = 1;
+  Policy policy_;
+  char *k_rows_, *k_cols_, *v_rows_, *q_rows_, *q_cols_, *grad_rows_, *grad_cols_;
+  char *weights_, *slopes_, *slopes_rows_;  // of a block: P and dS as right operands, dS as a left one
+  Pair* base_;
+  float *inverse_, *delta_, *q_grad_, *k_grad_, *v_grad_, *staged_;
+  alignas(64) float logits_[kSquare * kSquare], slopes_wide_[kSquare * kSquare];
+};
+
+}  // namespace fusewire::FUSEWIRE_ISA

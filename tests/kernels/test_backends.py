@@ -31,7 +31,8 @@ CALLS = {
     "sampler_step": ((X, X, TABLE, 1), {}, "flow_euler_step"),
     "swiglu": ((X,), dict(gate_first=True, numerics="close"), "swiglu"),
 }
-BACKWARD = {f"{op}_backward" for op in ("geglu", "group_norm_silu", "layer_norm", "quick_gelu", "rms_norm", "swiglu")}  # reached by autograd, from no public op
+# Reached where gradients are wanted, from no public op of that name
+BACKWARD = {f"{op}_backward" for op in ("attention", "geglu", "group_norm_silu", "layer_norm", "quick_gelu", "rms_norm", "swiglu")} | {"attention_softmax"}
 
 
 def test_every_op_is_here():

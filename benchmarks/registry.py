@@ -18,6 +18,10 @@ def _qk(what: str, *shape: int) -> Case:
     return Case(what, shape, ("float32", "bfloat16"), 4 * shape[0] * shape[1] * shape[2] * shape[3])  # q and k in, q and k out
 
 
+def _picture(what: str, *shape: int) -> Case:
+    return Case(what, shape, ("float32", "bfloat16"), 2 * shape[0] * shape[1] * shape[2] * shape[3])  # picture in, picture out
+
+
 def _latents(what: str, *shape: int) -> Case:
     count = 1
     for size in shape:
@@ -57,6 +61,12 @@ REGISTRY = {
         _qk("SD3.5-medium 512^2, guidance", 2, 1024, 24, 64),
         _qk("SD3.5-medium 512^2", 1, 1024, 24, 64),
         _qk("Flux 512^2, rotated", 1, 1024, 24, 128),
+    ],
+    "group_norm_silu": [
+        _picture("SD1.5 512^2, guidance, first block", 2, 320, 64, 64),
+        _picture("SDXL 512^2, guidance, second block", 2, 640, 32, 32),
+        _picture("VAE decoder 512^2, first block", 1, 512, 64, 64),
+        _picture("VAE decoder 256^2, last block", 1, 128, 256, 256),
     ],
     "sampler_step": [
         _latents("SD3.5 1024^2, two pictures", 2, 16, 128, 128),

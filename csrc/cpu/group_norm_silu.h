@@ -10,7 +10,7 @@ namespace fusewire {
 // What [spatial, C] pictures need in `stats`: for each sample, the rows of C coefficients that normalise it. Of the compute type.
 enum GroupNormRow { kCenter, kFactor, kOffset, kShift, kAdd, kGroupNormRows };
 // Pixels whose sums are kept apart before they are added in float64.
-inline constexpr int64_t kPixelBlock = 64;
+inline constexpr int64_t kPixelBlock = 128;
 
 // v = x + add; y = (v - mean) * rstd * weight + bias over each of `groups` groups of channels; out = silu(y * (1 + scale) + shift). One dtype.
 struct GroupNormTask {

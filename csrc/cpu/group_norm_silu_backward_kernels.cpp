@@ -17,23 +17,14 @@ FUSEWIRE_INLINE void modulation_of(const GroupNormTask& k, int64_t n, int64_t c,
 }
 
 template <typename C>
-struct GradientPlane {
-  C value[kGradientRows];
-  template <int N, typename At>
-  FUSEWIRE_INLINE lanes<C, N> get(GradientRow row, const At&) const { return splat<N>(value[row]); }
-};
+using GradientPlane = PlaneRow<C, GradientRow, kGradientRows>;
 template <typename C>
-struct GradientPixel {
-  const C* first;  // [rows, C]
-  int64_t channels;
-  template <int N, typename At>
-  FUSEWIRE_INLINE lanes<C, N> get(GradientRow row, const At& at) const { return at.load(first + row * channels); }
-};
+using GradientPixel = PixelRow<C, GradientRow>;
 
 // xhat of x, and dh of grad.
 template <typename T, bool Silu, typename Row, typename More, typename At>
-FUSEWIRE_INLINE void xhat_and_gradient(const T* x, const T* grad, const Row& row, const More& more, const At& at, lanes<compute_t<T>, kLanes<compute_t<T>>>& xhat,
-                                       lanes<compute_t<T>, kLanes<compute_t<T>>>& dh) {
+FUSEWIRE_INLINE void xhat_and_gradient(const T* x, const T* grad, const Row& row, const More& more, const At& at,
+                                       lanes<compute_t<T>, kLanes<compute_t<T>>>& xhat, lanes<compute_t<T>, kLanes<compute_t<T>>>& dh) {
   using C = compute_t<T>;
   constexpr int N = kLanes<C>;
   const auto v = at.load(x) + row.template get<N>(kAdd, at);
@@ -198,7 +189,7 @@ template <typename T, bool Silu>
 static void gradient_pixels(const GroupNormGradientTask& k, int64_t begin, int64_t end) {
   using C = compute_t<T>;
   const int64_t c = k.norm.channels, s = k.norm.spatial;
-  for (int64_t i = end; i-- > begin;) {  // backwards: the last pixels that were summed are still in the cache
+  for (int64_t i = begin; i < end; ++i) {
     const int64_t n = i / s, at = (i - n * s) * c;
     gradient_row<T, Silu>(static_cast<const T*>(k.norm.x) + n * k.norm.x_batch + at, static_cast<const T*>(k.grad) + n * k.grad_batch + at,
                           static_cast<T*>(k.norm.out) + i * c, c, PixelRow<C>{coefficients<T>(k.norm, n, kCenter), c},

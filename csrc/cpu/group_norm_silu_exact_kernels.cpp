@@ -144,7 +144,9 @@ static void store_exact(const GroupNormTask& k, int64_t n, int64_t g, compute_t<
   const C share = C(1) / static_cast<C>(d * k.spatial), mean = sum * share;
   const C rstd = exact_rstd<T>(stock_fma(Fused, square, share, -(mean * mean)), k.eps);
   C* rows = coefficients<T>(k, n, kCenter);
-  for (int64_t j = g * d; j < (g + 1) * d; ++j) exact_coefficients<T, Fused>(k, n, j, mean, rstd, [&](GroupNormRow r, C value) { rows[r * c + j] = value; });
+  for (int64_t j = g * d; j < (g + 1) * d; ++j) {
+    exact_coefficients<T, Fused>(k, n, j, mean, rstd, [&](GroupNormRow r, C value) { rows[r * c + j] = value; });
+  }
 }
 
 // The lanes of one of PyTorch's vectors added up: by halves in its AVX2 kernels for floats, otherwise one after another.

@@ -108,7 +108,7 @@ static bool finish(const GroupNormTask& k, int64_t n, const void* sums, bool aga
 template <typename T, bool Silu, bool Added>
 static void close_pixels(const GroupNormTask& k, int64_t begin, int64_t end) {
   const int64_t c = k.channels;
-  for (int64_t i = end; i-- > begin;) {  // backwards: the last pixels that were summed are still in the cache
+  for (int64_t i = begin; i < end; ++i) {
     const int64_t n = i / k.spatial;
     const PixelRow<compute_t<T>> row{coefficients<T>(k, n, kCenter), c};
     close_row<T, Silu, Added>(static_cast<const T*>(k.x) + n * k.x_batch + (i - n * k.spatial) * c, static_cast<T*>(k.out) + i * c, c, row);

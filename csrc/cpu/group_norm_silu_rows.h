@@ -97,18 +97,18 @@ FUSEWIRE_INLINE compute_t<T>* coefficients(const GroupNormTask& k, int64_t n, Gr
 }
 
 // The coefficients of a run of elements that share a channel, or of a pixel's channels.
-template <typename C>
+template <typename C, typename Row = GroupNormRow, int kRows = kGroupNormRows>
 struct PlaneRow {
-  C value[kGroupNormRows];
+  C value[kRows];
   template <int N, typename At>
-  FUSEWIRE_INLINE lanes<C, N> get(GroupNormRow row, const At&) const { return splat<N>(value[row]); }
+  FUSEWIRE_INLINE lanes<C, N> get(Row row, const At&) const { return splat<N>(value[row]); }
 };
-template <typename C>
+template <typename C, typename Row = GroupNormRow>
 struct PixelRow {
   const C* first;  // [rows, C]
   int64_t channels;
   template <int N, typename At>
-  FUSEWIRE_INLINE lanes<C, N> get(GroupNormRow row, const At& at) const { return at.load(first + row * channels); }
+  FUSEWIRE_INLINE lanes<C, N> get(Row row, const At& at) const { return at.load(first + row * channels); }
 };
 
 // sums[c] += sum over `count` pixels of f(v), for each channel: `take(at, pixel, sum, square)`. Tiles of pixels keep the sums in registers for long.

@@ -39,7 +39,7 @@ struct Picture {
   bool channels_last;
   Tensor x;
 
-  explicit Picture(const Tensor& given) : channels_last(suggests_channels_last(given)), x(dense(given, channels_last) ? given : copied(given, channels_last)) {}
+  explicit Picture(const Tensor& given) : Picture(given, suggests_channels_last(given)) {}
   Picture(const Tensor& given, bool last) : channels_last(last), x(dense(given, last) ? given : copied(given, last)) {}
 
   int64_t spatial() const {

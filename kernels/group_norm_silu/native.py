@@ -83,7 +83,7 @@ def _large_differs(dtype: torch.dtype) -> str:
     return _large[dtype]
 
 
-_large_differs._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import torch._dynamo: a call, not part of the graph
+_large_differs._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import torch._dynamo and with it Triton
 
 
 def _is_large(x: torch.Tensor) -> bool:

@@ -22,11 +22,12 @@ def _fake(x, groups, weight, bias, eps, shift, scale, add, silu, exact):
 
 def _fake_backward(grad, x, groups, weight, bias, eps, shift, scale, add, silu, of_x):
     dx = torch.empty_like(x, memory_format=reference.suggest_memory_format(x)) if of_x else x.new_empty(0)
-    return dx, *(x.new_empty(0) if t is None else t.new_empty(x.shape[1:2] if t.dim() == 1 else x.shape[:2]) for t in (weight, bias, shift, scale, add))
+    vectors = (x.new_empty(0) if t is None else t.new_empty(x.shape[1:2] if t.dim() == 1 else x.shape[:2]) for t in (weight, bias, shift, scale, add))
+    return dx, *vectors
 
 
-_backward_op = define("group_norm_silu_backward(Tensor grad, Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, Tensor? shift, Tensor? scale, "
-                      "Tensor? add, bool silu, bool of_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+_backward_op = define("group_norm_silu_backward(Tensor grad, Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, Tensor? shift, "
+                      "Tensor? scale, Tensor? add, bool silu, bool of_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
                       fallback=reference.group_norm_silu_backward, fake=_fake_backward)
 _backward_table = Table("group_norm_silu_backward", [
     Backend("cpu", native.why_not_backward, _backward_op),
@@ -88,7 +89,8 @@ def _explain(x, groups, weight, bias, modulations) -> None:
         if tensor is not None:
             checks.floating(name, tensor)
             if tensor.shape not in shapes:
-                raise ValueError(f"{name} has shape {list(tensor.shape)}; for x of shape {list(x.shape)} it should be {list(shapes[0])} or {list(shapes[1])}")
+                raise ValueError(f"{name} has shape {list(tensor.shape)}; for x of shape {list(x.shape)} it should be {list(shapes[0])} or "
+                                 f"{list(shapes[1])}")
             checks.same_device(name, tensor, x.device)
 
 

@@ -115,8 +115,8 @@ def _modulated(b_x, i_n, i_c, mask, weight, weight_c, bias, bias_c, shift, shift
 
 @triton.jit(do_not_specialize=["part_count", "blocks"])
 def group_norm_apply_kernel(x, x_n, add, add_n, add_c, parts, weight, weight_c, bias, bias_c, shift, shift_n, shift_c, scale, scale_n, scale_c, out,
-                            groups, per_group, pixels, channels, part_count, blocks, eps, SILU: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr,
-                            BLOCK: tl.constexpr):
+                            groups, per_group, pixels, channels, part_count, blocks, eps, SILU: tl.constexpr, PLANES: tl.constexpr,
+                            PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """One of the ``blocks`` blocks of each group. Nothing but the parts is summed: alignment decides about widths only."""
     i_block, i_group = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     i_n, i_g = i_group // groups, i_group % groups
@@ -128,7 +128,8 @@ def group_norm_apply_kernel(x, x_n, add, add_n, add_c, parts, weight, weight_c, 
     b_x = tl.load(x + o_x, mask=mask, other=0.0).to(tl.float32)
     if add is not None:
         b_x += _load(add, i_n, i_c, add_n, add_c, mask)
-    b_y = _modulated(fused(b_x - center, rstd, offset), i_n, i_c, mask, weight, weight_c, bias, bias_c, shift, shift_n, shift_c, scale, scale_n, scale_c)
+    b_xhat = fused(b_x - center, rstd, offset)
+    b_y = _modulated(b_xhat, i_n, i_c, mask, weight, weight_c, bias, bias_c, shift, shift_n, shift_c, scale, scale_n, scale_c)
     if SILU:
         b_y = _silu(b_y, b_y, False)
     o_c, o_out = _elements(o_e, i_n, i_g, channels.to(tl.int64) * pixels, per_group, pixels, channels, PLANES)
@@ -168,8 +169,8 @@ def group_norm_sums_kernel(grad, grad_n, x, x_n, add, add_n, add_c, parts, weigh
 
 
 @triton.jit(do_not_specialize=["part_count", "blocks"])
-def group_norm_dx_kernel(grad, grad_n, x, x_n, add, add_n, add_c, parts, weight, weight_c, bias, bias_c, shift, shift_n, shift_c, scale, scale_n, scale_c,
-                         means, dx, groups, per_group, pixels, channels, part_count, blocks, eps, SILU: tl.constexpr, PLANES: tl.constexpr,
+def group_norm_dx_kernel(grad, grad_n, x, x_n, add, add_n, add_c, parts, weight, weight_c, bias, bias_c, shift, shift_n, shift_c, scale, scale_n,
+                         scale_c, means, dx, groups, per_group, pixels, channels, part_count, blocks, eps, SILU: tl.constexpr, PLANES: tl.constexpr,
                          PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """dx = rstd * (dh * factor - means[group, 0] - xhat * means[group, 1]), factor = weight * (1 + scale)"""
     i_block, i_group = tl.program_id(0) % blocks, tl.program_id(0) // blocks
@@ -197,9 +198,9 @@ def group_norm_dx_kernel(grad, grad_n, x, x_n, add, add_n, add_c, parts, weight,
 
 def _dense(x: torch.Tensor, memory_format) -> torch.Tensor:
     """x, or a copy whose samples are dense in the memory format and start on 16 bytes: the order of the sums follows the width of the loads."""
-    if x.shape[0] and x[0].numel() and x.data_ptr() % 16 == 0 and (x.shape[0] == 1 or x.stride(0) % 16 == 0 or x.is_contiguous(memory_format=memory_format)):
-        if x[:1].is_contiguous(memory_format=memory_format):
-            return x
+    aligned = x.data_ptr() % 16 == 0 and (x.shape[0] == 1 or x.stride(0) % 16 == 0 or x.is_contiguous(memory_format=memory_format))
+    if aligned and x[:1].is_contiguous(memory_format=memory_format):
+        return x
     return x.clone(memory_format=memory_format)
 
 
@@ -222,8 +223,8 @@ class _Picture:
         self.parts = x.new_empty((self.batch * groups, self.part_count, 4), dtype=torch.float32)
         self.sizes = (groups, self.per_group, self.pixels, self.channels, self.part_count)
         self.options = dict(PLANES=self.planes, num_warps=self.tile.warps, num_stages=1, enable_fp_fusion=False)
-        launch(group_norm_parts_kernel, self.batch * groups * self.part_count, x, *self.sample(self.x), *self.add, self.parts, *self.sizes, self.tile.steps, 0,
-               BLOCK=self.tile.block, ALIGNED=self.aligned, **self.options)
+        launch(group_norm_parts_kernel, self.batch * groups * self.part_count, x, *self.sample(self.x), *self.add, self.parts, *self.sizes,
+               self.tile.steps, 0, BLOCK=self.tile.block, ALIGNED=self.aligned, **self.options)
 
     @staticmethod
     def _parameter(tensor) -> tuple:
@@ -281,5 +282,6 @@ def group_norm_silu_backward(grad, x, groups: int, weight, bias, eps: float, shi
         rstd = torch.rsqrt((squares + count * away.square()).sum(-1) / size + eps)
         wide = lambda value: value.repeat_interleave(p.per_group, 1)  # noqa: E731
         dadd = wide(rstd) * (of_h * factor - p.pixels * wide(means[..., 0]) - of_xhat * wide(means[..., 1]))
-    found = ((of_factor * one_scale).sum(0), (of_h * one_scale).sum(0), of_h, of_factor * wide_weight + (0.0 if bias is None else of_h * bias.float()), dadd)
+    of_scale = of_factor * wide_weight + (0.0 if bias is None else of_h * bias.float())
+    found = ((of_factor * one_scale).sum(0), (of_h * one_scale).sum(0), of_h, of_scale, dadd)
     return dx, *(x.new_empty(0) if t is None else gradient.to(t.dtype, copy=True) for t, gradient in zip(parameters, found))

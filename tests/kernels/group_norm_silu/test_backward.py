@@ -16,7 +16,8 @@ from tests.kernels.isa_levels import run_at
 from tests.tolerance import assert_close, assert_exact, assert_within
 
 needs_library = pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
-SHAPES = [((1, 3, 5, 7), 1), ((2, 30, 9, 7), 5), ((3, 17, 4, 4), 17), ((3, 40, 33, 37), 4), ((2, 12, 67), 3), ((2, 12, 3, 9, 11), 4), ((1, 128, 32, 32), 32)]
+SHAPES = [((1, 3, 5, 7), 1), ((2, 30, 9, 7), 5), ((3, 17, 4, 4), 17), ((3, 40, 33, 37), 4), ((2, 12, 67), 3), ((2, 12, 3, 9, 11), 4),
+          ((1, 128, 32, 32), 32)]
 
 
 def gradients(run, v: dict, groups: int, grad: torch.Tensor, **keywords) -> dict[str, torch.Tensor]:

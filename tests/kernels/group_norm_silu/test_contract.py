@@ -21,7 +21,7 @@ NUMERICS = ("exact", "close")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strided_input(dtype, layout):
-    """strided-input, misaligned: the same values in any layout give the bits of the contiguous picture in the memory format that torch sees in them."""
+    """strided-input, misaligned: the same values in any layout give the bits of the picture that is dense in the memory format torch sees."""
     v = inputs((2, 6, 5, 7), dtype)
     v = {name: tensor if tensor.dim() == 1 else tensor[:1].expand(tensor.shape).clone() for name, tensor in v.items()}  # an expanded layout exists
     for numerics in NUMERICS:
@@ -217,7 +217,7 @@ BAD = {
     "groups float": (lambda v: call(v, 2.0), TypeError, "groups is a float; it should be an int"),
     "weight shape": (lambda v: call({**v, "weight": torch.ones(5)}, 2), ValueError, r"weight has shape \[5\]; it should be \[6\]"),
     "bias dtype": (lambda v: call({**v, "bias": torch.ones(6).int()}, 2), TypeError, "bias has dtype torch.int32"),
-    "shift shape": (lambda v: call({**v, "shift": v["shift"][:1]}, 2), ValueError, r"shift has shape \[1, 6\]; .* it should be \[2, 6\] or \[2, 6, 1, 1\]"),
+    "shift shape": (lambda v: call({**v, "shift": v["shift"][:1]}, 2), ValueError, r"shift has shape \[1, 6\]; .* be \[2, 6\] or \[2, 6, 1, 1\]"),
     "scale shape": (lambda v: call({**v, "scale": v["x"]}, 2), ValueError, r"scale has shape \[2, 6, 3, 4\]"),
     "add list": (lambda v: call({**v, "add": [1]}, 2), TypeError, "add is a list"),
     "device": (lambda v: call({**v, "add": v["add"].to("meta")}, 2), ValueError, "add is on meta; it should be on cpu"),

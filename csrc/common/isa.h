@@ -14,7 +14,10 @@ Isa active_isa();
 
 // FUSEWIRE_DECLARE(R, f, (A, B)): declares R f(A, B) at every level. Use inside namespace fusewire.
 #define FUSEWIRE_DECLARE_ONE(isa, R, f, args) namespace isa { R f args; }
-#if defined(__x86_64__)
+#if defined(FUSEWIRE_ONLY_ISA)  // a library of one level, as the sanitizers get
+#define FUSEWIRE_DECLARE(R, f, args) FUSEWIRE_DECLARE_ONE(FUSEWIRE_ONLY_ISA, R, f, args)
+#define FUSEWIRE_PICK(type, f) (static_cast<type>(&::fusewire::FUSEWIRE_ONLY_ISA::f))
+#elif defined(__x86_64__)
 #define FUSEWIRE_DECLARE(R, f, args)          \
   FUSEWIRE_DECLARE_ONE(base, R, f, args)      \
   FUSEWIRE_DECLARE_ONE(avx2, R, f, args)      \

@@ -26,7 +26,9 @@ static bool amx_granted() {
 #endif
 
 static Isa highest_isa() {
-#if defined(__x86_64__)
+#if defined(FUSEWIRE_ONLY_ISA)
+  return Isa::FUSEWIRE_ONLY_ISA;
+#elif defined(__x86_64__)
   __builtin_cpu_init();
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
@@ -35,9 +37,10 @@ static Isa highest_isa() {
   if (v4 && __builtin_cpu_supports("avx512bf16") && amx_granted()) return Isa::amx;
 #endif
   if (v4) return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
-  if (v3) return Isa::avx2;
-#endif
+  return v3 ? Isa::avx2 : Isa::base;
+#else
   return Isa::base;
+#endif
 }
 
 Isa active_isa() {

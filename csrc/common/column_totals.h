@@ -19,7 +19,7 @@ class ColumnSums {
     const Tensor out = empty_vector(columns_, x_);
     FUSEWIRE_SWITCH_FLOATS(x_.scalar_type(), "column sums", {
       using wide_t = compute_t<scalar_t>;
-      const auto run = FUSEWIRE_PICK(void (*)(const wide_t*, int64_t, int64_t, int64_t, int64_t, scalar_t*), column_totals);
+      const auto run = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const wide_t*, int64_t, int64_t, int64_t, int64_t, scalar_t*), column_totals);
       const wide_t* from = reinterpret_cast<const wide_t*>(memory_.get()) + kind * columns_;
       scalar_t* to = static_cast<scalar_t*>(out.mutable_data_ptr());
       torch::stable::parallel_for(0, columns_, 4096, [&](int64_t begin, int64_t end) { run(from, blocks_, kinds_ * columns_, begin, end, to); });

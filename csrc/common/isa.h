@@ -17,6 +17,7 @@ Isa active_isa();
 #if defined(FUSEWIRE_ONLY_ISA)  // a library of one level, as the sanitizers get
 #define FUSEWIRE_DECLARE(R, f, args) FUSEWIRE_DECLARE_ONE(FUSEWIRE_ONLY_ISA, R, f, args)
 #define FUSEWIRE_PICK(type, f) (static_cast<type>(&::fusewire::FUSEWIRE_ONLY_ISA::f))
+#define FUSEWIRE_PICK_UP_TO_AVX512(type, f) FUSEWIRE_PICK(type, f)
 #elif defined(__x86_64__)
 #define FUSEWIRE_DECLARE(R, f, args)          \
   FUSEWIRE_DECLARE_ONE(base, R, f, args)      \
@@ -29,7 +30,13 @@ Isa active_isa();
        : active_isa() == Isa::avx512 ? static_cast<type>(&::fusewire::avx512::f)            \
        : active_isa() == Isa::avx2   ? static_cast<type>(&::fusewire::avx2::f)              \
                                      : static_cast<type>(&::fusewire::base::f))
+// For files that are not compiled at avx512_bf16, because they would be the same there as at avx512 (CMakeLists.txt lists the others).
+#define FUSEWIRE_PICK_UP_TO_AVX512(type, f)                                                 \
+  (active_isa() >= Isa::avx512     ? static_cast<type>(&::fusewire::avx512::f)              \
+       : active_isa() == Isa::avx2 ? static_cast<type>(&::fusewire::avx2::f)                \
+                                   : static_cast<type>(&::fusewire::base::f))
 #else
 #define FUSEWIRE_DECLARE(R, f, args) FUSEWIRE_DECLARE_ONE(base, R, f, args)
 #define FUSEWIRE_PICK(type, f) (static_cast<type>(&::fusewire::base::f))
+#define FUSEWIRE_PICK_UP_TO_AVX512(type, f) FUSEWIRE_PICK(type, f)
 #endif

@@ -19,7 +19,7 @@ static void run(const AdalnTask& k, ScalarType type) {
   const int64_t total = k.batch * k.tokens, grain = 1 + 32768 / (k.channels + 1);
   if (total == 0 || k.channels == 0) return;
   FUSEWIRE_SWITCH_FLOATS(type, "adaln", {
-    const auto range = FUSEWIRE_PICK(void (*)(const AdalnTask&, int64_t, int64_t, scalar_t), adaln_rows);
+    const auto range = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const AdalnTask&, int64_t, int64_t, scalar_t), adaln_rows);
     if (total <= grain) return range(k, 0, total, scalar_t{});
     torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) { range(k, begin, end, scalar_t{}); });
   });
@@ -82,7 +82,7 @@ static std::tuple<Tensor, Tensor> gate_residual_adaln(const Tensor& x, const Ten
 static void cpu_layer_norm_moments(const Tensor& x, double eps, int64_t order, const Tensor& out) {
   FUSEWIRE_SWITCH_FLOATS(x.scalar_type(), "cpu_layer_norm_moments", {
     using wide_t = compute_t<scalar_t>;
-    const auto run = FUSEWIRE_PICK(void (*)(const scalar_t*, int64_t, int64_t, double, StockOrder, wide_t*), layer_norm_moments);
+    const auto run = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const scalar_t*, int64_t, int64_t, double, StockOrder, wide_t*), layer_norm_moments);
     run(static_cast<const scalar_t*>(x.const_data_ptr()), x.size(0), x.size(1), eps, static_cast<StockOrder>(order),
         static_cast<wide_t*>(out.mutable_data_ptr()));
   });

@@ -10,7 +10,7 @@
 namespace fusewire {
 
 static void run(const AttentionBackwardCall& call) {
-  const auto kernel = FUSEWIRE_PICK(void (*)(const AttentionBackwardCall&, const AttentionBackwardTask&), attention_backward_task);
+  const auto kernel = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const AttentionBackwardCall&, const AttentionBackwardTask&), attention_backward_task);
   const auto one = [&](const AttentionBackwardTask& task) {
 #if defined(FUSEWIRE_HAS_AMX)
     if (active_isa() == Isa::amx && amx::attention_backward_task(call, task)) return;

@@ -32,7 +32,7 @@ static Tensor run(GatedTask k, const Tensor& x) {
   const int64_t rows = out.numel() ? out.numel() / k.width : 0, grain = 1 + 16384 / (1 + k.width);
   k.out = out.mutable_data_ptr();
   FUSEWIRE_SWITCH_FLOATS(x.scalar_type(), "gated activation", {
-    const auto range = FUSEWIRE_PICK(void (*)(const GatedTask&, int64_t, int64_t, scalar_t), gated_rows);
+    const auto range = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const GatedTask&, int64_t, int64_t, scalar_t), gated_rows);
     if (rows && rows <= grain) range(k, 0, rows, scalar_t{});
     else torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { range(k, begin, end, scalar_t{}); });
   });
@@ -42,7 +42,7 @@ static Tensor run(GatedTask k, const Tensor& x) {
 static void run_gradient(const GatedGradientTask& k, const Tensor& x) {
   if (x.numel() == 0) return;
   FUSEWIRE_SWITCH_FLOATS(x.scalar_type(), "gated gradient", {
-    const auto range = FUSEWIRE_PICK(void (*)(const GatedGradientTask&, int64_t, int64_t, scalar_t), gated_gradient_blocks);
+    const auto range = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const GatedGradientTask&, int64_t, int64_t, scalar_t), gated_gradient_blocks);
     const int64_t grain = 1 + 16384 / (1 + k.forward.width * k.blocks.height);
     torch::stable::parallel_for(0, k.blocks.count, grain, [&](int64_t begin, int64_t end) { range(k, begin, end, scalar_t{}); });
   });

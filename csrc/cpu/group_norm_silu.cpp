@@ -34,7 +34,7 @@ static void close_pictures(const GroupNormTask& k) {
   for (int64_t first = 0; first < k.batch; first += tile) {
     const int64_t last = std::min(k.batch, first + tile);
     group_norm_statistics<T>(k, first, last, sums.data());
-    run<T>(FUSEWIRE_PICK(Range<T>, group_norm_pixels), k, first * k.spatial, last * k.spatial, k.channels);
+    run<T>(FUSEWIRE_PICK_UP_TO_AVX512(Range<T>, group_norm_pixels), k, first * k.spatial, last * k.spatial, k.channels);
   }
 }
 
@@ -43,15 +43,15 @@ template <typename T>
 static void exact_pictures(const GroupNormTask& k) {
   const int64_t pixels = k.batch * k.spatial;
   if (k.add.data) {
-    const auto guess = FUSEWIRE_PICK(void (*)(const GroupNormTask&, int64_t, T), group_norm_guess);
+    const auto guess = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const GroupNormTask&, int64_t, T), group_norm_guess);
     for (int64_t n = 0; n < k.batch; ++n) guess(k, n, T{});
-    run<T>(FUSEWIRE_PICK(Range<T>, group_norm_add), k, 0, pixels, k.channels);
+    run<T>(FUSEWIRE_PICK_UP_TO_AVX512(Range<T>, group_norm_add), k, 0, pixels, k.channels);
   }
   if (k.spatial < 1024) {
-    run<T>(FUSEWIRE_PICK(Range<T>, group_norm_small), k, 0, k.batch * k.groups, k.group_channels() * k.spatial);
+    run<T>(FUSEWIRE_PICK_UP_TO_AVX512(Range<T>, group_norm_small), k, 0, k.batch * k.groups, k.group_channels() * k.spatial);
   } else {
-    const auto thread_sums = FUSEWIRE_PICK(void (*)(const GroupNormTask&, int64_t, int64_t, void*, T), group_norm_thread_sums);
-    const auto finish = FUSEWIRE_PICK(void (*)(const GroupNormTask&, const void*, int64_t, T), group_norm_large);
+    const auto thread_sums = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const GroupNormTask&, int64_t, int64_t, void*, T), group_norm_thread_sums);
+    const auto finish = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const GroupNormTask&, const void*, int64_t, T), group_norm_large);
     const int64_t threads = torch::stable::get_num_threads(), each = k.batch * 2 * k.channels;
     std::vector<compute_t<T>> sums(threads * each);
     torch::stable::parallel_for(0, pixels, 1, [&](int64_t begin, int64_t end) {
@@ -61,7 +61,7 @@ static void exact_pictures(const GroupNormTask& k) {
     });
     finish(k, sums.data(), threads, T{});
   }
-  run<T>(FUSEWIRE_PICK(Range<T>, group_norm_exact_pixels), k, 0, pixels, k.channels);
+  run<T>(FUSEWIRE_PICK_UP_TO_AVX512(Range<T>, group_norm_exact_pixels), k, 0, pixels, k.channels);
 }
 
 static Tensor group_norm_silu(const Tensor& given, int64_t groups, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps,
@@ -84,7 +84,7 @@ static Tensor group_norm_silu(const Tensor& given, int64_t groups, const std::op
   }
   FUSEWIRE_SWITCH_FLOATS(given.scalar_type(), "group_norm_silu", {
     if (!k.channels_last) {
-      const auto planes = exact ? FUSEWIRE_PICK(Range<scalar_t>, group_norm_exact_planes) : FUSEWIRE_PICK(Range<scalar_t>, group_norm_planes);
+      const auto planes = exact ? FUSEWIRE_PICK_UP_TO_AVX512(Range<scalar_t>, group_norm_exact_planes) : FUSEWIRE_PICK_UP_TO_AVX512(Range<scalar_t>, group_norm_planes);
       run<scalar_t>(planes, k, 0, k.batch * k.groups, k.group_channels() * k.spatial);
     } else {
       std::vector<compute_t<scalar_t>> stats(k.batch * kGroupNormRows * k.channels);

@@ -11,10 +11,10 @@ static void gradient_pictures(GroupNormGradientTask& k) {
   using C = compute_t<T>;
   GroupNormTask plain = k.norm;  // the statistics alone: xhat = (v - center) * rstd + offset
   plain.weight = plain.bias = plain.shift = plain.scale = Rows{};
-  const auto rows = FUSEWIRE_PICK(void (*)(const GroupNormGradientTask&, int64_t, T), group_norm_gradient_rows);
-  const auto block_sums = FUSEWIRE_PICK(void (*)(const GroupNormGradientTask&, int64_t, int64_t, int64_t, void*, T), group_norm_gradient_sums);
-  const auto finish = FUSEWIRE_PICK(void (*)(const GroupNormGradientTask&, int64_t, const void*, T), group_norm_gradient_finish);
-  const auto pixels = FUSEWIRE_PICK(void (*)(const GroupNormGradientTask&, int64_t, int64_t, T), group_norm_gradient_pixels);
+  const auto rows = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const GroupNormGradientTask&, int64_t, T), group_norm_gradient_rows);
+  const auto block_sums = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const GroupNormGradientTask&, int64_t, int64_t, int64_t, void*, T), group_norm_gradient_sums);
+  const auto finish = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const GroupNormGradientTask&, int64_t, const void*, T), group_norm_gradient_finish);
+  const auto pixels = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const GroupNormGradientTask&, int64_t, int64_t, T), group_norm_gradient_pixels);
   const int64_t blocks = k.norm.blocks(), channels = k.norm.channels, spatial = k.norm.spatial, tile = tile_of(k.norm, sizeof(T));
   std::vector<C> sums(tile * blocks * kGradientSums * channels);
   for (int64_t first = 0; first < k.norm.batch; first += tile) {
@@ -59,10 +59,10 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_sil
       k.norm.stats = stats.data(), k.rows = rows.data();
       gradient_pictures<scalar_t>(k);
     } else {
-      const auto planes = FUSEWIRE_PICK(void (*)(const GroupNormGradientTask&, int64_t, int64_t, scalar_t), group_norm_gradient_planes);
+      const auto planes = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const GroupNormGradientTask&, int64_t, int64_t, scalar_t), group_norm_gradient_planes);
       parallel(0, batch * groups, k.norm.group_channels() * k.norm.spatial, [&](int64_t begin, int64_t end) { planes(k, begin, end, scalar_t{}); });
     }
-    const auto parameters = FUSEWIRE_PICK(void (*)(const GroupNormGradientTask&, scalar_t*, scalar_t*, scalar_t*, scalar_t*, scalar_t*),
+    const auto parameters = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const GroupNormGradientTask&, scalar_t*, scalar_t*, scalar_t*, scalar_t*, scalar_t*),
                                           group_norm_parameter_gradients);
     const auto data = [](const Optional& p, const Tensor& gradient) { return p ? static_cast<scalar_t*>(gradient.mutable_data_ptr()) : nullptr; };
     parameters(k, data(weight, dweight), data(bias, dbias), data(shift, dshift), data(scale, dscale), data(add, dadd));

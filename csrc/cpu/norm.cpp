@@ -21,7 +21,7 @@ static void norm_into(const Tensor& x, const LeadingRows& from, const LeadingRow
   if (rows == 0 || channels == 0) return;
   const int64_t grain = 1 + 32768 / channels;
   FUSEWIRE_SWITCH_FLOATS(x.scalar_type(), "norm", {
-    const auto run = FUSEWIRE_PICK(void (*)(const NormTask&, int64_t, int64_t, scalar_t), norm_rows);
+    const auto run = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const NormTask&, int64_t, int64_t, scalar_t), norm_rows);
     if (rows <= grain) return run(k, 0, rows, scalar_t{});
     torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { run(k, begin, end, scalar_t{}); });
   });
@@ -66,7 +66,7 @@ static std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad, const Te
   const ColumnSums sums(of_weight || of_bias ? k.blocks.count : 0, 2, channels, x);
   if (of_weight || of_bias) k.sums = sums.data();
   FUSEWIRE_SWITCH_FLOATS(x.scalar_type(), "norm gradient", {
-    const auto run = FUSEWIRE_PICK(void (*)(const NormGradientTask&, int64_t, int64_t, scalar_t), norm_gradient_blocks);
+    const auto run = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const NormGradientTask&, int64_t, int64_t, scalar_t), norm_gradient_blocks);
     const int64_t grain = 1 + 16384 / (1 + channels * k.blocks.height);
     if (channels) torch::stable::parallel_for(0, k.blocks.count, grain, [&](int64_t begin, int64_t end) { run(k, begin, end, scalar_t{}); });
   });

@@ -34,7 +34,7 @@ static void qk_norm_into(const Tensor& q, const Tensor& k, const std::optional<T
   const int64_t batch = q.size(0), q_tokens = batch * parts[0].tokens, k_tokens = batch * parts[1].tokens;
   const int64_t grain = 1 + 32768 / (1 + n.dim * parts[0].heads);
   FUSEWIRE_SWITCH_FLOATS(q.scalar_type(), "qk_norm_rope", {
-    const auto run = FUSEWIRE_PICK(void (*)(const QkNorm&, const QkTensor&, int64_t, int64_t, scalar_t), qk_norm_tokens);
+    const auto run = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const QkNorm&, const QkTensor&, int64_t, int64_t, scalar_t), qk_norm_tokens);
     // One range over q's tokens, then k's
     torch::stable::parallel_for(0, q_tokens + k_tokens, grain, [&](int64_t begin, int64_t end) {
       if (begin < q_tokens) run(n, parts[0], begin, end < q_tokens ? end : q_tokens, scalar_t{});

@@ -39,7 +39,7 @@ static Tensor flow_euler_step(const Tensor& sample, const Tensor& model_output, 
   const std::vector<Dim> dims = merged_dims(sample, model_output, uncond ? *uncond : model_output);
   const int64_t inner = dims.back().size;
   FUSEWIRE_SWITCH_FLOATS(sample.scalar_type(), "sampler_step", {
-    const auto run = FUSEWIRE_PICK(void (*)(const FlowEuler&, scalar_t), flow_euler);
+    const auto run = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const FlowEuler&, scalar_t), flow_euler);
     const scalar_t* x = static_cast<const scalar_t*>(sample.const_data_ptr());
     const scalar_t* first = static_cast<const scalar_t*>(model_output.const_data_ptr());
     const scalar_t* cond = batched ? first + sample.size(0) * model_output.stride(0) : first;

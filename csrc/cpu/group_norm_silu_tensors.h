@@ -121,9 +121,9 @@ inline void over_blocks(const GroupNormTask& k, int64_t first, int64_t last, con
 // close: the coefficients of samples [first, last) of a [spatial, C] picture. `sums` has room for 2 * C for each of their blocks.
 template <typename T>
 void group_norm_statistics(const GroupNormTask& k, int64_t first, int64_t last, compute_t<T>* sums) {
-  const auto guess = FUSEWIRE_PICK(void (*)(const GroupNormTask&, int64_t, T), group_norm_guess);
-  const auto block_sums = FUSEWIRE_PICK(void (*)(const GroupNormTask&, int64_t, int64_t, int64_t, void*, T), group_norm_block_sums);
-  const auto finish = FUSEWIRE_PICK(bool (*)(const GroupNormTask&, int64_t, const void*, bool, T), group_norm_finish);
+  const auto guess = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const GroupNormTask&, int64_t, T), group_norm_guess);
+  const auto block_sums = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const GroupNormTask&, int64_t, int64_t, int64_t, void*, T), group_norm_block_sums);
+  const auto finish = FUSEWIRE_PICK_UP_TO_AVX512(bool (*)(const GroupNormTask&, int64_t, const void*, bool, T), group_norm_finish);
   const int64_t sample = k.blocks() * 2 * k.channels;
   const auto sum = [&](int64_t from, int64_t to) {
     over_blocks(k, from, to, [&](int64_t n, int64_t begin, int64_t end) { block_sums(k, n, begin, end, sums + (n - first) * sample, T{}); });

@@ -88,6 +88,7 @@ def test_batch_coupling(dtype, kind, numerics):
     assert_exact(gradients(kind, alone, grad[5:6], numerics=numerics)[0], gradients(kind, v, grad, numerics=numerics)[0][5:6])
 
 
+@needs_library
 @pytest.mark.parametrize("numerics", NUMERICS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_nondeterminism(kind, numerics):

@@ -19,7 +19,6 @@ import typer
 from rich.console import Console
 
 from fusewire.errors import BadInput, NothingToDo
-from fusewire.interrupt import remembered
 
 CODES = "Exit codes: 0 all holds, 1 a verdict fails, 2 bad input, 3 nothing to do."
 app = typer.Typer(help=f"Fused kernels for text-to-image models: swap them in, profile the gain, prove the picture is the same.\n\n{CODES}",
@@ -49,8 +48,7 @@ def guarded(command):
         try:
             if threads is not None:
                 _set_threads(threads)
-            with remembered():
-                code = command(*args, **kwargs)
+            code = command(*args, **kwargs)
         except (BadInput, NothingToDo) as error:
             code = 2 if isinstance(error, BadInput) else 3
             _complain(str(error), code, kwargs.get("as_json", False))

@@ -12,8 +12,6 @@ import torch
 from typer.testing import CliRunner
 
 from fusewire.cli import app
-from fusewire.interrupt import remembered
-from fusewire.report.progress import bars
 from tests.spoil import spoil
 from tests.tiny import tiny_pipeline
 
@@ -169,7 +167,9 @@ def test_demo(folder, tmp_path):
 
 def test_interrupt_is_clean():
     """Ctrl-C in the middle of a run: exit code 130, no traceback."""
-    code = "import sys; from fusewire.cli import main; sys.argv[1:] = ['bench', 'sd3.5-tiny', '--rounds', '100000']; print('ready', flush=True); main()"
+    # A shell's background job, such as this test may be part of, hands on SIGINT as ignored
+    code = ("import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from fusewire.cli import main; "
+            "sys.argv[1:] = ['bench', 'sd3.5-tiny', '--rounds', '100000']; print('ready', flush=True); main()")
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}) as process:
         try:
@@ -180,18 +180,3 @@ def test_interrupt_is_clean():
         finally:
             process.kill()
     assert process.returncode == 130 and "Traceback" not in errors, errors
-
-
-def test_an_interrupt_that_was_swallowed_comes_back():
-    """A bare ``except`` in somebody else's code eats the KeyboardInterrupt; the next step of the progress bar raises it again."""
-    with remembered(), bars() as tell:
-        tell("work", 0, 2)
-        try:
-            signal.raise_signal(signal.SIGINT)
-        except:  # noqa: E722
-            pass
-        with pytest.raises(KeyboardInterrupt):
-            tell("work", 1, 2)
-    with bars() as tell:
-        tell("other work", 0, 1)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fusewire import interrupt
-
 
 @contextmanager
 def bars(title: str = "") -> Iterator[Callable[[str, int, int], None]]:
@@ -21,7 +19,6 @@ def bars(title: str = "") -> Iterator[Callable[[str, int, int], None]]:
         tasks: dict[str, int] = {}
 
         def tell(what: str, done: int, total: int) -> None:
-            interrupt.check()
             if what not in tasks:
                 tasks[what] = progress.add_task(f"{title}: {what}" if title else what, total=total)
             progress.update(tasks[what], completed=done, total=total)

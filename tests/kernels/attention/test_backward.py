@@ -65,9 +65,9 @@ def test_against_float64(shape, dtype):
     assert few or counts["cpu" if CPU.loaded and dtype is not torch.float64 else "reference"] >= 3
 
 
-@pytest.mark.parametrize("level", ("base", "avx2", "avx512", "avx512_bf16"))
+@pytest.mark.parametrize("level", ("base", "avx2", "avx512"))  # the gradients know no other; test_attention.py has the rest of the way forwards
 def test_other_isa_levels(level):
-    run_at(level, __file__, "test_against_float64 or test_log_sum_exp or test_values_that_do_not_split")
+    run_at(level, __file__, "test_against_float64 and not (512 or 256) or test_log_sum_exp")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -28,6 +28,13 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+def promoted(dtype: torch.dtype, *tensors: torch.Tensor | None) -> torch.dtype:
+    """What ``dtype`` becomes in arithmetic with the tensors."""
+    for tensor in tensors:
+        dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
 def differs_from_stock(ours: Callable, stock: Callable, cases: Iterable[tuple]) -> str:
     """Whether a kernel may claim ``exact`` beside the installed torch: ``""``, or the reason why its row stands down.
 

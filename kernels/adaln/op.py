@@ -6,11 +6,11 @@ import torch
 
 from fusewire.kernels import checks
 from fusewire.kernels.adaln import native, reference, triton_limits
-from fusewire.kernels.adaln.reference import normalised_dtype, promoted
+from fusewire.kernels.adaln.reference import normalised_dtype
 from fusewire.kernels.autograd import recomputing
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import define
-from fusewire.kernels.rounding import is_exact
+from fusewire.kernels.rounding import is_exact, promoted
 from fusewire.kernels.triton_rows import row as triton_row
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fusewire.kernels.rounding import compute_dtype
+from fusewire.kernels.rounding import compute_dtype, promoted
 
 
 def over_tokens(modulation: torch.Tensor) -> torch.Tensor:
@@ -30,13 +30,6 @@ def normalise(x, weight, bias, eps: float, rms: bool) -> torch.Tensor:
     else:
         y = (y.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else y) * weight
     return y if bias is None else y + bias
-
-
-def promoted(dtype: torch.dtype, *tensors: torch.Tensor | None) -> torch.dtype:
-    """What ``dtype`` becomes in arithmetic with the tensors."""
-    for tensor in tensors:
-        dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
-    return dtype
 
 
 def normalised_dtype(dtype: torch.dtype, weight, bias, rms: bool) -> torch.dtype:

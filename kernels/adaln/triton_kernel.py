@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fusewire.kernels.adaln.reference import normalise, normalised_dtype, promoted
+from fusewire.kernels.adaln.reference import normalise, normalised_dtype
+from fusewire.kernels.rounding import promoted
 from fusewire.kernels.triton_base import TYPES, arch_of, inner_contiguous, launch, load_rows, narrow, over_tokens, rounded, strided
 from fusewire.kernels.tuning import aligned, row_tile
 

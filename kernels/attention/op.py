@@ -176,7 +176,7 @@ def _learns(*tensors) -> bool:
 
 
 def attention(q, k, v, *, mask=None, causal: bool = False, scale: float | None = None, q_weight=None, k_weight=None,
-              eps: float = 1e-6, return_lse: bool = False):
+              eps: float = 1e-6, return_lse: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """``softmax(q k^T * scale + mask) v``, optionally with RMS norm of each head of q and k on the way in.
 
     Args:
@@ -191,8 +191,8 @@ def attention(q, k, v, *, mask=None, causal: bool = False, scale: float | None =
         return_lse: also return the log-sum-exp of each query's scaled and masked logits, [B, H, Tq] in float32 (float64 for float64), natural
             logarithm, -inf where no key is left. Parts of a sequence that were attended to apart can be put together with it.
 
-    Returns: [B, Tq, H, D], contiguous, in q's dtype; with ``return_lse`` the pair (that, log-sum-exp). Never bit-equal to PyTorch's: ``numerics="close"`` in the sense of the other ops.
-    Under autocast q, k and v are cast as for PyTorch's attention.
+    Returns: [B, Tq, H, D], contiguous, in q's dtype; with ``return_lse`` the pair (that, log-sum-exp).
+    Never bit-equal to PyTorch's: ``numerics="close"`` in the sense of the other ops. Under autocast q, k and v are cast as for PyTorch's attention.
     Raises: TypeError for a dtype, ValueError for a shape, a device, ``scale`` or ``eps`` that is not as stated.
     Source: Dao et al. (2022), "FlashAttention"; Vaswani et al. (2017).
     """

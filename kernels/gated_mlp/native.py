@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from fusewire.kernels.library import CPU
 
 MAX_DIMS = 9  # csrc/common/rows.h
@@ -10,7 +12,7 @@ MAX_DIMS = 9  # csrc/common/rows.h
 EXACT = "numerics='exact' keeps PyTorch's own activation, whose bits depend on how it shares the elements between its threads"
 
 
-def _why_not(x, *tensors) -> str:
+def _serves(x, *tensors) -> str:
     if not CPU.loaded:
         return CPU.reason
     if not x.is_cpu:
@@ -18,26 +20,20 @@ def _why_not(x, *tensors) -> str:
     if x.dim() > MAX_DIMS:
         return f"x has more than {MAX_DIMS} dimensions"
     for tensor in tensors:
-        if tensor is not None and tensor.dtype is not x.dtype:
+        if tensor.dtype is not x.dtype:
             return f"an argument has dtype {tensor.dtype}, x has {x.dtype}"
     return ""
 
 
-def why_not_geglu(x, gate, bias, exact) -> str:
-    return EXACT if exact else _why_not(x, gate, bias)
+def predicates(serves):
+    """(why_not_forward, why_not_backward) of the room's ops, for a backend that ``serves(x, *tensors)``. The last argument forward is ``exact``."""
+    def why_not_forward(x, *rest) -> str:
+        return EXACT if rest[-1] else serves(x, *(value for value in rest if isinstance(value, torch.Tensor)))
+
+    def why_not_backward(grad, x, *rest) -> str:
+        return serves(x, grad, *(value for value in rest if isinstance(value, torch.Tensor)))
+
+    return why_not_forward, why_not_backward
 
 
-def why_not_swiglu(x, gate, bias, gate_first, exact) -> str:
-    return EXACT if exact else _why_not(x, gate, bias)
-
-
-def why_not_quick_gelu(x, exact) -> str:
-    return EXACT if exact else _why_not(x)
-
-
-def why_not_backward(grad, x, gate, bias, *rest) -> str:
-    return _why_not(x, grad, gate, bias)
-
-
-def why_not_quick_gelu_backward(grad, x) -> str:
-    return _why_not(x, grad)
+why_not_forward, why_not_backward = predicates(_serves)

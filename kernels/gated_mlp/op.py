@@ -9,13 +9,13 @@ from fusewire.kernels.autograd import fused
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.gated_mlp import native, reference, triton_limits
 from fusewire.kernels.library import define
-from fusewire.kernels.rounding import is_exact
+from fusewire.kernels.rounding import is_exact, promoted
 from fusewire.kernels.triton_rows import row as triton_row
 
 
 def _fake(x, gate, bias, *rest):
     width = x.shape[-1] // 2 if gate is None else x.shape[-1]
-    return x.new_empty((*x.shape[:-1], width), dtype=reference.result_dtype(x, gate, bias))
+    return x.new_empty((*x.shape[:-1], width), dtype=promoted(x.dtype, gate, bias))
 
 
 def _fake_backward(grad, x, gate, bias, *rest):
@@ -34,15 +34,14 @@ def _table(op, why_not: str, meaning) -> Table:
                         Backend("reference", always, meaning)])
 
 
-def _backward_table(arguments: str, results: str, meaning, fake, why_not: str) -> Table:
-    return _table(define(f"{meaning.__name__}({arguments}) -> {results}", fallback=meaning, fake=fake), why_not, meaning)
+def _backward_table(arguments: str, results: str, meaning, fake) -> Table:
+    return _table(define(f"{meaning.__name__}({arguments}) -> {results}", fallback=meaning, fake=fake), "why_not_backward", meaning)
 
 
 _TENSORS, _THREE = "Tensor grad, Tensor x, Tensor? gate, Tensor? bias", "(Tensor, Tensor, Tensor)"
-_geglu_backward = _backward_table(f"{_TENSORS}, bool of_bias", _THREE, reference.geglu_backward, _fake_backward, "why_not_backward")
-_swiglu_backward = _backward_table(f"{_TENSORS}, bool gate_first, bool of_bias", _THREE, reference.swiglu_backward, _fake_backward,
-                                   "why_not_backward")
-_quick_backward = _backward_table("Tensor grad, Tensor x", "Tensor", reference.quick_gelu_backward, _fake_unary, "why_not_quick_gelu_backward")
+_geglu_backward = _backward_table(f"{_TENSORS}, bool of_bias", _THREE, reference.geglu_backward, _fake_backward)
+_swiglu_backward = _backward_table(f"{_TENSORS}, bool gate_first, bool of_bias", _THREE, reference.swiglu_backward, _fake_backward)
+_quick_backward = _backward_table("Tensor grad, Tensor x", "Tensor", reference.quick_gelu_backward, _fake_unary)
 
 
 def _recomputed(x, *rest) -> bool:
@@ -60,7 +59,7 @@ def _gradients(table: Table):
 def _forward_table(arguments: str, meaning, fake, gradients) -> Table:
     backward, setup_context = fused(meaning, gradients, _recomputed)
     op = define(f"{meaning.__name__}({arguments}) -> Tensor", fallback=meaning, fake=fake, backward=backward, setup_context=setup_context)
-    return _table(op, f"why_not_{meaning.__name__}", meaning)
+    return _table(op, "why_not_forward", meaning)
 
 
 _geglu = _forward_table("Tensor x, Tensor? gate, Tensor? bias, bool exact", reference.geglu, _fake, _gradients(_geglu_backward))

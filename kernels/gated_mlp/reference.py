@@ -10,15 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fusewire.kernels.rounding import compute_dtype
-
-
-def result_dtype(x, *tensors: torch.Tensor | None) -> torch.dtype:
-    """The dtype of arithmetic with all of them."""
-    dtype = x.dtype
-    for tensor in tensors:
-        dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
-    return dtype
+from fusewire.kernels.rounding import compute_dtype, promoted
 
 
 def _halves(x, gate, bias, gate_first: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,7 +25,7 @@ def _halves(x, gate, bias, gate_first: bool) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _gated(activation, x, gate, bias, gate_first: bool, exact: bool) -> torch.Tensor:
-    dtype = result_dtype(x, gate, bias)
+    dtype = promoted(x.dtype, gate, bias)
     if not exact:
         x, gate, bias = (None if t is None else t.to(compute_dtype(dtype)) for t in (x, gate, bias))
     hidden, gate = _halves(x, gate, bias, gate_first)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusewire.kernels.gated_mlp.reference import result_dtype
+from fusewire.kernels.rounding import promoted
 from fusewire.kernels.triton_base import arch_of, as_tokens, launch, narrow, strided
 from fusewire.kernels.tuning import flat_tile
 
@@ -103,7 +103,7 @@ def _forward(activation: int, x, gate, bias, gate_first: bool) -> torch.Tensor:
         hidden, gate_rows, biases, dtype = None, as_tokens(x), (None, None), x.dtype
     else:
         hidden, gate_rows, *biases = _halves(x, gate, bias, gate_first)
-        dtype = result_dtype(x, gate, bias)
+        dtype = promoted(x.dtype, gate, bias)
     width, tokens = gate_rows.shape[2], gate_rows.shape[1]
     out = x.new_empty((*x.shape[:-1], width), dtype=dtype)
     block, warps = flat_tile(width, arch_of(x.device))

@@ -10,14 +10,14 @@ from fusewire.kernels.checks import FLOATS
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.group_norm_silu import native, reference, triton_limits
 from fusewire.kernels.library import define
-from fusewire.kernels.rounding import is_exact
+from fusewire.kernels.rounding import is_exact, promoted
 from fusewire.kernels.triton_rows import row as triton_row
 
 _Tensor = torch.Tensor
 
 
 def _fake(x, groups, weight, bias, eps, shift, scale, add, silu, exact):
-    return torch.empty_like(x, dtype=reference.result_dtype(x, shift, scale, add), memory_format=reference.suggest_memory_format(x))
+    return torch.empty_like(x, dtype=promoted(x.dtype, add, scale, shift), memory_format=reference.suggest_memory_format(x))
 
 
 def _fake_backward(grad, x, groups, weight, bias, eps, shift, scale, add, silu, of_x):

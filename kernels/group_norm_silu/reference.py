@@ -11,15 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch._prims_common import suggest_memory_format
 
-from fusewire.kernels.rounding import compute_dtype
-
-
-def result_dtype(x: torch.Tensor, shift, scale, add) -> torch.dtype:
-    """What eager PyTorch gives: a group norm keeps its input's dtype, the sums and the product promote."""
-    dtype = x.dtype
-    for tensor in (add, scale, shift):
-        dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
-    return dtype
+from fusewire.kernels.rounding import compute_dtype, promoted
 
 
 def over_pixels(parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -29,7 +21,8 @@ def over_pixels(parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def group_norm_silu(x, groups: int, weight, bias, eps: float, shift, scale, add, silu: bool, exact: bool) -> torch.Tensor:
     """silu(group_norm(x + add) * (1 + scale) + shift) for x [B, C, ...]; shift, scale, add [B, C] or [B, C, 1, ...]."""
-    dtype, memory_format = result_dtype(x, shift, scale, add), suggest_memory_format(x)
+    # a group norm keeps its input's dtype, the sums and the product promote
+    dtype, memory_format = promoted(x.dtype, add, scale, shift), suggest_memory_format(x)
     if not exact:
         wide = compute_dtype(dtype)
         x, weight, bias, shift, scale, add = (None if t is None else t.to(wide) for t in (x, weight, bias, shift, scale, add))

@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fusewire.kernels.group_norm_silu.reference import over_pixels, result_dtype, suggest_memory_format
+from fusewire.kernels.group_norm_silu.reference import over_pixels, suggest_memory_format
+from fusewire.kernels.rounding import promoted
 from fusewire.kernels.triton_base import arch_of, fused, launch, narrow, strided
 from fusewire.kernels.tuning import group_tile
 
@@ -113,11 +114,10 @@ def _modulated(b_x, i_n, i_c, mask, weight, weight_c, bias, bias_c, shift, shift
     return b_x
 
 
-@triton.jit(do_not_specialize=["part_count", "blocks"])
-def group_norm_apply_kernel(x, x_n, add, add_n, add_c, parts, weight, weight_c, bias, bias_c, shift, shift_n, shift_c, scale, scale_n, scale_c, out,
-                            groups, per_group, pixels, channels, part_count, blocks, eps, SILU: tl.constexpr, PLANES: tl.constexpr,
-                            PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """One of the ``blocks`` blocks of each group. Nothing but the parts is summed: alignment decides about widths only."""
+@triton.jit
+def _block(x, x_n, add, add_n, add_c, parts, groups, per_group, pixels, channels, part_count, blocks, eps, PLANES: tl.constexpr, PARTS: tl.constexpr,
+           BLOCK: tl.constexpr):
+    """The program's block of a group: (xhat, 1 / standard deviation, the group, sample, group in it and channels, elements, which of them exist)."""
     i_block, i_group = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     i_n, i_g = i_group // groups, i_group % groups
     size = per_group * pixels
@@ -128,7 +128,16 @@ def group_norm_apply_kernel(x, x_n, add, add_n, add_c, parts, weight, weight_c, 
     b_x = tl.load(x + o_x, mask=mask, other=0.0).to(tl.float32)
     if add is not None:
         b_x += _load(add, i_n, i_c, add_n, add_c, mask)
-    b_xhat = fused(b_x - center, rstd, offset)
+    return fused(b_x - center, rstd, offset), rstd, i_group, i_n, i_g, i_c, o_e, mask
+
+
+@triton.jit(do_not_specialize=["part_count", "blocks"])
+def group_norm_apply_kernel(x, x_n, add, add_n, add_c, parts, weight, weight_c, bias, bias_c, shift, shift_n, shift_c, scale, scale_n, scale_c, out,
+                            groups, per_group, pixels, channels, part_count, blocks, eps, SILU: tl.constexpr, PLANES: tl.constexpr,
+                            PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """One of the ``blocks`` blocks of each group. Nothing but the parts is summed: alignment decides about widths only."""
+    b_xhat, rstd, i_group, i_n, i_g, i_c, o_e, mask = _block(
+        x, x_n, add, add_n, add_c, parts, groups, per_group, pixels, channels, part_count, blocks, eps, PLANES, PARTS, BLOCK)
     b_y = _modulated(b_xhat, i_n, i_c, mask, weight, weight_c, bias, bias_c, shift, shift_n, shift_c, scale, scale_n, scale_c)
     if SILU:
         b_y = _silu(b_y, b_y, False)
@@ -173,19 +182,10 @@ def group_norm_dx_kernel(grad, grad_n, x, x_n, add, add_n, add_c, parts, weight,
                          scale_c, means, dx, groups, per_group, pixels, channels, part_count, blocks, eps, SILU: tl.constexpr, PLANES: tl.constexpr,
                          PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """dx = rstd * (dh * factor - means[group, 0] - xhat * means[group, 1]), factor = weight * (1 + scale)"""
-    i_block, i_group = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    i_n, i_g = i_group // groups, i_group % groups
-    size = per_group * pixels
-    center, offset, rstd = _moments(parts, i_group, part_count, size, eps, PARTS)
-    o_e = i_block * BLOCK + tl.arange(0, BLOCK)
-    mask = o_e < size
-    i_c, o_x = _elements(o_e, i_n, i_g, x_n, per_group, pixels, channels, PLANES)
+    b_xhat, rstd, i_group, i_n, i_g, i_c, o_e, mask = _block(
+        x, x_n, add, add_n, add_c, parts, groups, per_group, pixels, channels, part_count, blocks, eps, PLANES, PARTS, BLOCK)
     g_c, o_grad = _elements(o_e, i_n, i_g, grad_n, per_group, pixels, channels, PLANES)
-    b_x = tl.load(x + o_x, mask=mask, other=0.0).to(tl.float32)
     b_dh = tl.load(grad + o_grad, mask=mask, other=0.0).to(tl.float32)
-    if add is not None:
-        b_x += _load(add, i_n, i_c, add_n, add_c, mask)
-    b_xhat = fused(b_x - center, rstd, offset)
     if SILU:
         b_h = _modulated(b_xhat, i_n, i_c, mask, weight, weight_c, bias, bias_c, shift, shift_n, shift_c, scale, scale_n, scale_c)
         b_dh = _silu(b_h, b_dh, True)
@@ -243,7 +243,7 @@ class _Picture:
 
 
 def group_norm_silu(x, groups: int, weight, bias, eps: float, shift, scale, add, silu: bool, exact: bool) -> torch.Tensor:
-    out = torch.empty_like(x, dtype=result_dtype(x, shift, scale, add), memory_format=suggest_memory_format(x))
+    out = torch.empty_like(x, dtype=promoted(x.dtype, add, scale, shift), memory_format=suggest_memory_format(x))
     if out.numel():
         p = _Picture(x, groups, weight, bias, shift, scale, add)
         p.over_groups(group_norm_apply_kernel, eps, silu, *p.sample(p.x), *p.add, p.parts, *p.modulation, out)

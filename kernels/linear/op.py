@@ -10,15 +10,12 @@ from fusewire.kernels.autograd import recomputing
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import define
 from fusewire.kernels.linear import native, reference, triton_limits
-from fusewire.kernels.rounding import is_exact
+from fusewire.kernels.rounding import is_exact, promoted
 from fusewire.kernels.triton_rows import row as triton_row
 
 
 def _fake_linear(x, weight, bias, activation, gate, residual, exact):
-    dtype = x.dtype
-    for tensor in (gate, residual):
-        dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=promoted(x.dtype, gate, residual))
 
 
 def _reference_act(x, weight, bias, activation):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fusewire.kernels.rounding import compute_dtype
+from fusewire.kernels.rounding import compute_dtype, promoted
 
 ACTIVATIONS = {"gelu_tanh": lambda y: F.gelu(y, approximate="tanh"), "gelu": F.gelu, "silu": F.silu}
 
@@ -29,6 +29,6 @@ def linear(x, weight, bias, activation: str, gate, residual, exact: bool) -> tor
     if exact:
         return residual + (y if gate is None else gate * y)
     wide = compute_dtype(y.dtype)
-    dtype = torch.promote_types(residual.dtype, y.dtype if gate is None else torch.promote_types(y.dtype, gate.dtype))
+    dtype = promoted(residual.dtype, y, gate)
     y = y.to(wide) if gate is None else gate.to(wide) * y.to(wide)
     return (residual.to(wide) + y).to(dtype)

@@ -1,7 +1,7 @@
-"""RMSNorm, LayerNorm and global response norm in plain PyTorch: the meaning of the room's ops.
+"""RMSNorm and LayerNorm in plain PyTorch: the meaning of the room's ops.
 
-Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); Ba et al., "Layer Normalization" (2016); Woo et al., "ConvNeXt V2" (2023) for the
-global response norm. ``exact`` is the stock module's arithmetic, operation by operation; otherwise float32 inside (float64 for float64), one rounding.
+Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); Ba et al., "Layer Normalization" (2016).
+``exact`` is the stock module's arithmetic, operation by operation; otherwise float32 inside (float64 for float64), one rounding.
 """
 
 from __future__ import annotations

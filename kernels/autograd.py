@@ -5,7 +5,7 @@ A gradient is never dropped: what the op's autograd formula does not compute by 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -23,28 +23,33 @@ def recomputing(reference: Callable) -> tuple[Callable, Callable]:
         ctx.save_for_backward(*(value for value in inputs if isinstance(value, torch.Tensor)))
 
     def backward(ctx, *grads):
-        saved = iter(ctx.saved_tensors)
-        again = torch.is_grad_enabled()  # create_graph=True: differentiate through the saved tensors themselves
-        arguments, wanted = [], []
-        for is_tensor, value, needed in zip(ctx.layout, ctx.rest, ctx.needs_input_grad):
-            if is_tensor:
-                value = next(saved)
-                if needed:
-                    value = value.view_as(value) if again else value.detach().requires_grad_()
-                    wanted.append(value)
-                elif not again:
-                    value = value.detach()
-            arguments.append(value)
-        with torch.enable_grad():
-            outputs = reference(*arguments)
-        outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-        pairs = [(out, grad) for out, grad in zip(outputs, grads) if grad is not None and out.requires_grad]
-        found = torch.autograd.grad([out for out, _ in pairs], wanted, [grad for _, grad in pairs], create_graph=again,
-                                    allow_unused=True) if pairs else [None] * len(wanted)
-        found = iter(found)
-        return tuple(next(found) if is_tensor and needed else None for is_tensor, needed in zip(ctx.layout, ctx.needs_input_grad))
+        return _recompute(reference, ctx, ctx.saved_tensors, grads)
 
     return backward, setup_context
+
+
+def _recompute(reference: Callable, ctx, tensors: Sequence[torch.Tensor], grads: tuple) -> tuple:
+    """The gradients of the op's arguments, of which ``tensors`` are those that were saved, first."""
+    saved = iter(tensors)
+    again = torch.is_grad_enabled()  # create_graph=True: differentiate through the saved tensors themselves
+    arguments, wanted = [], []
+    for is_tensor, value, needed in zip(ctx.layout, ctx.rest, ctx.needs_input_grad):
+        if is_tensor:
+            value = next(saved)
+            if needed:
+                value = value.view_as(value) if again else value.detach().requires_grad_()
+                wanted.append(value)
+            elif not again:
+                value = value.detach()
+        arguments.append(value)
+    with torch.enable_grad():
+        outputs = reference(*arguments)
+    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    pairs = [(out, grad) for out, grad in zip(outputs, grads) if grad is not None and out.requires_grad]
+    found = torch.autograd.grad([out for out, _ in pairs], wanted, [grad for _, grad in pairs], create_graph=again,
+                                allow_unused=True) if pairs else [None] * len(wanted)
+    found = iter(found)
+    return tuple(next(found) if is_tensor and needed else None for is_tensor, needed in zip(ctx.layout, ctx.needs_input_grad))
 
 
 def fused(reference: Callable, gradients: Callable, recomputed_for: Callable[..., bool], *, with_outputs: bool = False) -> tuple[Callable, Callable]:
@@ -55,7 +60,7 @@ def fused(reference: Callable, gradients: Callable, recomputed_for: Callable[...
     ``recomputed_for(*args)`` holds (``exact``: the gradients are then those of the stock code, bit for bit), and where the gradients are to be
     differentiated themselves (``create_graph=True``). ``with_outputs``: the op's outputs are kept too, and ``gradients`` gets them after ``args``.
     """
-    recompute, keep_inputs = recomputing(reference)
+    _, keep_inputs = recomputing(reference)
 
     def setup_context(ctx, inputs, output):
         keep_inputs(ctx, inputs, output)
@@ -63,10 +68,11 @@ def fused(reference: Callable, gradients: Callable, recomputed_for: Callable[...
             ctx.save_for_backward(*(value for value in inputs if isinstance(value, torch.Tensor)), *output)
 
     def backward(ctx, *grads):
-        saved = iter(ctx.saved_tensors)
+        tensors = ctx.saved_tensors  # asked for once: activation checkpointing makes them anew at each request, and allows one
+        saved = iter(tensors)
         arguments = [next(saved) if is_tensor else value for is_tensor, value in zip(ctx.layout, ctx.rest)]
         if torch.is_grad_enabled() or recomputed_for(*arguments):
-            return recompute(ctx, *grads)
+            return _recompute(reference, ctx, tensors, grads)
         return gradients(ctx.needs_input_grad, grads, *arguments, *saved)
 
     return backward, setup_context

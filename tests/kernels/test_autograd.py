@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from fusewire.kernels.autograd import fused
 
@@ -42,3 +43,12 @@ def test_exact_and_create_graph_differentiate_the_reference(scaled):
     (again,) = torch.autograd.grad((op(x, 3.0, False) ** 2).sum(), x, create_graph=True)
     assert torch.equal(x.grad, torch.full((3,), 2.0)) and torch.equal(again, torch.full((3,), 18.0)) and again.requires_grad
     assert calls == []
+
+
+@pytest.mark.parametrize("exact, want", ((False, -2.0), (True, 2.0)))
+def test_under_activation_checkpointing(scaled, exact, want):
+    """Saved tensors may be asked for once: a second request would compute the forward again, and is refused."""
+    op, _ = scaled
+    x = torch.ones(3, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(lambda x: op(x, 2.0, exact), x, use_reentrant=False).sum().backward()
+    assert torch.equal(x.grad, torch.full((3,), want))

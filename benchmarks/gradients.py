@@ -11,31 +11,33 @@ from fusewire import ops
 from registry import Case
 
 
+def with_backward(ours: Callable, eager: Callable, given: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...], rounds: int) -> dict[str, float]:
+    """Forward and backward of ``ours(*given, numerics="close")`` and of ``eager(*given)`` in turn, for random gradients of their ``outputs``."""
+    with torch.inference_mode(False), torch.enable_grad():  # the harness runs in inference mode, whose tensors take no gradient
+        leaves = [t.clone().requires_grad_() for t in given]
+        grads = [torch.randn(out.shape).to(out.dtype) for out in outputs]
+
+    def step(function: Callable) -> Callable:
+        def run():
+            with torch.inference_mode(False), torch.enable_grad():
+                torch.autograd.grad(function(*leaves), leaves, grads)
+        return run
+
+    return measure({"close with backward": step(lambda *tensors: ours(*tensors, numerics="close")), "eager with backward": step(eager)}, rounds)
+
+
 def row(op: str, case: Case, dtype: str, ours: Callable, eager: Callable, given: tuple[torch.Tensor, ...], rounds: int, modes: tuple[str, ...]) -> dict:
     """``ours(*given, numerics=...)`` and ``eager(*given)`` in turn, each mode forward and ``close`` with its gradients. ``exact`` must be equal to eager."""
     stock, made = eager(*given), ours(*given, numerics=modes[0])
     assert modes[0] != "exact" or torch.equal(made, stock), f"{op} in {dtype} is not exact"
     compiled = torch.compile(eager, dynamic=False)
-    with torch.inference_mode(False), torch.enable_grad():  # the harness runs in inference mode, whose tensors take no gradient
-        leaves = [t.clone().requires_grad_() for t in given]
-        grad = torch.randn(stock.shape).to(stock.dtype)
-
-    def step(function: Callable) -> Callable:
-        def run():
-            with torch.inference_mode(False), torch.enable_grad():
-                torch.autograd.grad(function(*leaves), leaves, grad)
-        return run
-
     ops.reset_stats()
     times = measure({
         **{mode: (lambda mode=mode: ours(*given, numerics=mode)) for mode in modes},
         "clone": lambda: made.clone(),
         "compile": lambda: compiled(*given),
         "eager": lambda: eager(*given),
-    }, rounds) | measure({  # apart, so that no forward begins with the caches that a backward leaves
-        "close with backward": step(lambda *tensors: ours(*tensors, numerics="close")),
-        "eager with backward": step(eager),
-    }, rounds)
+    }, rounds) | with_backward(ours, eager, given, (stock,), rounds)  # apart, so that no forward begins with the caches that a backward leaves
     first, both = times[modes[0]], times["eager with backward"] / times["close with backward"]
     return {"op": op, "shape": case.what, "size": list(case.shape), "dtype": dtype, "backend": served(op), "backend of backward": served(f"{op.removesuffix('_2d')}_backward"),
             **times, f"compile/{modes[0]}": round(times["compile"] / first, 2), f"eager/{modes[0]}": round(times["eager"] / first, 2),

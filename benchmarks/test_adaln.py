@@ -1,4 +1,4 @@
-"""The adaLN ops against the eager chain, torch.compile of it (warm), and a clone of the outputs.
+"""The adaLN ops, forward and with backward, against the eager chain, torch.compile of it (warm), and a clone of the outputs.
 
 ``python benchmarks/test_adaln.py [--rounds N] [--json FILE]``
 """
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from alternating import main, measure, served
 from fusewire import ops
+from gradients import with_backward
 from registry import REGISTRY
 
 
@@ -64,8 +65,10 @@ def rows(arguments):
                     "clone": lambda: [out.clone() for out in outputs],
                     "compile": lambda: compiled(*given),
                     "eager": lambda: eager(*given),
-                }, arguments.rounds)
-                yield {"op": op, "shape": case.what, "size": list(case.shape), "dtype": name, "backend": served(op), **times,
+                }, arguments.rounds) | with_backward(ours, eager, given, outputs, arguments.rounds)
+                both = times["eager with backward"] / times["close with backward"]
+                yield {"op": op, "shape": case.what, "size": list(case.shape), "dtype": name, "backend": served(op),
+                       "backend of backward": served(f"{op}_backward"), **times, "with backward, eager/close": round(both, 2),
                        "compile/exact": round(times["compile"] / times["exact"], 2), "eager/exact": round(times["eager"] / times["exact"], 2),
                        "exact/clone": round(times["exact"] / times["clone"], 2),
                        "GB/s": round(case.elements * given[0].element_size() / times["exact"] / 1e3, 1)}

@@ -118,3 +118,29 @@ def why_not_gate_modulate(x, y, gate, y2, gate2, shift, scale, weight, bias, eps
         return ""
     return _why_not(x, rms, exact, (("y", y), ("gate", gate), ("y2", y2), ("gate2", gate2), ("shift", shift), ("scale", scale),
                                     ("weight", weight), ("bias", bias)))
+
+
+def _why_not_gradient(**tensors) -> str:
+    """One dtype throughout, on the CPU."""
+    if not CPU.loaded:
+        return CPU.reason
+    (first, like), *rest = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
+    if not like.is_cpu:
+        return f"{first} is on {like.device}"
+    return next((f"{name} has dtype {tensor.dtype}, {first} has {like.dtype}" for name, tensor in rest if tensor.dtype is not like.dtype), "")
+
+
+def why_not_modulate_backward(grad, x, shift, scale, weight, bias, eps, rms, wanted) -> str:
+    return _why_not_gradient(x=x, grad=grad, shift=shift, scale=scale, weight=weight, bias=bias)
+
+
+def why_not_modulate_dual_backward(grad, grad2, x, shift, scale, shift2, scale2, eps, wanted) -> str:
+    return _why_not_gradient(x=x, grad=grad, grad2=grad2, shift=shift, scale=scale, shift2=shift2, scale2=scale2)
+
+
+def why_not_gate_backward(grad, y, gate, wanted) -> str:
+    return _why_not_gradient(y=y, grad=grad, gate=gate)
+
+
+def why_not_gate_modulate_backward(grad, grad2, x, y, gate, y2, gate2, shift, scale, weight, bias, eps, rms, wanted) -> str:
+    return _why_not_gradient(x=x, grad=grad, grad2=grad2, y=y, gate=gate, y2=y2, gate2=gate2, shift=shift, scale=scale, weight=weight, bias=bias)

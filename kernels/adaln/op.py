@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from fusewire.kernels import checks
-from fusewire.kernels.adaln import native, reference, triton_limits
+from fusewire.kernels.adaln import gradients, native, reference, triton_limits
 from fusewire.kernels.adaln.reference import normalised_dtype
-from fusewire.kernels.autograd import recomputing
+from fusewire.kernels.autograd import fused
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import define
 from fusewire.kernels.rounding import is_exact, promoted
@@ -31,21 +31,21 @@ def _fake_gate_modulate(x, y, gate, y2, gate2, shift, scale, weight, bias, eps, 
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=promoted(normalised_dtype(dtype, weight, bias, rms), scale, shift))
 
 
-def _register(schema: str, meaning, fake):
-    backward, setup_context = recomputing(meaning)
+def _register(schema: str, meaning, fake, its_gradients):
+    backward, setup_context = fused(meaning, its_gradients, gradients.recomputed)
     return define(schema, fallback=meaning, fake=fake, backward=backward, setup_context=setup_context)
 
 
 _modulate_op = _register(
     "adaln_modulate(Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, float eps, bool rms, bool exact) -> Tensor",
-    reference.adaln_modulate, _fake_modulate)
+    reference.adaln_modulate, _fake_modulate, gradients.of_modulate)
 _modulate_dual_op = _register(
     "adaln_modulate_dual(Tensor x, Tensor shift, Tensor scale, Tensor shift2, Tensor scale2, float eps, bool exact) -> (Tensor, Tensor)",
-    reference.adaln_modulate_dual, _fake_modulate_dual)
-_gate_op = _register("gate_residual(Tensor x, Tensor y, Tensor gate, bool exact) -> Tensor", reference.gate_residual, _fake_gate)
+    reference.adaln_modulate_dual, _fake_modulate_dual, gradients.of_modulate_dual)
+_gate_op = _register("gate_residual(Tensor x, Tensor y, Tensor gate, bool exact) -> Tensor", reference.gate_residual, _fake_gate, gradients.of_gate)
 _gate_modulate_op = _register(
     "gate_residual_adaln(Tensor x, Tensor y, Tensor gate, Tensor? y2, Tensor? gate2, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, "
-    "float eps, bool rms, bool exact) -> (Tensor, Tensor)", reference.gate_residual_adaln, _fake_gate_modulate)
+    "float eps, bool rms, bool exact) -> (Tensor, Tensor)", reference.gate_residual_adaln, _fake_gate_modulate, gradients.of_gate_modulate)
 
 _modulate = Table("adaln_modulate", [
     Backend("cpu", native.why_not_modulate, _modulate_op),

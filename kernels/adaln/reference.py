@@ -87,3 +87,65 @@ def gate_residual_adaln(x, y, gate, y2, gate2, shift, scale, weight, bias, eps: 
         x, y, gate, y2, gate2, shift, scale, weight, bias = _wide(modulated_dtype, x, y, gate, y2, gate2, shift, scale, weight, bias)
     residual = _gated(x, y, gate, y2, gate2)
     return residual.to(dtype), _modulated(normalise(residual, weight, bias, eps, rms), shift, scale).to(modulated_dtype)
+
+
+def _summed(grad, modulation) -> torch.Tensor:
+    """What ``modulation`` gets of ``grad`` [B, T, C], in its shape: the sum over the tokens, unless each token has a row of its own."""
+    if modulation.dim() == 2:
+        return grad.sum(1)
+    return grad.sum(1, keepdim=True) if modulation.shape[1] == 1 else grad
+
+
+def _norm_gradients(x, modulated, weight, bias, eps: float, rms: bool) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor, torch.Tensor]:
+    """Of x, of each (shift, scale), of weight and of bias, the last three not summed over any row. ``modulated``: (scale, gradient of the output).
+
+    With g the gradient of xhat: dx = (g - mean(g) - xhat * mean(g * xhat)) * rstd, where RMSNorm has no mean(g).
+    """
+    centred = x if rms else x - x.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
+    xhat = centred * rstd
+    norm = xhat if weight is None else xhat * weight
+    norm = norm if bias is None else norm + bias
+    upstream = sum(grad * (1 + over_tokens(scale)) for scale, grad in modulated)
+    g = upstream if weight is None else upstream * weight
+    dx = (g - (0 if rms else g.mean(-1, keepdim=True)) - xhat * (g * xhat).mean(-1, keepdim=True)) * rstd
+    return dx, [(grad, grad * norm) for _, grad in modulated], upstream * xhat, upstream
+
+
+def _asked(wanted: int, dtype: torch.dtype, gradients: list[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
+    """Contiguous, in ``dtype``; one whose bit in ``wanted`` is not set, or that there is not, has no elements."""
+    some = next(gradient for gradient in gradients if gradient is not None)
+    return tuple(some.new_empty(0, dtype=dtype) if gradient is None or not wanted >> i & 1 else
+                 gradient.to(dtype, copy=True, memory_format=torch.contiguous_format) for i, gradient in enumerate(gradients))
+
+
+def adaln_modulate_backward(grad, x, shift, scale, weight, bias, eps: float, rms: bool, wanted: int) -> tuple[torch.Tensor, ...]:
+    """The gradients of x, shift, scale, weight and bias in the rounding of ``close``, all of one dtype. Bit i of ``wanted`` asks for the i-th."""
+    dtype, (grad, x, wide_scale, weight, bias) = x.dtype, _wide(x.dtype, grad, x, scale, weight, bias)
+    dx, ((dshift, dscale),), dweight, dbias = _norm_gradients(x, [(wide_scale, grad)], weight, bias, eps, rms)
+    return _asked(wanted, dtype, [dx, _summed(dshift, shift), _summed(dscale, scale), None if weight is None else dweight.sum((0, 1)),
+                                  None if bias is None else dbias.sum((0, 1))])
+
+
+def adaln_modulate_dual_backward(grad, grad2, x, shift, scale, shift2, scale2, eps: float, wanted: int) -> tuple[torch.Tensor, ...]:
+    """The gradients of x, shift, scale, shift2 and scale2."""
+    dtype, (grad, grad2, x, wide, wide2) = x.dtype, _wide(x.dtype, grad, grad2, x, scale, scale2)
+    dx, ((dshift, dscale), (dshift2, dscale2)), _, _ = _norm_gradients(x, [(wide, grad), (wide2, grad2)], None, None, eps, False)
+    return _asked(wanted, dtype, [dx, _summed(dshift, shift), _summed(dscale, scale), _summed(dshift2, shift2), _summed(dscale2, scale2)])
+
+
+def gate_residual_backward(grad, y, gate, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of y and gate; that of x is ``grad`` itself."""
+    dtype, (grad, y, wide_gate) = y.dtype, _wide(y.dtype, grad, y, gate)
+    return _asked(wanted, dtype, [grad * over_tokens(wide_gate), _summed(grad * y, gate)])
+
+
+def gate_residual_adaln_backward(grad, grad2, x, y, gate, y2, gate2, shift, scale, weight, bias, eps: float, rms: bool, wanted: int) -> tuple[torch.Tensor, ...]:
+    """The gradients of x, y, gate, y2, gate2, shift, scale, weight and bias. ``grad`` is that of the residual stream, ``grad2`` of the modulated norm."""
+    dtype, gates = x.dtype, (gate, gate2)
+    grad, grad2, x, y, gate, y2, gate2, wide_scale, weight, bias = _wide(dtype, grad, grad2, x, y, gate, y2, gate2, scale, weight, bias)
+    norm, ((dshift, dscale),), dweight, dbias = _norm_gradients(_gated(x, y, gate, y2, gate2), [(wide_scale, grad2)], weight, bias, eps, rms)
+    total = grad + norm
+    second = (None, None) if y2 is None else (total * over_tokens(gate2), _summed(total * y2, gates[1]))
+    return _asked(wanted, dtype, [total, total * over_tokens(gate), _summed(total * y, gates[0]), *second, _summed(dshift, shift), _summed(dscale, scale),
+                                  None if weight is None else dweight.sum((0, 1)), None if bias is None else dbias.sum((0, 1))])

@@ -32,7 +32,9 @@ CALLS = {
     "swiglu": ((X,), dict(gate_first=True, numerics="close"), "swiglu"),
 }
 # Reached where gradients are wanted, from no public op of that name
-BACKWARD = {f"{op}_backward" for op in ("attention", "geglu", "group_norm_silu", "layer_norm", "quick_gelu", "rms_norm", "swiglu")} | {"attention_softmax"}
+_WITH_BACKWARD = ("adaln_modulate", "adaln_modulate_dual", "attention", "gate_residual", "gate_residual_adaln", "geglu", "group_norm_silu", "layer_norm",
+                  "quick_gelu", "rms_norm", "swiglu")
+BACKWARD = {f"{op}_backward" for op in _WITH_BACKWARD} | {"attention_softmax"}
 
 
 def test_every_op_is_here():

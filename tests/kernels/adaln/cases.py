@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fusewire import ops
+from fusewire.kernels.dispatch import forced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES = ("adaln_modulate", "adaln_modulate_dual", "gate_residual", "gate_residual_adaln", "two_gates")
@@ -73,3 +74,22 @@ def stock(name: str, v: dict, eps: float = 1e-6, weight=None, bias=None) -> tupl
 
 def wide(v: dict) -> dict:
     return {name: tensor.double() for name, tensor in v.items()}
+
+
+def gradients(run, name: str, v: dict, grads=None, backend: str | None = None, wanted=None, **keywords) -> dict[str, torch.Tensor]:
+    """The gradient of each tensor of ``v`` that the op uses (or of ``wanted``), for these gradients of its outputs (ones, unless given)."""
+    v = {k: t.detach().requires_grad_(wanted is None or k in wanted) for k, t in v.items()}
+    affine = {k: v[k] for k in ("weight", "bias") if k in v}
+    names = wanted or (*used(name), *affine)
+    outputs = run(name, v, **affine, **keywords)
+    grads = [torch.ones_like(out) for out in outputs] if grads is None else [grad.to(out.dtype) for grad, out in zip(grads, outputs)]
+    with forced(backend):
+        return dict(zip(names, torch.autograd.grad(outputs, [v[k] for k in names], grads)))
+
+
+def upstream(v: dict, name: str) -> list[torch.Tensor]:
+    return [torch.randn_like(v["x"]) for _ in call(name, v)]
+
+
+def with_affine(v: dict) -> dict:
+    return {**v, **{name: torch.randn(v["x"].shape[-1]).to(v["x"].dtype) for name in ("weight", "bias")}}

@@ -33,9 +33,10 @@ sanitize: $(STAMP)
 	  FUSEWIRE_LIB=$(SANITIZED)/lib $(PYTHON) -m pytest -p no:cacheprovider tests/kernels -k "$(SANITIZED_TESTS)"
 SANITIZED_TESTS = (strided or empty or tail or against_float64 or batch_coupling) and not triton and not isa
 
-# What the Triton kernels compile to, without a GPU (a few minutes on two cores).
+# What the Triton and the CUDA kernels compile to, without a GPU (a few minutes on two cores; nvcc is needed).
 kernels-compiled: $(STAMP)
 	env -u TRITON_INTERPRET $(PYTHON) -m fusewire.kernels.compiled --write docs/kernels-compiled.md
+	$(PYTHON) -m fusewire.kernels.compiled_cuda --write docs/kernels-compiled.md
 
 # Which test looks for which known failure of such kernels.
 bug-classes: $(STAMP)

@@ -1,4 +1,4 @@
-"""Packaging: the folder mapping, and the native library built by CMake + ninja where torch and a compiler are found.
+"""Packaging: the folder mapping, and the native libraries built by CMake + ninja where torch and a compiler are found.
 
 ``src/fusewire`` is the root package; ``kernels/`` and ``models/`` become ``fusewire.kernels`` and ``fusewire.models``. They carry no
 ``__init__.py``, so that a checkout never shadows the registry's own ``kernels`` package, which diffusers imports.
@@ -16,6 +16,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.extension import Extension
 
 ROOT = Path(__file__).parent.resolve()
+CUDA = os.environ.get("FUSEWIRE_CUDA", "AUTO")  # AUTO, ON or OFF: CMakeLists.txt says what they mean
 
 
 def rooms(name: str) -> list[str]:
@@ -42,17 +43,25 @@ class CMakeBuild(build_ext):
         destination = (ROOT / "src" if self.editable_mode or self.inplace else Path(self.build_lib).resolve()) / "fusewire" / "lib"
         build = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
-                     f"-DPython_EXECUTABLE={sys.executable}", f"-DFUSEWIRE_LIB_DIR={destination}"]
+                     f"-DPython_EXECUTABLE={sys.executable}", f"-DFUSEWIRE_LIB_DIR={destination}", f"-DFUSEWIRE_CUDA={CUDA}"]
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
-        record = destination / "libfusewire_cpu.json"
-        record.unlink(missing_ok=True)
+        for stale in (*destination.glob("libfusewire_*.json"), destination / "libfusewire_cuda.so"):
+            stale.unlink(missing_ok=True)
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
-        # The schemas that the library was compiled for: a later checkout whose schemas differ does not call it.
-        code = f"import fusewire.ops; from fusewire.kernels.library import record_schemas; record_schemas({str(record)!r})"
-        subprocess.run([sys.executable, "-c", code], cwd=build, check=True,
-                       env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "FUSEWIRE_NATIVE": "0"})
+        subprocess.run(["cmake", "--build", str(build), "--parallel", "--target", "fusewire_cpu"], check=True)
+        if "FUSEWIRE_BUILDS_CUDA:INTERNAL=ON" in (build / "CMakeCache.txt").read_text():
+            try:
+                subprocess.run(["cmake", "--build", str(build), "--parallel", "--target", "fusewire_cuda"], check=True)
+            except subprocess.CalledProcessError:
+                if CUDA == "ON":
+                    raise
+                print("fusewire: the CUDA library was not built, see above; Triton serves GPUs", file=sys.stderr)
+        # The schemas that each library was compiled for: a later checkout whose schemas differ does not call it.
+        for library in destination.glob("libfusewire_*.so"):
+            code = f"import fusewire.ops; from fusewire.kernels.library import record_schemas; record_schemas({str(library.with_suffix('.json'))!r})"
+            subprocess.run([sys.executable, "-c", code], cwd=build, check=True,
+                           env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "FUSEWIRE_NATIVE": "0"})
 
     def get_outputs(self):
         return [str(path) for path in (Path(self.build_lib) / "fusewire" / "lib").glob("libfusewire_*")]

@@ -26,8 +26,8 @@ class NativeLibrary:
     another schema would misread its arguments: both are found, at import, and the op's row stands down (``dispatch.Table``).
     """
 
-    def __init__(self, name: str, key: str):
-        self.name, self.key, self.loaded, self.reason, self.path = name, key, False, "", None
+    def __init__(self, name: str, key: str, compiler: str):
+        self.name, self.key, self.compiler, self.loaded, self.reason, self.path = name, key, compiler, False, "", None
         self.stale: dict[str, str] = {}  # op -> why the library does not serve it
         self.schemas: dict[str, str] = {}  # op -> the schema that it was compiled for, as the build recorded it
 
@@ -40,7 +40,7 @@ class NativeLibrary:
         if os.environ.get("FUSEWIRE_NATIVE", "1") == "0":
             self.reason = "switched off by FUSEWIRE_NATIVE=0"
         elif not self.path.is_file():
-            self.reason = f"{self.path.name} was not built (install with a C++ compiler and --no-build-isolation)"
+            self.reason = f"{self.path.name} was not built (install with {self.compiler} and --no-build-isolation)"
         else:
             try:
                 record = self.path.with_suffix(".json")
@@ -133,6 +133,18 @@ def define(schema: str, *, fallback: Callable, fake: Callable, backward: Callabl
 _DEFINED: dict[str, tuple[str, dict]] = {}
 
 
+def declare(schema: str) -> None:
+    """Declare ``fusewire::<schema>`` without a fallback: an op that a compiled library alone implements and the rooms alone call."""
+    name = schema.split("(", 1)[0]
+    _DECLARED.append(schema)
+    LIBRARY.define(schema)
+    if CUDA.changed(schema):
+        CUDA.mark(name, f"the compiled library has another schema for fusewire::{name}")
+
+
+_DECLARED: list[str] = []
+
+
 def variant(op: torch._ops.OpOverload, suffix: str, kernel: Callable) -> torch._ops.OpOverload:
     """Declare ``fusewire::<op>_<suffix>``: ``op`` with ``kernel`` in the place of its fallback. The same schema, fake kernel and gradients."""
     name = op._schema.name.split("::")[1]
@@ -151,7 +163,7 @@ def variant(op: torch._ops.OpOverload, suffix: str, kernel: Callable) -> torch._
 
 def record_schemas(path: str) -> None:
     """Write the declared schemas beside a library that was compiled from the same sources. setup.py calls it once all rooms are imported."""
-    schemas = {schema.split("(", 1)[0]: schema for schema in (*_HELPERS, *(schema for schema, _ in _DEFINED.values()))}
+    schemas = {schema.split("(", 1)[0]: schema for schema in (*_HELPERS, *_DECLARED, *(schema for schema, _ in _DEFINED.values()))}
     Path(path).write_text(json.dumps(schemas, indent=1, sort_keys=True) + "\n")
 
 
@@ -161,8 +173,8 @@ _HELPERS = ("cpu_isa() -> int", "cpu_is_intel() -> bool", "cpu_layer_norm_moment
 for _schema in _HELPERS:
     LIBRARY.define(_schema)
 
-CPU = NativeLibrary("fusewire_cpu", "CPU")
-CUDA = NativeLibrary("fusewire_cuda", "CUDA")
+CPU = NativeLibrary("fusewire_cpu", "CPU", "a C++ compiler")
+CUDA = NativeLibrary("fusewire_cuda", "CUDA", "nvcc")
 CPU.load()
 CPU.require(_HELPERS)
 if torch.version.cuda is not None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from fusewire.kernels import checks
-from fusewire.kernels.adaln import gradients, native, reference, triton_limits
+from fusewire.kernels.adaln import cuda, gradients, native, reference, triton_limits
 from fusewire.kernels.adaln.reference import normalised_dtype
 from fusewire.kernels.autograd import fused
+from fusewire.kernels.cuda_rows import row as cuda_row
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import define
 from fusewire.kernels.rounding import is_exact, promoted
@@ -49,21 +50,25 @@ _gate_modulate_op = _register(
 
 _modulate = Table("adaln_modulate", [
     Backend("cpu", native.why_not_modulate, _modulate_op),
+    cuda_row(_modulate_op, cuda.op, cuda.why_not_modulate, cuda.adaln_modulate),
     triton_row(_modulate_op, triton_limits.why_not_modulate, "adaln.adaln_modulate"),
     Backend("reference", always, reference.adaln_modulate),
 ])
 _modulate_dual = Table("adaln_modulate_dual", [
     Backend("cpu", native.why_not_modulate_dual, _modulate_dual_op),
+    cuda_row(_modulate_dual_op, cuda.op, cuda.why_not_modulate_dual, cuda.adaln_modulate_dual),
     triton_row(_modulate_dual_op, triton_limits.why_not_modulate_dual, "adaln.adaln_modulate_dual"),
     Backend("reference", always, reference.adaln_modulate_dual),
 ])
 _gate = Table("gate_residual", [
     Backend("cpu", native.why_not_gate, _gate_op),
+    cuda_row(_gate_op, cuda.op, cuda.why_not_gate, cuda.gate_residual),
     triton_row(_gate_op, triton_limits.why_not_gate, "adaln.gate_residual"),
     Backend("reference", always, reference.gate_residual),
 ])
 _gate_modulate = Table("gate_residual_adaln", [
     Backend("cpu", native.why_not_gate_modulate, _gate_modulate_op),
+    cuda_row(_gate_modulate_op, cuda.op, cuda.why_not_gate_modulate, cuda.gate_residual_adaln),
     triton_row(_gate_modulate_op, triton_limits.why_not_gate_modulate, "adaln.gate_residual_adaln"),
     Backend("reference", always, reference.gate_residual_adaln),
 ])

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from fusewire import ops  # noqa: F401  (fills the tables of backends)
 from fusewire.kernels import dispatch
-from fusewire.kernels.library import CPU, CUDA, cpu_isa
+from fusewire.kernels.library import CPU, CUDA, NativeLibrary, cpu_isa
+from fusewire.kernels.triton_rows import too_old
 from fusewire.machine import describe, version_of
 from fusewire.parity.verdict import measure
 
@@ -72,7 +74,7 @@ def diagnose() -> Diagnosis:
 
 def served(backend: str) -> str:
     """How many ops have a row for ``backend`` that the compiled library does not leave without a kernel, of how many."""
-    lost = CPU.stale if backend == "cpu" else {}
+    lost = {"cpu": CPU.stale, "cuda": CUDA.stale}.get(backend, {})
     rows = [op not in lost and any(row.name == backend for row in table.rows) for op, table in dispatch.TABLES.items()]
     return f"{sum(rows)} of {len(rows)}"
 
@@ -92,16 +94,24 @@ def _reference() -> Finding:
 
 
 def _cpu() -> Finding:
-    if not CPU.loaded:
-        built = "does not load" in CPU.reason or "older" in CPU.reason
-        fix = ("unset FUSEWIRE_NATIVE" if "FUSEWIRE_NATIVE" in CPU.reason else "make clean lib" if built
-               else "install g++ and make, then: make lib, or pip install --no-build-isolation .")
-        return Finding("cpu", False, f"broken: {CPU.reason}" if built else CPU.reason, served("cpu"), fix)
-    if CPU.stale:
-        return Finding("cpu", False, "broken: " + "; ".join(CPU.stale.values()), served("cpu"), "make lib")
-    wrong = self_test("cpu", "cpu")
-    return Finding("cpu", not wrong, wrong or f"compiled library at ISA level {cpu_isa()}; the processor has "
-                   f"{torch.backends.cpu.get_cpu_capability()}", served("cpu"), "make clean lib" if wrong else "")
+    return _unusable("cpu", CPU, "install g++ and make, then: make lib, or pip install --no-build-isolation .") or _tested(
+        "cpu", "cpu", lambda: f"compiled library at ISA level {cpu_isa()}; the processor has {torch.backends.cpu.get_cpu_capability()}")
+
+
+def _unusable(backend: str, library: NativeLibrary, fix: str) -> Finding | None:
+    """What keeps a compiled library from being used; None where nothing does."""
+    if not library.loaded:
+        built = "does not load" in library.reason or "older" in library.reason
+        fix = "unset FUSEWIRE_NATIVE" if "FUSEWIRE_NATIVE" in library.reason else "make clean lib" if built else fix
+        return Finding(backend, False, f"broken: {library.reason}" if built else library.reason, served(backend), fix)
+    if library.stale:
+        return Finding(backend, False, "broken: " + "; ".join(dict.fromkeys(library.stale.values())), served(backend), "make lib")
+    return None
+
+
+def _tested(backend: str, device: str, state: Callable[[], str]) -> Finding:
+    wrong = self_test(backend, device)
+    return Finding(backend, not wrong, wrong or state(), served(backend), "make clean lib" if wrong else "")
 
 
 def _gpu() -> str:
@@ -123,13 +133,16 @@ def _triton() -> Finding:
 
 
 def _cuda() -> Finding:
-    if CUDA.loaded and _gpu():
-        wrong = self_test("cuda", "cuda")
-        return Finding("cuda", not wrong, wrong or f"compiled library on {_gpu()}", served("cuda"), "")
-    if CUDA.loaded:
+    """The library of csrc/cuda. (cuBLASLt's row of ``linear`` is PyTorch's own and needs no library.)"""
+    if torch.version.cuda is None:
+        return Finding("cuda", False, CUDA.reason, served("cuda"), "a GPU of NVIDIA's, a build of torch with CUDA and nvcc, then: make lib")
+    if unusable := _unusable("cuda", CUDA, "install nvcc (the CUDA toolkit), then: FUSEWIRE_CUDA=ON make lib"):
+        return unusable
+    if not _gpu():
         return Finding("cuda", False, "the library is loaded, but torch sees no GPU", served("cuda"), "a GPU and its driver")
-    fix = "a build of torch with CUDA" if torch.version.cuda is None else "build the CUDA library: nvcc is needed"
-    return Finding("cuda", False, CUDA.reason, served("cuda"), fix)
+    if reason := too_old(0):
+        return Finding("cuda", False, f"{_gpu()}: {reason}", served("cuda"), "a GPU of compute capability 8.0 or higher")
+    return _tested("cuda", "cuda", lambda: f"compiled library on {_gpu()}")
 
 
 def _package(name: str) -> Package:

@@ -1,0 +1,79 @@
+"""adaLN by csrc/cuda: the predicates of the room's CUDA rows, and what they launch.
+
+``close`` is one kernel for a whole op. ``exact`` leaves the norm to PyTorch's own kernel, whose order of summation belongs to it, and fuses the
+elementwise parts around it, rounding in registers where eager PyTorch rounds in memory. All tensors of a call have one dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusewire.kernels import cuda_rows
+from fusewire.kernels.adaln.reference import normalise
+
+MAX_CHANNELS = 16384  # a row is held in the registers of one block
+MAX_ROWS = 2**31 - 1  # a block has a row; blocks are numbered along x
+NONE, LAYER, RMS = 0, 1, 2  # which norm the kernel applies
+
+op = cuda_rows.raw(
+    "cuda_adaln(Tensor x, Tensor? y, Tensor? gate, Tensor? y2, Tensor? gate2, Tensor? weight, Tensor? bias, Tensor? shift, Tensor? scale, "
+    "Tensor? shift2, Tensor? scale2, Tensor(a!)? residual, Tensor(b!)? out, Tensor(c!)? out2, float eps, int norm, bool exact) -> ()")
+
+
+def _why_not(x, *tensors) -> str:
+    if reason := cuda_rows.why_not(x, *tensors):
+        return reason
+    if x.shape[2] > MAX_CHANNELS:
+        return f"x has {x.shape[2]} channels, more than {MAX_CHANNELS}"
+    if x.shape[0] * x.shape[1] > MAX_ROWS:
+        return f"x has more than {MAX_ROWS} rows"
+    return ""
+
+
+def why_not_modulate(x, shift, scale, weight, bias, eps, rms, exact) -> str:
+    return _why_not(x, shift, scale, weight, bias)
+
+
+def why_not_modulate_dual(x, shift, scale, shift2, scale2, eps, exact) -> str:
+    return _why_not(x, shift, scale, shift2, scale2)
+
+
+def why_not_gate(x, y, gate, exact) -> str:
+    return _why_not(x, y, gate)
+
+
+def why_not_gate_modulate(x, y, gate, y2, gate2, shift, scale, weight, bias, eps, rms, exact) -> str:
+    return _why_not(x, y, gate, y2, gate2, shift, scale, weight, bias)
+
+
+def adaln_modulate(x, shift, scale, weight, bias, eps: float, rms: bool, exact: bool) -> torch.Tensor:
+    out = x.new_empty(x.shape)
+    if exact:
+        op(normalise(x, weight, bias, eps, rms), None, None, None, None, None, None, shift, scale, None, None, None, out, None, eps, NONE, True)
+    else:
+        op(x, None, None, None, None, weight, bias, shift, scale, None, None, None, out, None, eps, RMS if rms else LAYER, False)
+    return out
+
+
+def adaln_modulate_dual(x, shift, scale, shift2, scale2, eps: float, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    out, out2 = x.new_empty(x.shape), x.new_empty(x.shape)
+    if exact:
+        x = normalise(x, None, None, eps, False)
+    op(x, None, None, None, None, None, None, shift, scale, shift2, scale2, None, out, out2, eps, NONE if exact else LAYER, exact)
+    return out, out2
+
+
+def gate_residual(x, y, gate, exact: bool) -> torch.Tensor:
+    residual = x.new_empty(x.shape)
+    op(x, y, gate, None, None, None, None, None, None, None, None, residual, None, None, 0.0, NONE, exact)
+    return residual
+
+
+def gate_residual_adaln(x, y, gate, y2, gate2, shift, scale, weight, bias, eps: float, rms: bool, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    residual = x.new_empty(x.shape)
+    if exact:
+        op(x, y, gate, y2, gate2, None, None, None, None, None, None, residual, None, None, eps, NONE, True)
+        return residual, adaln_modulate(residual, shift, scale, weight, bias, eps, rms, True)
+    out = x.new_empty(x.shape)
+    op(x, y, gate, y2, gate2, weight, bias, shift, scale, None, None, residual, out, None, eps, RMS if rms else LAYER, False)
+    return residual, out

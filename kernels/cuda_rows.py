@@ -1,0 +1,58 @@
+"""The CUDA rows of the dispatch tables: what the compiled library of csrc/cuda serves, decided without touching a GPU.
+
+csrc/cuda registers one op of its own for each room (``fusewire::cuda_adaln``, ...), which writes into tensors that it is given. A room's cuda.py
+makes the public ops of it. Where a graph is recorded the call is the registered op ``<op>_cuda``, with the schema, fake kernel and gradient of ``<op>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from fusewire.kernels.dispatch import Backend
+from fusewire.kernels.library import CUDA, declare, variant
+from fusewire.kernels.triton_rows import FLOATS, too_old
+
+DEVICE = "cuda"  # the tests' library for the CPU (tests/kernels/cuda_on_cpu) makes it "cpu"
+
+
+def raw(schema: str) -> Callable:
+    """Declare an op that csrc/cuda implements; the overload."""
+    declare(schema)
+    return getattr(torch.ops.fusewire, schema.split("(", 1)[0]).default
+
+
+def why_not(x: torch.Tensor, *tensors: torch.Tensor | None) -> str:
+    """Why the CUDA library cannot serve a call of these tensors, all of one dtype; ``""`` where it can."""
+    if not CUDA.loaded:
+        return CUDA.reason
+    if x.device.type != DEVICE:
+        return f"x is on {x.device.type}"
+    dtype = x.dtype
+    if dtype not in FLOATS:
+        return f"x has dtype {dtype}"
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype is not dtype:
+            return f"an argument has dtype {tensor.dtype}, x has {dtype}"
+    return too_old(x.device.index) if DEVICE == "cuda" else ""
+
+
+def row(op: torch._ops.OpOverload, needs: torch._ops.OpOverload, why_not: Callable[..., str], launch: Callable) -> Backend:
+    """The CUDA row of ``op``: ``launch`` takes the op's arguments and calls ``needs``, the op of csrc/cuda.
+
+    An op that changes its arguments is always called as a registered op, so that their version counters move.
+    """
+    registered = variant(op, "cuda", launch)
+    if reason := CUDA.why_not(needs._schema.name.split("::")[1]):
+        CUDA.stale[op._schema.name.split("::")[1]] = reason
+        why_not = lambda *args: reason  # noqa: E731
+    if op._schema.is_mutable:
+        return Backend("cuda", why_not, registered)
+
+    def run(*args):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return registered(*args)
+        return launch(*args)
+
+    return Backend("cuda", why_not, run)

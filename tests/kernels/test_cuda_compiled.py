@@ -1,0 +1,59 @@
+"""What csrc/cuda compiles to, without a GPU: no spills, no atomics, 16-byte loads and stores. Compiling takes seconds: one room for one target here."""
+
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fusewire.kernels import compiled_cuda
+
+ROOT = Path(__file__).parents[2]
+needs_nvcc = pytest.mark.skipif(bool(compiled_cuda.MISSING), reason=compiled_cuda.MISSING or "-")
+
+
+@needs_nvcc
+def test_one_room():
+    found = compiled_cuda.compile_room("adaln", "sm_90")
+    assert {one.kernel for one in found} == {f"adaln_kernel<{scalar}, {chunks}>" for scalar in ("float", "__half", "__nv_bfloat16") for chunks in (1, 2, 4)}
+    for one in found:
+        assert not compiled_cuda.faults(one), one
+        assert one.registers * one.threads <= 65536 and one.shared <= 1024, one
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_every_room():
+    assert not compiled_cuda.explained(compiled_cuda.compile_all())
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_the_library_links(tmp_path):
+    """Built where torch has no CUDA it lacks one symbol, which torch with CUDA has; PyTorch's stable ABI has the others."""
+    if shutil.which("cmake") is None or shutil.which("nm") is None:
+        pytest.skip("needs cmake and nm")
+    import torch
+
+    configure = ["cmake", "-S", ROOT, "-B", tmp_path, "-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}",
+                 f"-DFUSEWIRE_LIB_DIR={tmp_path}", "-DFUSEWIRE_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=90"]
+    subprocess.run(configure, check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", tmp_path, "--target", "fusewire_cuda", "--parallel", "2"], check=True, capture_output=True)
+
+    def symbols(library, kind):
+        said = subprocess.run(["nm", "-D", kind, library], check=True, capture_output=True, text=True).stdout
+        return set(re.findall(r"\b(?:aoti_torch|torch)_\w+", said))
+
+    missing = symbols(tmp_path / "libfusewire_cuda.so", "--undefined-only") - symbols(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so", "--defined-only")
+    assert missing == {"aoti_torch_get_current_cuda_stream"}
+
+
+def test_faults():
+    good = compiled_cuda.CudaKernel("room", "sm_90", "kernel<float>", 256, 40, 0, 0, {"16": 2, "4": 8}, {"16": 1}, 0)
+    assert not compiled_cuda.faults(good)
+    for change, fault in (({"spills": 8}, "8 bytes spilled"), ({"loads": {"4": 8}}, "no 16-byte load"), ({"stores": {"4": 8}}, "no 16-byte store"),
+                          ({"atomics": 1}, "atomics")):
+        assert compiled_cuda.faults(dataclasses.replace(good, **change)) == [fault]

@@ -11,6 +11,10 @@ from fusewire import ops
 from registry import Case
 
 
+def gradients_option(parser) -> None:
+    parser.add_argument("--gradients", action="store_true", help="time forward and backward together")
+
+
 def with_backward(ours: Callable, eager: Callable, given: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...], rounds: int) -> dict[str, float]:
     """Forward and backward of ``ours(*given, numerics="close")`` and of ``eager(*given)`` in turn, for random gradients of their ``outputs``."""
     with torch.inference_mode(False), torch.enable_grad():  # the harness runs in inference mode, whose tensors take no gradient

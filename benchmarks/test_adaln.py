@@ -1,6 +1,6 @@
-"""The adaLN ops, forward and with backward, against the eager chain, torch.compile of it (warm), and a clone of the outputs.
+"""The adaLN ops against the eager chain, torch.compile of it (warm), and a clone of the outputs; with ``--gradients`` both directions against eager.
 
-``python benchmarks/test_adaln.py [--rounds N] [--json FILE]``
+``python benchmarks/test_adaln.py [--gradients] [--rounds N] [--json FILE]``
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from alternating import main, measure, served
 from fusewire import ops
-from gradients import with_backward
+from gradients import gradients_option, with_backward
 from registry import REGISTRY
 
 
@@ -59,20 +59,24 @@ def rows(arguments):
                 outputs = stock if isinstance(stock, tuple) else (stock,)
                 assert all(torch.equal(a, b) for a, b in zip(outputs, exact if isinstance(exact, tuple) else (exact,))), f"{op} in {name} is not exact"
                 ops.reset_stats()
+                shown = {"op": op, "shape": case.what, "size": list(case.shape), "dtype": name}
+                if arguments.gradients:
+                    times = with_backward(ours, eager, given, outputs, arguments.rounds)
+                    yield {**shown, "backend": served(op), "backend of backward": served(f"{op}_backward"), **times,
+                           "with backward, eager/close": round(times["eager with backward"] / times["close with backward"], 2)}
+                    continue
                 times = measure({
                     "exact": lambda: ours(*given),
                     "close": lambda: ours(*given, numerics="close"),
                     "clone": lambda: [out.clone() for out in outputs],
                     "compile": lambda: compiled(*given),
                     "eager": lambda: eager(*given),
-                }, arguments.rounds) | with_backward(ours, eager, given, outputs, arguments.rounds)
-                both = times["eager with backward"] / times["close with backward"]
-                yield {"op": op, "shape": case.what, "size": list(case.shape), "dtype": name, "backend": served(op),
-                       "backend of backward": served(f"{op}_backward"), **times, "with backward, eager/close": round(both, 2),
+                }, arguments.rounds)
+                yield {**shown, "backend": served(op), **times,
                        "compile/exact": round(times["compile"] / times["exact"], 2), "eager/exact": round(times["eager"] / times["exact"], 2),
                        "exact/clone": round(times["exact"] / times["clone"], 2),
                        "GB/s": round(case.elements * given[0].element_size() / times["exact"] / 1e3, 1)}
 
 
 if __name__ == "__main__":
-    main(__doc__, rows)
+    main(__doc__, rows, options=gradients_option)

@@ -1,6 +1,6 @@
-"""QK norm against the eager formula, torch.compile of it (warm), and a clone of the outputs.
+"""QK norm against the eager formula, torch.compile of it (warm), and a clone of the outputs; with ``--gradients`` both directions against eager.
 
-``python benchmarks/test_qk_norm_rope.py [--rounds N] [--json FILE]``
+``python benchmarks/test_qk_norm_rope.py [--gradients] [--rounds N] [--json FILE]``
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import torch
 
 from alternating import main, measure, served
 from fusewire import ops
+from gradients import gradients_option, with_backward
 from registry import REGISTRY
 
 
@@ -31,12 +32,20 @@ def rows(arguments):
         for name in case.dtypes:
             dtype = getattr(torch, name)
             q, k, weight = torch.randn(case.shape).to(dtype), torch.randn(case.shape).to(dtype), torch.rand(case.shape[-1]).to(dtype)
-            angle = torch.randn(case.shape[1], case.shape[3] // 2)
-            rope = (angle.cos(), angle.sin()) if "rotated" in case.what else None
-            doubled = None if rope is None else tuple(table.repeat_interleave(2, dim=-1) for table in rope)
+            with torch.inference_mode(False):  # tables that a gradient may be computed from
+                angle = torch.randn(case.shape[1], case.shape[3] // 2)
+                rope = (angle.cos(), angle.sin()) if "rotated" in case.what else None
+                doubled = None if rope is None else tuple(table.repeat_interleave(2, dim=-1) for table in rope)
+            ops.reset_stats()
+            shown = {"shape": case.what, "size": list(case.shape), "dtype": name}
+            if arguments.gradients:
+                times = with_backward(lambda q, k, weight, numerics: ops.qk_norm_rope(q, k, weight, weight, rope=rope, numerics=numerics),
+                                      lambda q, k, weight: eager(q, k, weight, doubled), (q, k, weight), (q, k), arguments.rounds)
+                yield {**shown, "backend": served("qk_norm_rope"), "backend of backward": served("qk_norm_rope_backward"), **times,
+                       "with backward, eager/close": round(times["eager with backward"] / times["close with backward"], 2)}
+                continue
             q_out, k_out = torch.empty_like(q), torch.empty_like(k)
             compiled = torch.compile(eager, dynamic=False)
-            ops.reset_stats()
             times = measure({
                 "exact": lambda: ops.qk_norm_rope(q, k, weight, weight, rope=rope),
                 "close": lambda: ops.qk_norm_rope(q, k, weight, weight, rope=rope, numerics="close"),
@@ -45,10 +54,10 @@ def rows(arguments):
                 "compile": lambda: compiled(q, k, weight, doubled),
                 "eager": lambda: eager(q, k, weight, doubled),
             }, arguments.rounds)
-            yield {"shape": case.what, "size": list(case.shape), "dtype": name, "backend": served("qk_norm_rope"), **times,
+            yield {**shown, "backend": served("qk_norm_rope"), **times,
                    "compile/exact": round(times["compile"] / times["exact"], 2), "exact/clone": round(times["exact"] / times["clone"], 2),
                    "GB/s": round(case.elements * q.element_size() / times["exact"] / 1e3, 1)}
 
 
 if __name__ == "__main__":
-    main(__doc__, rows)
+    main(__doc__, rows, options=gradients_option)

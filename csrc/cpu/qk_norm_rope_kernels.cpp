@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/pairs.h"
 #include "common/torch_sum.h"
 #include "common/vec.h"
 
@@ -57,19 +58,6 @@ FUSEWIRE_INLINE void roots(const HeadRows<T>& rows, int64_t dim, double eps, S* 
   }
 #pragma omp simd
   for (int64_t r = 0; r < rows.count; ++r) rstd[r] = 1 / std::sqrt(sum[r] / static_cast<S>(dim) + static_cast<S>(eps));
-}
-
-// (v[1], v[0], v[3], v[2], ...)
-template <int N, typename C>
-FUSEWIRE_INLINE lanes<C, N> swap_pairs(lanes<C, N> v) {
-  if constexpr (sizeof(C) == 4) {
-    const auto pairs = bits_as<lanes<uint64_t, N / 2>>(v);
-    return bits_as<lanes<C, N>>((pairs << 32) | (pairs >> 32));
-  } else {
-    lanes<C, N> y;
-    for (int i = 0; i < N; ++i) y[i] = v[i ^ 1];
-    return y;
-  }
 }
 
 // head = x * rstd * weight; a pair of it (a, b) is turned to (a cos - b sin, b cos + a sin)

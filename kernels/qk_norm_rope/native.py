@@ -45,3 +45,9 @@ def why_not_rope(q, k, q_weight, k_weight, cos, sin, eps, norm, exact) -> str:
 
 def why_not_into(q, k, q_weight, k_weight, q_out, k_out, cos, sin, eps, norm, exact) -> str:
     return _why_not(q, q_weight, k_weight, norm, exact)
+
+
+def why_not_backward(q_grad, k_grad, q, k, q_weight, k_weight, cos, sin, eps, wanted) -> str:
+    if q_grad.dtype is not q.dtype or k_grad.dtype is not q.dtype:
+        return "a gradient differs from q in dtype"
+    return _why_not(q, q_weight, k_weight, reference.RMS, False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusewire.kernels import checks
-from fusewire.kernels.autograd import recomputing
+from fusewire.kernels.autograd import fused
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import LIBRARY, define
 from fusewire.kernels.qk_norm_rope import native, reference, triton_limits
@@ -25,7 +25,30 @@ def _fake_into(q, k, q_weight, k_weight, q_out, k_out, cos, sin, eps, norm, exac
     return None
 
 
-_backward, _setup = recomputing(reference.qk_norm_rope)
+def _fake_backward(q_grad, k_grad, q, k, q_weight, k_weight, cos, sin, eps, wanted):
+    return tuple(q.new_empty(0 if x is None or not wanted >> i & 1 else x.shape) for i, x in enumerate((q, k, q_weight, k_weight)))
+
+
+_backward_op = define("qk_norm_rope_backward(Tensor q_grad, Tensor k_grad, Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, "
+                      "Tensor? sin, float eps, int wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+                      fallback=reference.qk_norm_rope_backward, fake=_fake_backward)
+_gradients = Table("qk_norm_rope_backward", [Backend("cpu", native.why_not_backward, _backward_op),
+                                             Backend("reference", always, reference.qk_norm_rope_backward)])
+
+
+def _gradients_of(needed, grads, q, k, q_weight, k_weight, cos, sin, eps, norm, exact):
+    q_grad, k_grad = (like.new_zeros(()).expand(like.shape) if grad is None else grad for grad, like in zip(grads, (q, k)))
+    found = _gradients(q_grad, k_grad, q, k, q_weight, k_weight, cos, sin, eps, sum(1 << i for i in range(4) if needed[i]))
+    return (*(gradient if asked else None for asked, gradient in zip(needed, found)), *[None] * 5)
+
+
+def _recomputed(q, k, q_weight, k_weight, cos, sin, eps, norm, exact) -> bool:
+    """exact: the gradients are stock's; so are those of arguments that differ in dtype. No kernel has the gradient of a table."""
+    return (exact or any(weight is not None and weight.dtype is not q.dtype for weight in (q_weight, k_weight))
+            or cos is not None and (cos.requires_grad or sin.requires_grad))
+
+
+_backward, _setup = fused(reference.qk_norm_rope, _gradients_of, _recomputed)
 _rope_op = define(f"qk_norm_rope({_NAMES}{_REST}) -> (Tensor, Tensor)",
                   fallback=reference.qk_norm_rope, fake=_fake_rope, backward=_backward, setup_context=_setup)
 _into_op = define(f"qk_norm_into({_NAMES}Tensor(a!) q_out, Tensor(b!) k_out, {_REST}) -> ()",
@@ -154,6 +177,7 @@ def qk_norm_into(q, k, q_weight, k_weight, q_out, k_out, *, rope=None, eps: floa
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         q_new, k_new = _rope(q, k, q_weight, k_weight, cos, sin, eps, code, exact)
         q_out.copy_(q_new)
+        k_out.grad_fn  # a view of the buffer that q_out is a view of learns of that copy only when it is asked
         k_out.copy_(k_new)
         return
     _into(*tensors, cos, sin, eps, code, exact)

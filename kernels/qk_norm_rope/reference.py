@@ -66,3 +66,26 @@ def qk_norm_into(q, k, q_weight, k_weight, q_out, k_out, cos, sin, eps: float, n
     q_new, k_new = qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, norm, exact)
     q_out.copy_(q_new)
     k_out.copy_(k_new)
+
+
+def _gradients_of_one(grad, x, weight, cos, sin, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of x and of its weight, for the gradient of ``qk_norm_one``'s result. With g the gradient of xhat: dx = (g - xhat * mean(g * xhat)) * rstd."""
+    wide, dtype = compute_dtype(x.dtype), x.dtype
+    grad, x = grad.to(wide), x.to(wide)
+    if cos is not None:
+        grad = rotate(grad, cos.to(wide), -sin.to(wide))  # turned back
+    rstd = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    xhat = x * rstd
+    g = grad if weight is None else grad * weight.to(wide)
+    dx = (g - xhat * (g * xhat).mean(-1, keepdim=True)) * rstd
+    return dx.to(dtype).contiguous(), (grad * xhat).sum((0, 1, 2)).to(dtype)
+
+
+def qk_norm_rope_backward(q_grad, k_grad, q, k, q_weight, k_weight, cos, sin, eps: float, wanted: int) -> tuple[torch.Tensor, ...]:
+    """The gradients of q, k, q_weight and k_weight in the rounding of ``close``, all of one dtype.
+
+    Bit i of ``wanted`` asks for the i-th; one that is not wanted, or that there is not, has no elements.
+    """
+    (dq, dq_weight), (dk, dk_weight) = (_gradients_of_one(q_grad, q, q_weight, cos, sin, eps), _gradients_of_one(k_grad, k, k_weight, cos, sin, eps))
+    there = (True, True, q_weight is not None, k_weight is not None)
+    return tuple(gradient if exists and wanted >> i & 1 else q.new_empty(0) for i, (exists, gradient) in enumerate(zip(there, (dq, dk, dq_weight, dk_weight))))

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fusewire import ops
 from fusewire.kernels.dispatch import forced
+from fusewire.kernels.library import CUDA
 
 DRY = "--dry" in sys.argv
 DEVICE = "cpu" if DRY else "cuda"
@@ -87,9 +88,13 @@ def elementwise_cases():
                three_sides(lambda n, s=sample, o=output: ops.sampler_step(s, o, table, counter, numerics=n)))
 
 
-def three_sides(call) -> dict:
-    return {"eager": with_backend("reference", lambda: call("exact")), "triton exact": with_backend("triton", lambda: call("exact")),
-            "triton close": with_backend("triton", lambda: call("close"))}
+def three_sides(call, cuda: bool = True) -> dict:
+    """``cuda``: whether the room has CUDA kernels."""
+    sides = {"eager": with_backend("reference", lambda: call("exact")), "triton exact": with_backend("triton", lambda: call("exact")),
+             "triton close": with_backend("triton", lambda: call("close"))}
+    if cuda and CUDA.loaded and not DRY:
+        sides |= {f"cuda {numerics}": with_backend("cuda", lambda numerics=numerics: call(numerics)) for numerics in ("exact", "close")}
+    return sides
 
 
 def linear_cases():
@@ -104,7 +109,7 @@ def linear_cases():
         back, bias, gate, residual = rand(inner, outer, dtype=dtype) / outer**0.5, rand(inner, dtype=dtype), rand(1, inner, dtype=dtype), rand(1, rows, inner, dtype=dtype)
         h = rand(1, rows, outer, dtype=dtype)
         yield "linear gate residual", what, 0, flops, three_sides(
-            lambda n, h=h, back=back, bias=bias, gate=gate, residual=residual: ops.linear(h, back, bias, gate=gate, residual=residual, numerics=n))
+            lambda n, h=h, back=back, bias=bias, gate=gate, residual=residual: ops.linear(h, back, bias, gate=gate, residual=residual, numerics=n), cuda=False)
 
 
 def attention_cases():
@@ -212,7 +217,7 @@ def rows(deadline: float, compiling: bool):
 def machine() -> dict:
     import triton
 
-    found = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0],
+    found = {"torch": torch.__version__, "cuda library": CUDA.loaded, "triton": triton.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0],
              "cudnn": torch.backends.cudnn.version(), "when": time.strftime("%Y-%m-%d %H:%M:%S %Z")}
     if not DRY:
         found["gpu"] = torch.cuda.get_device_name()

@@ -11,9 +11,10 @@ static void cuda_adaln(const Tensor& x, const Optional& y, const Optional& gate,
                        const Optional& bias, const Optional& shift, const Optional& scale, const Optional& shift2, const Optional& scale2,
                        const Optional& residual, const Optional& out, const Optional& out2, double eps, int64_t norm, bool exact) {
   Adaln k{};
-  k.rows = x.size(0) * x.size(1), k.tokens = x.size(1), k.channels = static_cast<int>(x.size(2));
-  if (k.rows == 0 || k.channels == 0) return;
-  STD_TORCH_CHECK(x.size(2) <= kMaxChannels && k.rows <= kMaxBlocks, "cuda_adaln: x is too large");
+  const int64_t rows = x.size(0) * x.size(1);
+  if (rows == 0 || x.size(2) == 0) return;
+  STD_TORCH_CHECK(x.size(2) <= kMaxChannels && rows <= kMaxBlocks, "cuda_adaln: x is too large");
+  k.rows = static_cast<unsigned>(rows), k.tokens = static_cast<unsigned>(x.size(1)), k.channels = static_cast<int>(x.size(2));
   k.x = tokens(x), k.weight = tokens(weight), k.bias = tokens(bias);
   k.y[0] = tokens(y), k.gate[0] = tokens(gate), k.y[1] = tokens(y2), k.gate[1] = tokens(gate2);
   k.shift[0] = tokens(shift), k.scale[0] = tokens(scale), k.shift[1] = tokens(shift2), k.scale[1] = tokens(scale2);

@@ -11,7 +11,7 @@ struct Adaln {
   Tokens x, y[2], gate[2], shift[2], scale[2], weight, bias;
   void* residual;  // contiguous [B, T, C], where there is a gate
   void* out[2];    // contiguous [B, T, C]
-  int64_t rows, tokens;
+  unsigned rows, tokens;
   int channels, gates, modulations;
   Norm norm;
   float eps;

@@ -81,7 +81,7 @@ constexpr int kThreads = kChunks == 4 ? kMaxChannels / kChunk<T> / kChunks : 256
 
 template <typename T, int kChunks>
 __global__ void __launch_bounds__(kThreads<T, kChunks>) adaln_kernel(const __grid_constant__ Adaln k) {
-  const int64_t i_row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const unsigned i_row = blockIdx.x * blockDim.y + threadIdx.y;
   const bool there = i_row < k.rows;  // a row that is not there still takes part in the sums
   Row<T, kChunks> row;
   row.batch = there ? i_row / k.tokens : 0, row.token = there ? i_row % k.tokens : 0;
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads<T, kChunks>) adaln_kernel(const __gri
     row.load(k.x, j, row.value[j]);
   }
   const auto store = [&](void* out, int j, const float (&r)[kChunk<T>]) {
-    store_chunk(static_cast<T*>(out) + (i_row * k.channels + row.channel(j)), 1, row.count[j], k.vector, r);
+    store_chunk(static_cast<T*>(out) + (static_cast<int64_t>(i_row) * k.channels + row.channel(j)), 1, row.count[j], k.vector, r);
   };
   if (k.gates > 0) add_gated(row, k.y[0], k.gate[0], k.exact);
   if (k.gates > 1) add_gated(row, k.y[1], k.gate[1], k.exact);

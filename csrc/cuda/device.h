@@ -41,17 +41,30 @@ __device__ inline float rounded(float x) { return widen(narrow<T>(x)); }
 template <typename T>
 constexpr int kChunk = 16 / static_cast<int>(sizeof(T));
 
-// p[0], p[step], ... as floats: `count` of them, then zeros. `vector`: they lie side by side and start on 16 bytes.
-template <typename T>
-__device__ inline void load_chunk(const T* p, int64_t step, int count, bool vector, float (&r)[kChunk<T>]) {
-  if (vector && count == kChunk<T>) {
-    alignas(16) T values[kChunk<T>];
-    *reinterpret_cast<uint4*>(values) = *reinterpret_cast<const uint4*>(p);
-#pragma unroll
-    for (int i = 0; i < kChunk<T>; ++i) r[i] = widen(values[i]);
+// The values p[0 .. N) in accesses of up to 16 bytes; p starts on 16 bytes, or on 8 where they are no more.
+template <typename T, int N>
+__device__ inline void load_vector(const T* p, float (&r)[N]) {
+  alignas(16) T values[N];
+  constexpr int kBytes = N * static_cast<int>(sizeof(T));
+  static_assert(kBytes == 8 || kBytes % 16 == 0);
+  if constexpr (kBytes == 8) {
+    *reinterpret_cast<uint2*>(values) = *reinterpret_cast<const uint2*>(p);
   } else {
 #pragma unroll
-    for (int i = 0; i < kChunk<T>; ++i) r[i] = i < count ? widen(p[i * step]) : 0.0f;
+    for (int i = 0; i < kBytes / 16; ++i) reinterpret_cast<uint4*>(values)[i] = reinterpret_cast<const uint4*>(p)[i];
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) r[i] = widen(values[i]);
+}
+
+// p[0], p[step], ... as floats: `count` of them, then zeros. `vector`: they lie side by side, and whole chunks start as load_vector wants it.
+template <typename T, int N>
+__device__ inline void load_chunk(const T* p, int64_t step, int count, bool vector, float (&r)[N]) {
+  if (vector && count == N) {
+    load_vector(p, r);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) r[i] = i < count ? widen(p[i * step]) : 0.0f;
   }
 }
 

@@ -48,6 +48,13 @@ inline Tokens tokens(const Tensor& x) {
 }
 inline Tokens tokens(const std::optional<Tensor>& x) { return x ? tokens(*x) : Tokens{}; }
 
+// x [B, T, H, D], an input or an output.
+inline Heads heads(const Tensor& x) {
+  const int64_t strides[4] = {stride(x, 0), stride(x, 1), stride(x, 2), stride(x, 3)};
+  return {const_cast<void*>(x.const_data_ptr()), strides[0], strides[1], strides[2], strides[3],
+          vectors(x, strides[3], {strides[0], strides[1], strides[2]})};
+}
+
 // Makes the tensor's device the current one while it lives, and knows the stream to launch on.
 class OnDevice {
  public:

@@ -13,6 +13,13 @@ struct Tokens {
   bool vector = false;
 };
 
+// A tensor over [B, T, H, D].
+struct Heads {
+  void* data = nullptr;  // written to where it is an output
+  int64_t batch = 0, token = 0, head = 0, channel = 0;
+  bool vector = false;
+};
+
 constexpr int64_t kMaxBlocks = 2147483647;  // along x; y and z, with 65,535, are never used
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

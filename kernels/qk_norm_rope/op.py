@@ -6,9 +6,10 @@ import torch
 
 from fusewire.kernels import checks
 from fusewire.kernels.autograd import fused
+from fusewire.kernels.cuda_rows import row as cuda_row
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import LIBRARY, define
-from fusewire.kernels.qk_norm_rope import native, reference, triton_limits
+from fusewire.kernels.qk_norm_rope import cuda, native, reference, triton_limits
 from fusewire.kernels.rounding import is_exact
 from fusewire.kernels.triton_rows import row as triton_row
 
@@ -65,11 +66,13 @@ LIBRARY.impl("qk_norm_into", _moving_versions, "ADInplaceOrView", with_keyset=Tr
 native.compare_with_stock(_rope_op)
 _rope = Table("qk_norm_rope", [
     Backend("cpu", native.why_not_rope, _rope_op),
+    cuda_row(_rope_op, cuda.op, cuda.why_not_rope, cuda.qk_norm_rope),
     triton_row(_rope_op, triton_limits.why_not_rope, "qk_norm_rope.qk_norm_rope"),
     Backend("reference", always, reference.qk_norm_rope),
 ])
 _into = Table("qk_norm_into", [
     Backend("cpu", native.why_not_into, _into_op),
+    cuda_row(_into_op, cuda.op, cuda.why_not_into, cuda.qk_norm_into),
     triton_row(_into_op, triton_limits.why_not_into, "qk_norm_rope.qk_norm_into"),
     Backend("reference", always, reference.qk_norm_into),
 ])

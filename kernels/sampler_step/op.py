@@ -6,10 +6,11 @@ import torch
 
 from fusewire.kernels import checks
 from fusewire.kernels.autograd import recomputing
+from fusewire.kernels.cuda_rows import row as cuda_row
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import define
 from fusewire.kernels.rounding import is_exact
-from fusewire.kernels.sampler_step import native, reference, triton_limits
+from fusewire.kernels.sampler_step import cuda, native, reference, triton_limits
 from fusewire.kernels.sampler_step.tables import COLUMNS
 from fusewire.kernels.triton_rows import row as triton_row
 
@@ -25,6 +26,7 @@ _flow_euler_op = define("flow_euler_step(Tensor sample, Tensor model_output, Ten
 native.compare_with_stock(_flow_euler_op)
 _flow_euler = Table("flow_euler_step", [
     Backend("cpu", native.why_not_flow_euler, _flow_euler_op),
+    cuda_row(_flow_euler_op, cuda.op, cuda.why_not_flow_euler, cuda.flow_euler_step),
     triton_row(_flow_euler_op, triton_limits.why_not_flow_euler, "sampler_step.flow_euler_step"),
     Backend("reference", always, reference.flow_euler_step),
 ])

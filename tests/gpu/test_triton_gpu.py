@@ -1,4 +1,4 @@
-"""What only a GPU can show of the Triton kernels: the exact bits of eager CUDA, races, streams, graphs, determinism, more than 2^31 elements.
+"""What only a GPU can show of the Triton and CUDA kernels: the exact bits of eager CUDA, races, streams, graphs, determinism, more than 2^31 elements.
 
 ``python -m pytest -m gpu tests/gpu``; benchmarks/gpu.sh runs it first.
 """
@@ -8,17 +8,28 @@ import torch
 import torch.nn.functional as F
 
 from fusewire import ops
+from fusewire.kernels.adaln import cuda as adaln_cuda
 from fusewire.kernels.adaln import reference as adaln
 from fusewire.kernels.attention import reference as attention
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CUDA
+from fusewire.kernels.qk_norm_rope import cuda as qk_cuda
+from fusewire.kernels.sampler_step import cuda as sampler_cuda
 from tests import tolerance
+from tests.kernels.conftest import cuda_machine  # noqa: F401  (a fixture)
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_exact
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Of the rooms that have CUDA kernels (adaln, qk_norm_rope, sampler_step)
+both = pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=pytest.mark.skipif(not CUDA.loaded, reason=CUDA.reason or "-"))])
 TABLE = ops.flow_euler_table(torch.linspace(1, 0, 6), 4.3)
+
+
+def serving(backend):
+    """Triton for everything; or the CUDA rows, with Triton for what has none."""
+    return forced("triton" if backend == "triton" else None)
 
 
 def assert_close(got, want, plain, context=""):
@@ -56,10 +67,11 @@ def outputs(i, numerics, layout=lambda x: x) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [1, 63, 1152, 1536, 3072])
-def test_values(dtype, channels):
+@both
+def test_values(dtype, channels, backend):
     inputs = elementwise_inputs(dtype, channels)
     with torch.no_grad():
-        with forced("triton"):
+        with forced(backend):
             exact, close = outputs(inputs, "exact"), outputs(inputs, "close")
         with forced("reference"):
             plain = outputs(inputs, "exact")
@@ -85,31 +97,35 @@ def test_default_backend():
 
 @pytest.mark.parametrize("channels", [63, 1000, 1536])
 @pytest.mark.parametrize("layout", [f for f in LAYOUTS if f.__name__ not in ("offset_by_one", "step_two", "packed_third")], ids=lambda f: f.__name__)
-def test_strided_input(layout, channels):
+@both
+def test_strided_input(layout, channels, backend):
     inputs = elementwise_inputs(torch.bfloat16, channels)
-    with torch.no_grad(), forced("triton"):
+    with torch.no_grad(), forced(backend):
         plain, strided = outputs(inputs, "close"), outputs(inputs, "close", layout)
     for name in plain:
         assert_exact(strided[name], plain[name], name)
 
 
-def test_misaligned_after_aligned():
+@both
+def test_misaligned_after_aligned(backend):
     x = rand(2, 5, 1536, dtype=torch.bfloat16)
     base = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")
     base[1:] = x.reshape(-1)
     m = rand(2, 1536, dtype=torch.bfloat16)
-    with torch.no_grad(), forced("triton"):
+    with torch.no_grad(), forced(backend):
         for numerics in ("close", "exact"):
             want = ops.adaln_modulate(x, m, m, numerics=numerics)
             assert_exact(ops.adaln_modulate(base[1:].view(x.shape), m, m, numerics=numerics), want)
 
 
-def test_batch_coupling():
+@both
+def test_batch_coupling(backend):
     inputs = elementwise_inputs(torch.bfloat16, batch=8)
     one = {name: value[5:6] if name in ("x", "y", "q", "sample") else value for name, value in inputs.items()}
     one["m"], one["output"] = [t[5:6] for t in inputs["m"]], inputs["output"][[5, 13]]
-    with torch.no_grad(), forced("triton"):
+    with torch.no_grad(), forced(backend):
         together, alone = outputs(inputs, "close"), outputs(one, "close")
+    with torch.no_grad(), forced("triton"):
         q = rand(8, 333, 4, 64, dtype=torch.bfloat16)
         assert_exact(ops.attention(q, q, q)[5:6], ops.attention(q[5:6], q[5:6], q[5:6]))
     for name in together:
@@ -187,24 +203,31 @@ def test_linear_epilogues(dtype):
     assert_close(lt, want_gelu, plain_gelu)
 
 
-def test_determinism():
+@both
+def test_determinism(backend):
     inputs = elementwise_inputs(torch.bfloat16)
-    q = rand(2, 1178, 8, 64, dtype=torch.bfloat16)
-    with torch.no_grad(), forced("triton"):
-        first, first_attention = outputs(inputs, "close"), ops.attention(q, q, q)
+    with torch.no_grad(), forced(backend):
+        first = outputs(inputs, "close")
         for _ in range(50):
             again = outputs(inputs, "close")
             assert all(torch.equal(first[name], again[name]) for name in first)
-            assert torch.equal(ops.attention(q, q, q), first_attention)
 
 
-def test_stream():
+def test_nondeterminism_of_attention():
+    q = rand(2, 1178, 8, 64, dtype=torch.bfloat16)
+    with torch.no_grad(), forced("triton"):
+        first = ops.attention(q, q, q)
+        assert all(torch.equal(ops.attention(q, q, q), first) for _ in range(50))
+
+
+@both
+def test_stream(backend):
     """On a side stream, behind a long kernel that produces the input."""
     a = rand(8192, 8192)
     x, m = torch.zeros(1, 64, 1536, device="cuda"), rand(1, 1536)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
-    with torch.no_grad(), forced("triton"), torch.cuda.stream(stream):
+    with torch.no_grad(), forced(backend), torch.cuda.stream(stream):
         for _ in range(20):
             a = a @ a * 1e-4
         x.fill_(1.0)
@@ -213,7 +236,8 @@ def test_stream():
     assert_close(got, (1 + m.double()[:, None]).expand_as(got), 1 + m[:, None].expand_as(got))
 
 
-def test_graph_capture():
+@both
+def test_graph_capture(backend):
     inputs = elementwise_inputs(torch.bfloat16)
     table, counter = TABLE.cuda(), torch.tensor(0, device="cuda")
     q = inputs["q"]
@@ -223,7 +247,7 @@ def test_graph_capture():
         return (ops.gate_residual_adaln(inputs["x"], inputs["y"], *inputs["m"][:3], numerics="close")[1], ops.attention(q, q, q),
                 ops.sampler_step(inputs["sample"], inputs["output"], table, counter))
 
-    with torch.no_grad(), forced("triton"):
+    with torch.no_grad(), serving(backend):
         step()  # compiles
         torch.cuda.synchronize()
         counter.zero_()
@@ -240,10 +264,11 @@ def test_graph_capture():
                 assert_exact(one, want)
 
 
-def test_no_synchronisation():
+@both
+def test_no_synchronisation(backend):
     inputs = elementwise_inputs(torch.bfloat16)
     table, counter = TABLE.cuda(), torch.tensor(1, device="cuda")
-    with torch.no_grad(), forced("triton"):
+    with torch.no_grad(), serving(backend):
         def calls():
             ops.gate_residual_adaln(inputs["x"], inputs["y"], *inputs["m"][:3], numerics="close")
             ops.qk_norm_rope(inputs["q"], inputs["q"], numerics="close")
@@ -272,34 +297,37 @@ def test_compile():
         assert_exact(one, other)
 
 
-def test_gradients():
+@both
+def test_gradients(backend):
     x, y, m = rand(2, 5, 64), rand(2, 5, 64), rand(2, 64)
     grads = {}
-    for backend in ("triton", "reference"):
+    for side in (backend, "reference"):
         leaves = [t.clone().requires_grad_() for t in (x, y, m)]
-        with forced(backend):
+        with forced(side):
             ops.gate_residual_adaln(leaves[0], leaves[1], leaves[2], leaves[2], leaves[2])[1].square().sum().backward()
-        grads[backend] = [leaf.grad for leaf in leaves]
+        grads[side] = [leaf.grad for leaf in leaves]
     for got, want in zip(*grads.values()):
         assert_exact(got, want)
 
 
 @pytest.mark.parametrize("rows", [65535, 65536, 2**17 + 1])
-def test_grid_limit(rows):
+@both
+def test_grid_limit(rows, backend):
     x, m = rand(rows, 1, 16), rand(rows, 16)
-    with torch.no_grad(), forced("triton"):
+    with torch.no_grad(), serving(backend):
         assert_exact(ops.gate_residual(x, x, m), x + m[:, None] * x)
         q = rand(rows, 1, 1, 16, dtype=torch.bfloat16)
         assert torch.equal(ops.attention(q, q, q), q)
 
 
-def test_more_than_2_31_elements():
+@both
+def test_more_than_2_31_elements(backend):
     if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
         pytest.skip("needs 40 GiB of GPU memory")
     x = torch.ones(1, 2**21 + 3, 1024, dtype=torch.bfloat16, device="cuda")
     x[:, -1] = torch.arange(1024, device="cuda").bfloat16() / 1024
     m = torch.full((1, 1024), 0.5, dtype=torch.bfloat16, device="cuda")
-    with torch.no_grad(), forced("triton"):
+    with torch.no_grad(), serving(backend):
         out = ops.gate_residual(x, x, m)
         assert_exact(out[:, -1:], x[:, -1:] + m[:, None] * x[:, -1:])
         assert (out[:, :5] == 1.5).all()
@@ -308,7 +336,8 @@ def test_more_than_2_31_elements():
         assert_exact(out[:, -1:], ops.adaln_modulate(x[:, -1:].contiguous(), m, m, numerics="close"))
 
 
-def test_large_stride():
+@both
+def test_large_stride(backend):
     """Few elements, token stride times tokens beyond 2^31."""
     if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
         pytest.skip("needs 40 GiB of GPU memory")
@@ -317,23 +346,45 @@ def test_large_stride():
     x = base[:, :256].unsqueeze(0)
     q = base[:, :256].view(1, 40, 4, 64)
     m = rand(1, 256, dtype=torch.bfloat16)
-    with torch.no_grad(), forced("triton"):
+    with torch.no_grad(), serving(backend):
         assert_exact(ops.adaln_modulate(x, m, m, numerics="close"), ops.adaln_modulate(x.contiguous(), m, m, numerics="close"))
         assert_exact(ops.attention(q, q, q), ops.attention(*[q.contiguous()] * 3))
 
 
-def test_device_guard():
+@both
+def test_device_guard(backend):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two devices")
     x, m = torch.randn(1, 4, 64, device="cuda:1"), torch.randn(1, 64, device="cuda:1")
-    with torch.no_grad(), forced("triton"), torch.cuda.device(0):
+    with torch.no_grad(), serving(backend), torch.cuda.device(0):
         assert_exact(ops.gate_residual(x, x, m), x + m[:, None] * x)
 
 
-def test_norm_against_float64():
+@both
+def test_norm_against_float64(backend):
     """Mean 100, deviation 0.01."""
     x, zero = 100 + 0.01 * rand(1, 64, 1536), torch.zeros(1, 1536, device="cuda")
-    with torch.no_grad(), forced("triton"):
+    with torch.no_grad(), serving(backend):
         got = ops.adaln_modulate(x, zero, zero, numerics="close")
     want = adaln.adaln_modulate(x.double(), zero.double(), zero.double(), None, None, 1e-6, False, False)
     assert_close(got, want, F.layer_norm(x, (1536,), eps=1e-6))
+
+
+@pytest.mark.skipif(not CUDA.loaded, reason=CUDA.reason or "-")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [63, 1536, 8192])
+def test_cuda_bits_are_those_of_the_cpu(cuda_machine, dtype, channels):
+    """The CUDA kernels and the same source built for the CPU agree bit for bit: what tests/kernels shows there holds here."""
+    x, q, w, m = rand(2, 9, channels, dtype=dtype), rand(2, 9, 3, 72, dtype=dtype), rand(72, dtype=dtype), rand(2, 4 * channels, dtype=dtype).chunk(4, -1)
+    rope, sample, output = rand(2, 9, 36).unbind(), rand(1, 4, 33, 17), rand(2, 4, 33, 17, dtype=dtype)
+
+    def results(x, q, w, m, rope, sample, output, table):
+        return (*adaln_cuda.gate_residual_adaln(x, x, m[0], x, m[1], m[2], m[3], None, None, 1e-6, False, False),
+                adaln_cuda.adaln_modulate(x, m[0], m[1], None, None, 1e-6, True, False),
+                *qk_cuda.qk_norm_rope(q, q, w, None, *rope, 1e-6, 0, False),
+                sampler_cuda.flow_euler_step(sample, output, None, table, 2, None, False))
+
+    given = (x, q, w, m, rope, sample, output, TABLE.cuda())
+    here, there = results(*given), results(*(t.cpu() if isinstance(t, torch.Tensor) else [one.cpu() for one in t] for t in given))
+    for got, want in zip(here, there, strict=True):
+        assert_exact(got.cpu(), want)

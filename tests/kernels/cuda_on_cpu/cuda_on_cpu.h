@@ -131,17 +131,21 @@ T exchanged(unsigned mask, T value, unsigned other_lane) {
 
 }  // namespace cuda_on_cpu
 
-struct uint4 {
-  uint32_t x, y, z, w;
-  uint4() = default;
-  uint4(const uint4& other) { *this = other; }
-  // An access of 16 bytes, which a GPU refuses off its alignment
-  uint4& operator=(const uint4& other) {
-    if ((reinterpret_cast<uintptr_t>(&other) | reinterpret_cast<uintptr_t>(this)) % 16) cuda_on_cpu::machine.error = "a 16-byte access that is not aligned";
-    std::memcpy(this, &other, sizeof(uint4));
+// An access of 8 or 16 bytes, which a GPU refuses off its alignment
+template <int kBytes>
+struct Vector {
+  uint32_t words[kBytes / 4];
+  Vector() = default;
+  Vector(const Vector& other) { *this = other; }
+  Vector& operator=(const Vector& other) {
+    const uintptr_t places = reinterpret_cast<uintptr_t>(&other) | reinterpret_cast<uintptr_t>(this);
+    if (places % kBytes) cuda_on_cpu::machine.error = "a vector access that is not aligned";
+    std::memcpy(words, other.words, kBytes);
     return *this;
   }
 };
+using uint2 = Vector<8>;
+using uint4 = Vector<16>;
 
 inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::kAtBarrier); }
 template <typename T>

@@ -34,7 +34,7 @@ def test_barrier(run):
 
 
 @pytest.mark.parametrize("kernel, error", [(SOME_LANES, "the lanes of a warp wait at different places"), (SHUFFLES, "the lanes of a warp wait"),
-                                           (WARP_ENDS, "some warps wait for others that have ended"), (UNALIGNED, "a 16-byte access that is not aligned"),
+                                           (WARP_ENDS, "some warps wait for others that have ended"), (UNALIGNED, "a vector access that is not aligned"),
                                            (BAD_BLOCK, "the grid or the block")])
 def test_faults(run, kernel, error):
     assert run(kernel)[1].startswith(error)

@@ -1,0 +1,88 @@
+// QK norm with rotary embedding on CUDA: q and k in one launch, each head's row read once and written once, by a part of a warp.
+#include "cuda/qk_norm_rope.h"
+
+#include "cuda/device.h"
+
+namespace fusewire::cuda {
+
+constexpr int kBlock = 128;  // threads: as many rows as fit
+
+template <typename T, int kChunks>
+__global__ void __launch_bounds__(kBlock) qk_norm_rope_kernel(const __grid_constant__ QkNorm k) {
+  constexpr int N = kChunk<T>;
+  const bool is_q = blockIdx.x < k.q_blocks;
+  const QkPart& part = k.part[is_q ? 0 : 1];
+  const unsigned i_row = (blockIdx.x - (is_q ? 0 : k.q_blocks)) * blockDim.y + threadIdx.y;
+  const bool there = i_row < part.rows;  // a row that is not there still takes part in the sums
+  const unsigned i_bt = there ? i_row / part.heads : 0;
+  const int64_t i_h = there ? i_row % part.heads : 0, i_t = i_bt % part.tokens, i_b = i_bt / part.tokens;
+  const T* x = static_cast<const T*>(part.x.data) + (i_b * part.x.batch + i_t * part.x.token + i_h * part.x.head);
+  T* out = static_cast<T*>(part.out.data) + (i_b * part.out.batch + i_t * part.out.token + i_h * part.out.head);
+
+  const auto channel = [](int j) { return static_cast<int>(threadIdx.x + j * blockDim.x) * N; };
+  float r[kChunks][N], squares = 0.0f;
+  int count[kChunks];
+#pragma unroll
+  for (int j = 0; j < kChunks; ++j) {
+    const int rest = k.dim - channel(j);
+    count[j] = !there || rest < 0 ? 0 : rest < N ? rest : N;
+    load_chunk(x + channel(j) * part.x.channel, part.x.channel, count[j], part.x.vector, r[j]);
+#pragma unroll
+    for (int i = 0; i < N; ++i) squares += r[j][i] * r[j][i];
+  }
+  float root = 1.0f;
+  if (k.root == Root::computed) root = 1.0f / sqrtf(lane_sum(squares, static_cast<int>(blockDim.x)) / static_cast<float>(k.dim) + k.eps);
+  if (k.root == Root::given && there) root = part.root[i_row];
+
+#pragma unroll
+  for (int j = 0; j < kChunks; ++j) {
+    if (k.root != Root::none) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) r[j][i] = k.exact ? rounded<T>(r[j][i] * root) : r[j][i] * root;
+    }
+    if (part.weight.data) {
+      float w[N];
+      load_chunk(static_cast<const T*>(part.weight.data) + channel(j) * part.weight.channel, part.weight.channel, count[j], part.weight.vector, w);
+#pragma unroll
+      for (int i = 0; i < N; ++i) r[j][i] = k.exact ? rounded<T>(r[j][i] * w[i]) : r[j][i] * w[i];
+    }
+    if (k.cos.data) {
+      float c[N / 2], s[N / 2];
+      const int pair = channel(j) / 2;
+      load_chunk(static_cast<const float*>(k.cos.data) + (i_t * k.cos.token + pair * k.cos.channel), k.cos.channel, count[j] / 2, k.cos.vector, c);
+      load_chunk(static_cast<const float*>(k.sin.data) + (i_t * k.sin.token + pair * k.sin.channel), k.sin.channel, count[j] / 2, k.sin.vector, s);
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) {
+        // (even, odd) -> (even cos - odd sin, odd cos + even sin)
+        const float even = r[j][2 * i], odd = r[j][2 * i + 1];
+        r[j][2 * i] = even * c[i] - odd * s[i];
+        r[j][2 * i + 1] = odd * c[i] + even * s[i];
+      }
+    }
+    store_chunk(out + channel(j) * part.out.channel, part.out.channel, count[j], part.out.vector, r[j]);
+  }
+}
+
+template <typename T, int kChunks>
+static const char* launch_rows(QkNorm& task, int64_t chunks, void* stream) {
+  unsigned lanes = 1;  // of a row: a power of two
+  while (lanes * kChunks < chunks) lanes *= 2;
+  const unsigned rows = kBlock / lanes;
+  task.q_blocks = static_cast<unsigned>(ceil_div(task.part[0].rows, rows));
+  const int64_t blocks = task.q_blocks + ceil_div(task.part[1].rows, rows);
+  if (blocks > kMaxBlocks) return "q and k have too many rows";
+  return launch(qk_norm_rope_kernel<T, kChunks>, blocks, dim3(lanes, rows), stream, task);
+}
+
+// How a row is cut depends on the head dimension alone.
+const char* launch_qk_norm(QkNorm task, Type type, void* stream) {
+  FUSEWIRE_CUDA_SWITCH(type, {
+    const int64_t chunks = ceil_div(task.dim, kChunk<T>);
+    if (chunks <= kWarp) return launch_rows<T, 1>(task, chunks, stream);
+    if (chunks <= 2 * kWarp) return launch_rows<T, 2>(task, chunks, stream);
+    return launch_rows<T, kMaxDim / kChunk<T> / kWarp>(task, chunks, stream);
+  })
+  return "unknown dtype";
+}
+
+}  // namespace fusewire::cuda

@@ -153,14 +153,13 @@ constexpr int kLeastExponent = -50;
 template <int parts>
 [[gnu::always_inline]] inline void split_pair(__m512 low, __m512 high, __m512i (&units)[parts]) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u)), half = _mm512_set1_epi32(0x8000);
-  const auto nearest = [&](__m512 x) { return _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(x), half), upper); };
 #pragma GCC unroll 4
-  for (int p = 0; p < parts; ++p) {
-    const __m512i a = nearest(low), b = nearest(high);
+  for (int p = 0; p < parts; ++p) {  // the nearest bfloat16 is the upper half of these; `pair` does not look at the lower
+    const __m512i a = _mm512_add_epi32(_mm512_castps_si512(low), half), b = _mm512_add_epi32(_mm512_castps_si512(high), half);
     units[p] = pair(a, b);
     if (p + 1 == parts) break;
-    low = _mm512_sub_ps(low, _mm512_castsi512_ps(a));  // exact: what the rounding left
-    high = _mm512_sub_ps(high, _mm512_castsi512_ps(b));
+    low = _mm512_sub_ps(low, _mm512_castsi512_ps(_mm512_and_si512(a, upper)));  // exact: what the rounding left
+    high = _mm512_sub_ps(high, _mm512_castsi512_ps(_mm512_and_si512(b, upper)));
   }
 }
 

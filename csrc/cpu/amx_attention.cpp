@@ -6,36 +6,32 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "cpu/amx.h"
-#include "cpu/attention.h"
-#include "cpu/attention_pack.h"
+#include "cpu/amx_attention_operands.h"
 #include "cpu/attention_tiles.h"
 
 namespace fusewire::FUSEWIRE_ISA {
 
-constexpr int64_t kQueryBlock = kSide;
 constexpr int64_t kKeyBlock = 128;             // two blocks of logits: 32 KiB
+constexpr int64_t kBoundedKeyBlock = 256;      // weights: 16 KiB for each part
 constexpr int64_t kPackedKeyBytes = 3 << 19;   // keys and values packed at a time, in the second-level cache
-static_assert(kQueryBlock == kAttentionAmxQueryBlock && kLanes == 16 && kAttentionMaxBlocks < 64);
+constexpr float kWidestBound = 100, kLeastTotal = 0x1p-64f;  // see attend_bounded
+static_assert(kAttentionMaxBlocks < 64);
 
 // What a block of 32 queries carries from one block of keys to the next: lanes are queries.
 struct State {
   float* out;      // [channels, whole blocks][32], not yet divided by total
-  float* highest;  // [32], largest logit so far
+  float* highest;  // [32], largest logit so far, or what bounds it
   float* total;    // [32], sum of the weights
 };
 
 template <typename T>
-class AmxTask {
-  static constexpr int parts = parts_of<T>;
-  using Staged = std::conditional_t<parts == 1, bfloat16, float>;
+class AmxTask : AmxOperands<T> {
+  using AmxOperands<T>::parts, AmxOperands<T>::call_, AmxOperands<T>::task_, AmxOperands<T>::steps_, AmxOperands<T>::columns_;
   static constexpr int kDegree = parts == 1 ? 3 : 6;  // of the exponential: see attention_simd.h
 
  public:
-  AmxTask(const AttentionCall& call, const AttentionTask& task)
-      : call_(call), task_(task), steps_((call.channels + kStep - 1) / kStep), columns_(steps_ * kStep) {
-    const int64_t per_key = 2 * columns_ * parts * sizeof(bfloat16);
-    block_keys_ = std::min(round_up(call.keys, kStep), std::max<int64_t>(kPackedKeyBytes / per_key / kKeyBlock, 1) * kKeyBlock);
+  AmxTask(const AttentionCall& call, const AttentionTask& task) : AmxOperands<T>(call, task) {
+    block_keys_ = std::min(round_up(call.keys, kStep), std::max<int64_t>(kPackedKeyBytes / this->bytes_for(2) / kKeyBlock, 1) * kKeyBlock);
     states_ = block_keys_ >= call.keys ? kQueryBlock : round_up(task.end - task.begin, kQueryBlock);
     transform_ = call.mask.data || call.scale <= 0;
     guard_ = call.mask.data || call.causal;
@@ -43,14 +39,14 @@ class AmxTask {
   }
 
   void run() {
-    const int64_t operand = block_keys_ * columns_ * parts * sizeof(bfloat16);
+    const int64_t operand = this->bytes_for(block_keys_), weights = kBoundedKeyBlock / kStep * parts * kPartBytes;
     Workspace space(2 * Workspace::bytes_of<char>(operand) + Workspace::bytes_of<char>(steps_ * parts * kPartBytes) +
-                    Workspace::bytes_of<char>(kKeyBlock / kStep * parts * kPartBytes) + 3 * Workspace::bytes_of<float>(kKeyBlock * kQueryBlock) +
+                    Workspace::bytes_of<char>(weights) + 3 * Workspace::bytes_of<float>(kKeyBlock * kQueryBlock) +
                     Workspace::bytes_of<float>(states_ * columns_) + 2 * Workspace::bytes_of<float>(states_));
     k_ = space.take<char>(operand);
     v_ = space.take<char>(operand);
     q_ = space.take<char>(steps_ * parts * kPartBytes);
-    weights_ = space.take<char>(kKeyBlock / kStep * parts * kPartBytes);
+    weights_ = space.take<char>(weights);
     logits_ = space.take<float>(2 * kKeyBlock * kQueryBlock);
     bias_ = space.take<float>(kKeyBlock * kQueryBlock);
     State all;
@@ -60,127 +56,138 @@ class AmxTask {
     const int64_t keys = call_.causal ? std::min(call_.keys, task_.end) : call_.keys;
     const TileScope tiles;
     int64_t first_key = 0;
-    uint64_t unsplit = 0;  // blocks of queries, one bit each
+    uint64_t left = 0, bounded = 0;  // blocks of queries, one bit each: those left to AVX-512, and those that attend_bounded had a part in
     do {  // at least once, so that rows without any key are written as zeros
       const int64_t count = std::min(block_keys_, keys - first_key);
-      if (!pack_keys(first_key, count) || !pack_values(first_key, count)) return fall_back(task_.begin, task_.end);
+      if (!this->pack_keys(first_key, count, k_, longest_key_) || !this->pack_values(first_key, count, guard_, v_))
+        return fall_back(task_.begin, task_.end);
       const bool last = first_key + count >= keys;
       for (int64_t query = task_.begin; query < task_.end; query += kQueryBlock) {
         const int64_t index = (query - task_.begin) / kQueryBlock, at = states_ == kQueryBlock ? 0 : query - task_.begin;
         const State state{all.out + at * columns_, all.highest + at, all.total + at};
         const int64_t rows = std::min(kQueryBlock, task_.end - query);
-        if (!pack_queries(query, rows)) {
-          unsplit |= uint64_t{1} << index;
+        if (last) prepare_to_write(query, rows);
+        if (!this->pack_queries(query, rows, q_, lengths_)) {
+          left |= uint64_t{1} << index;
           continue;
         }
-        attend(state, query, rows, first_key, count);
-        if (last) write(state, query, rows);
+        if (first_key == 0) begin(state);
+        if (attend_bounded(state, count)) bounded |= uint64_t{1} << index;
+        else attend(state, query, rows, first_key, count);
+        if (!last) continue;
+        if (bounded >> index & 1 && !weighed(state, rows)) {
+          if (first_key > 0) {
+            left |= uint64_t{1} << index;
+            continue;
+          }
+          begin(state);
+          attend(state, query, rows, first_key, count);
+        }
+        write(state, query, rows);
       }
       first_key += count;
     } while (first_key < keys);
-    for (int64_t i = 0; unsplit >> i; ++i) {
+    for (int64_t i = 0; left >> i; ++i) {
       const int64_t query = task_.begin + i * kQueryBlock;
-      if (unsplit >> i & 1) fall_back(query, std::min(query + kQueryBlock, task_.end));
+      if (left >> i & 1) fall_back(query, std::min(query + kQueryBlock, task_.end));
     }
   }
 
  private:
+  // What turns the logits of one block into weights 2^((s - highest) * factor), for two groups of 16 queries.
+  struct Softmax { vf base[2], scaled[2], total[2]; bool moderate; };
+
   // Queries whose operands do not split into bfloat16 parts, or attend around values that are not finite. A head's keys and values decide
   // for all of its queries, a block of queries for itself: not the batch, and not how queries are cut into tasks.
   void fall_back(int64_t begin, int64_t end) const { avx512_bf16::attention_task(call_, {task_.batch, task_.head, begin, end}); }
 
-  // A row of keys or queries as units of every step. False where it does not split.
-  bool stage(const AttentionTensor (&pieces)[2], int64_t head, int64_t token, __m512i* units) const {
-    alignas(64) Staged staged[kPadded];
-    const Row<T> row = row_of<T>(pieces, task_.batch, head, token);
-    stage_row<std::conditional_t<parts == 1, Bf16Units, FloatUnits>>(row, call_.channels, columns_, call_.eps, reinterpret_cast<uint32_t*>(staged));
-    Range range;
-    for (int64_t s = 0; s < steps_; ++s) {
-      __m512i step[parts];
-      units_of<parts>(static_cast<const Staged*>(staged + s * kStep), step, range);
-      for (int p = 0; p < parts; ++p) units[s * parts + p] = step[p];
-    }
-    return parts == 1 || range.splits(kLeastExponent);
+  void begin(const State& state) const {
+    std::fill_n(state.highest, kQueryBlock, -INFINITY);
+    std::fill_n(state.total, kQueryBlock, 0.0f);
+    std::fill_n(state.out, kQueryBlock * columns_, 0.0f);
   }
 
-  // Keys, as the left operand: [block of 32 keys][step][part][2 tiles][key][units]. Those beyond the last are zeros.
-  bool pack_keys(int64_t first, int64_t count) {
-    for (int64_t key = 0; key < round_up(count, kSide); ++key) {
-      __m512i units[kMaxSteps * parts] = {};
-      if (key < count) {
-        prefetch_row(row_of<T>(call_.k, task_.batch, task_.head / call_.group, std::min(first + key + kAhead, call_.keys - 1)), call_.channels);
-        if (!stage(call_.k, task_.head / call_.group, first + key, units)) return false;
-      }
-      char* to = k_ + key / kSide * steps_ * parts * kPartBytes + key % kSide * 64;
-      for (int64_t i = 0; i < steps_ * parts; ++i) _mm512_store_si512(to + i * kPartBytes, units[i]);
+  // The rows that this block of queries will be written to, on their way while it is computed.
+  void prepare_to_write(int64_t query, int64_t rows) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const char* p = reinterpret_cast<const char*>(row_of<T>(call_.out, task_.batch, task_.head, query + r).data);
+      for (int64_t at = 0; at < call_.channels * static_cast<int64_t>(sizeof(T)); at += 64) __builtin_prefetch(p + at, 1);
     }
-    return true;
   }
 
-  // Queries, as the right operand: [step][part][2 tiles of 16 queries][unit][query].
-  bool pack_queries(int64_t query, int64_t rows) {
-    for (int64_t tile = 0; tile < 2; ++tile) {
-      __m512i units[16][kMaxSteps * parts];
-      for (int64_t r = 0; r < 16; ++r) {
-        if (tile * 16 + r < rows) {
-          if (!stage(call_.q, task_.head, query + tile * 16 + r, units[r])) return false;
-        } else {
-          std::fill_n(units[r], steps_ * parts, _mm512_setzero_si512());
-        }
-      }
-      for (int64_t i = 0; i < steps_ * parts; ++i) {
-        __m512 square[16];
-        for (int64_t r = 0; r < 16; ++r) square[r] = _mm512_castsi512_ps(units[r][i]);
-        transpose16(square);
-        for (int64_t r = 0; r < 16; ++r) _mm512_store_ps(q_ + i * kPartBytes + tile * kTileBytes + r * 64, square[r]);
-      }
+  // attend(), without the search for the largest logit: |q| times the longest |k| is no less (Cauchy and Schwarz), and a softmax may subtract
+  // anything, as long as its weights do not vanish: `weighed` tells afterwards. float32 has no bits to spare for the wider exponents, nor has a
+  // softmax that is asked for itself.
+  bool attend_bounded(const State& state, int64_t count) {
+    if (parts == 3 || guard_ || transform_ || call_.total) return false;
+    vf bound[2];
+    for (int g = 0; g < 2; ++g) {
+      bound[g] = vmul(_mm512_sqrt_ps(vmul(vload(lengths_ + g * kLanes), vset(longest_key_))), vset(parts == 1 ? 1.0f : 1.01f));
+      if (!(_mm512_reduce_max_ps(bound[g]) * factor_ <= kWidestBound)) return false;
     }
-    return true;
-  }
-
-  // Values, transposed, as the left operand: [block of 32 channels][step of 32 keys][part][2 tiles][channel][pairs of keys].
-  bool pack_values(int64_t first, int64_t count) {
+    Softmax now;
+    for (int g = 0; g < 2; ++g) raise(state, g, vmax(bound[g], vload(state.highest + g * kLanes)), now);
     const int64_t key_steps = (count + kStep - 1) / kStep;
-    Range range;
-    for (int64_t s = 0; s < key_steps; ++s) {
-      alignas(64) float wide[kStep][kPadded];
-      for (int64_t i = 0; i < kStep; ++i) {
-        const int64_t key = s * kStep + i;
-        if (key < count) {
-          prefetch_row(row_of<T>(call_.v, task_.batch, task_.head / call_.group, std::min(first + key + kAhead, call_.keys - 1)), call_.channels);
-          load_row(row_of<T>(call_.v, task_.batch, task_.head / call_.group, first + key), call_.channels, wide[i]);
-          std::fill(wide[i] + call_.channels, wide[i] + columns_, 0.0f);
-        } else {
-          std::fill_n(wide[i], columns_, 0.0f);
-        }
+    const auto multiply = [&](int64_t key) {
+      multiply_block<parts, true>(k_ + key / kSide * steps_ * parts * kPartBytes, q_, steps_, pair_of_logits(key), kQueryBlock, true);
+    };
+    if (count > 0) multiply(0);
+    for (int64_t block = 0; block < count; block += kBoundedKeyBlock) {
+      const int64_t end = std::min(block + kBoundedKeyBlock, count);
+      for (int64_t key = block; key < end; key += kStep) {
+        float* const s = pair_of_logits(key);
+        if (key + kStep > end) std::fill(s + (end - key) * kQueryBlock, s + kStep * kQueryBlock, -INFINITY);
+        if (key + kStep < count) multiply(key + kStep);
+        weigh<true, true>(now, s, weights_ + (key - block) / kStep * parts * kPartBytes);
       }
-      for (int64_t channel = 0; channel < columns_; channel += 16) {
-        __m512 squares[parts][16];
-        for (int64_t i = 0; i < 16; ++i) {
-          const __m512 low = _mm512_load_ps(wide[2 * i] + channel), high = _mm512_load_ps(wide[2 * i + 1] + channel);
-          range.add(low), range.add(high);
-          __m512i units[parts];
-          split_pair<parts>(low, high, units);
-          for (int p = 0; p < parts; ++p) squares[p][i] = _mm512_castsi512_ps(units[p]);
-        }
-        char* to = v_ + (channel / kSide * key_steps + s) * parts * kPartBytes + channel / 16 % 2 * kTileBytes;
-        for (int p = 0; p < parts; ++p) {
-          transpose16(squares[p]);
-          for (int64_t i = 0; i < 16; ++i) _mm512_store_ps(to + p * kPartBytes + i * 64, squares[p][i]);
-        }
+      add_values(state, v_ + block / kStep * parts * kPartBytes, key_steps, (end - block + kStep - 1) / kStep);
+    }
+    for (int g = 0; g < 2; ++g) vstore(state.total + g * kLanes, now.total[g]);
+    return true;
+  }
+
+  float* pair_of_logits(int64_t key) const { return logits_ + key / kSide % 2 * kSide * kQueryBlock; }
+
+  // Whether the weights of all queries are of a size to be trusted.
+  bool weighed(const State& state, int64_t rows) const {
+    return !std::any_of(state.total, state.total + rows, [](float total) { return total < kLeastTotal; });
+  }
+
+  // Sums of 16 queries so far, as if `highest` had been subtracted from the beginning.
+  void raise(const State& state, int g, vf highest, Softmax& now) const {
+    const vf before = vload(state.highest + g * kLanes);
+    now.total[g] = vload(state.total + g * kLanes);
+    const __mmask16 moved = _mm512_cmp_ps_mask(before, highest, _CMP_LT_OQ);
+    if (moved) {
+      vstore(state.highest + g * kLanes, highest);
+      const vf decay = _mm512_mask_mov_ps(vset(1), moved, vexp2<6>(vmul(vsub(before, highest), vset(factor_))));
+      now.total[g] = vmul(now.total[g], decay);
+      for (int64_t c = 0; c < columns_; ++c) {
+        float* out = state.out + c * kQueryBlock + g * kLanes;
+        vstore(out, vmul(vload(out), decay));
       }
     }
-    // bfloat16 needs no split, and carries infinities and NaN unless a mask may hide them: 0 * NaN would leak from under it.
-    return parts == 1 ? !guard_ || range.splits(kAnyExponent) : range.splits(kLeastExponent);
+    now.base[g] = _mm512_mask_mov_ps(highest, _mm512_cmp_ps_mask(highest, vset(-INFINITY), _CMP_EQ_OQ), vset(0));  // no key attended yet
+    now.scaled[g] = vmul(now.base[g], vset(-factor_));
+  }
+
+  // out^T += V^T weights^T over `steps` steps of keys; `v`: those of the first channels.
+  void add_values(const State& state, const char* v, int64_t key_steps, int64_t steps) const {
+    for (int64_t c = 0; c < steps_; ++c, v += key_steps * parts * kPartBytes) {
+      float* out = state.out + c * kSide * kQueryBlock;
+      if constexpr (parts == 3) {  // sums on their own first: rounding errors grow with the length of a chain, and show in float32
+        alignas(64) float fresh[kSide * kQueryBlock];
+        multiply_block<parts>(v, weights_, steps, fresh, kQueryBlock, true);
+#pragma omp simd
+        for (int64_t i = 0; i < kSide * kQueryBlock; ++i) out[i] += fresh[i];
+      } else {
+        multiply_block<parts>(v, weights_, steps, out, kQueryBlock, false);
+      }
+    }
   }
 
   // One block of queries meets one super-block of keys.
   void attend(const State& state, int64_t query, int64_t rows, int64_t first_key, int64_t count) {
-    if (first_key == 0) {
-      std::fill_n(state.highest, kQueryBlock, -INFINITY);
-      std::fill_n(state.total, kQueryBlock, 0.0f);
-      std::fill_n(state.out, kQueryBlock * columns_, 0.0f);
-    }
     const int64_t key_steps = (count + kStep - 1) / kStep;
     if (call_.causal) count = std::min(count, query + rows - first_key);
     const auto multiply = [&](int64_t key, int64_t block) {  // logits of 32 keys
@@ -200,22 +207,11 @@ class AmxTask {
         if (next + key < count) multiply(next + key, next);
         if (key >= padded) continue;
         char* to = weights_ + key / kStep * parts * kPartBytes;
-        if (parts == 1 && now.moderate) weigh<true>(now, s + key * kQueryBlock, to);
-        else weigh<false>(now, s + key * kQueryBlock, to);
+        if (parts == 1 && now.moderate) weigh<true, false>(now, s + key * kQueryBlock, to);
+        else weigh<false, false>(now, s + key * kQueryBlock, to);
       }
       for (int g = 0; g < 2; ++g) vstore(state.total + g * kLanes, now.total[g]);
-      for (int64_t c = 0; c < steps_; ++c) {
-        const char* v = v_ + (c * key_steps + block / kStep) * parts * kPartBytes;
-        float* out = state.out + c * kSide * kQueryBlock;
-        if constexpr (parts == 3) {  // the same for float32, where it shows
-          alignas(64) float fresh[kSide * kQueryBlock];
-          multiply_block<parts>(v, weights_, padded / kStep, fresh, kQueryBlock, true);
-#pragma omp simd
-          for (int64_t i = 0; i < kSide * kQueryBlock; ++i) out[i] += fresh[i];
-        } else {
-          multiply_block<parts>(v, weights_, padded / kStep, out, kQueryBlock, false);
-        }
-      }
+      add_values(state, v_ + block / kStep * parts * kPartBytes, key_steps, padded / kStep);
     }
   }
 
@@ -252,9 +248,6 @@ class AmxTask {
     }
   }
 
-  // What turns the logits of one block into weights 2^((s - highest) * factor), for two groups of 16 queries.
-  struct Softmax { vf base[2], scaled[2], total[2]; bool moderate; };
-
   Softmax begin_softmax(const State& state, const float* logits, int64_t keys) const {
     Softmax now;
     now.moderate = true;
@@ -264,20 +257,7 @@ class AmxTask {
         top[0] = vmax(vload(logits + j * kQueryBlock + g * kLanes), top[0]);
         top[1] = vmax(vload(logits + (j + 1) * kQueryBlock + g * kLanes), top[1]);
       }
-      const vf before = vload(state.highest + g * kLanes), highest = vmax(vmax(top[0], top[1]), before);
-      now.total[g] = vload(state.total + g * kLanes);
-      const __mmask16 moved = _mm512_cmp_ps_mask(before, highest, _CMP_LT_OQ);
-      if (moved) {
-        vstore(state.highest + g * kLanes, highest);
-        const vf decay = _mm512_mask_mov_ps(vset(1), moved, vexp2<6>(vmul(vsub(before, highest), vset(factor_))));
-        now.total[g] = vmul(now.total[g], decay);
-        for (int64_t c = 0; c < columns_; ++c) {
-          float* out = state.out + c * kQueryBlock + g * kLanes;
-          vstore(out, vmul(vload(out), decay));
-        }
-      }
-      now.base[g] = _mm512_mask_mov_ps(highest, _mm512_cmp_ps_mask(highest, vset(-INFINITY), _CMP_EQ_OQ), vset(0));  // no key attended yet
-      now.scaled[g] = vmul(now.base[g], vset(-factor_));
+      raise(state, g, vmax(vmax(top[0], top[1]), vload(state.highest + g * kLanes)), now);
       now.moderate &= _mm512_reduce_max_ps(_mm512_abs_ps(now.scaled[g])) < 1e30f;
     }
     return now;
@@ -285,7 +265,8 @@ class AmxTask {
 
   // Weights of 32 keys, as one step of the right operand: [part][2 tiles][pair of keys][query]. `fused`: s * factor - highest * factor, which
   // is enough for bfloat16, unless the product overflows as it may under a mask of the lowest finite number.
-  template <bool fused>
+  // `as_stored`: the sum is that of the weights as they are multiplied with the values, so that a single key weighs 1 whatever was subtracted.
+  template <bool fused, bool as_stored>
   void weigh(Softmax& now, const float* s, char* to) const {
     const vf factor = vset(factor_);
     const auto weight = [&](const float* s, int g) {
@@ -297,9 +278,10 @@ class AmxTask {
 #pragma GCC unroll 2
       for (int g = 0; g < 2; ++g) {
         const vf low = weight(s + g * kLanes, g), high = weight(s + kQueryBlock + g * kLanes, g);
-        sum[g] = vadd(sum[g], vadd(low, high));
         __m512i units[parts];
         split_pair<parts>(low, high, units);
+        if constexpr (as_stored && parts == 1) sum[g] = _mm512_dpbf16_ps(sum[g], (__m512bh)units[0], (__m512bh)_mm512_set1_epi32(0x3f803f80));
+        else sum[g] = vadd(sum[g], vadd(low, high));
         for (int p = 0; p < parts; ++p) _mm512_store_si512(to + p * kPartBytes + g * kTileBytes, units[p]);
       }
     }
@@ -328,14 +310,10 @@ class AmxTask {
     }
   }
 
-  static constexpr int64_t kMaxSteps = kAttentionMaxChannels / kStep;
-  static constexpr int kAnyExponent = -200;
-  const AttentionCall& call_;
-  const AttentionTask& task_;
-  const int64_t steps_, columns_;  // of 32 channels; channels rounded up to them
   int64_t block_keys_, states_;
   bool transform_, guard_;
-  float factor_;
+  float factor_, longest_key_ = 0;       // the largest sum of squares of a key
+  alignas(64) float lengths_[kQueryBlock];  // the sums of squares of the queries
   char *k_, *v_, *q_, *weights_;
   float *logits_, *bias_;
 };

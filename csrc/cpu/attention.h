@@ -44,7 +44,7 @@ struct AttentionTask { int64_t batch, head, begin, end; };
 // Queries that the kernel handles together: a task should be a multiple of it. Results do not depend on how queries are cut into tasks.
 constexpr int64_t kAttentionQueryBlock = 48;
 constexpr int64_t kAttentionAmxQueryBlock = 32;
-constexpr int64_t kAttentionMaxBlocks = 32;  // of a task
+constexpr int64_t kAttentionMaxBlocks = 60;  // of a task
 constexpr int64_t kAttentionMaxChannels = 512;
 
 FUSEWIRE_DECLARE(void, attention_task, (const AttentionCall&, const AttentionTask&))

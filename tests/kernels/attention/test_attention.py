@@ -18,7 +18,7 @@ BACKENDS = [pytest.param("cpu", marks=pytest.mark.skipif(not CPU.loaded, reason=
 # (B, Tq, Tk, H, D). Blocks are 48 queries and 256 keys, tiles 6 rows by 16 to 64 columns: the sizes lie on, below and above each.
 # Where there are few queries or channels, batch and heads make up for it: a comparison of two maxima needs thousands of values.
 SHAPES = [
-    (1, 63, 63, 1, 64),     # odd everything, one block
+    (4, 63, 63, 1, 64),     # odd everything, one block
     (2, 1, 1, 2, 40),       # one query, one key (the result is v itself); 40 channels: half a vector over
     (1, 129, 65, 2, 72),    # cross attention, one column more than a tile
     (1, 65, 129, 1, 80),    # 80 channels: a whole tile of columns and a quarter
@@ -65,6 +65,21 @@ def test_against_float64(dtype, shape, kind, backend):
 def test_tail(queries, keys, dtype):
     q, k, v = qkv(4, queries, keys, 8, 64, dtype)  # one query: 2048 values
     assert_close(ops.attention(q, k, v), stock(q, k, v), stock(q, k, v, dtype=dtype))
+
+
+@pytest.mark.parametrize("keys", [65, 6500])
+@pytest.mark.parametrize("lengths", [20, 60, 200])
+@pytest.mark.parametrize("direction", [-1, 1], ids=["opposed", "alike"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_long_vectors(dtype, direction, lengths, keys):
+    """Every key points along every query, or against it, and |q| |k| times the scale is 2^lengths as a weight: what bounds the logits lies at
+    them, or so far above that the weights vanish. 6500 keys are more than are packed at a time; the later ones are longer."""
+    q, k, v = qkv(2, 40, keys, 2, 64)
+    along = torch.nn.functional.normalize(torch.randn(64), dim=0) * (8 * lengths * 0.6931) ** 0.5
+    grows = torch.linspace(0.8, 1.0, keys)[:, None, None]
+    q, k, v = (0.3 * q + along).to(dtype), (grows * (0.3 * k + direction * along)).to(dtype), v.to(dtype)
+    assert_close(ops.attention(q, k, v), stock(q, k, v), stock(q, k, v, dtype=dtype))
+    assert CPU.loaded is (ops.stats()["attention"]["cpu"] > 0)
 
 
 def test_one_query():

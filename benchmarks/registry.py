@@ -46,12 +46,18 @@ def _gated(what: str, *shape: int) -> Case:
     return Case(what, shape, ("float32", "bfloat16"), shape[0] * shape[1] * shape[2] * 3 // 2)  # both halves in, one out
 
 
+def _linear(what: str, batch: int, tokens: int, inputs: int, outputs: int) -> Case:
+    return Case(what, (batch, tokens, inputs, outputs), ("float32", "bfloat16", "float16"), batch * tokens * (inputs + outputs) + inputs * outputs)
+
+
 REGISTRY = {
     "adaln_modulate": _tokens(2),  # x in, result out
     "adaln_modulate_dual": _tokens(3),  # x in, two results out
     "gate_residual": _tokens(3),  # x and y in, result out
     "gate_residual_adaln": _tokens(4),  # x and y in, sum and modulated norm out
     "geglu": [_gated("SDXL 1024^2, guidance", 2, 1024, 10240)],
+    "linear": [_linear("SD3.5-medium 512^2, guidance, the feed-forward's first", 2, 1024, 1536, 6144),
+               _linear("SD3.5-medium 512^2, guidance, the feed-forward's second", 2, 1024, 6144, 1536)],
     "layer_norm": [_alike("SD3.5-medium 512^2, guidance", 2, 1024, 1536)],
     "layer_norm_2d": [_alike("Stable Cascade's prior 1024^2, guidance", 2, 1536, 24, 24)],
     "rms_norm": [_alike("SD3.5-medium 512^2, guidance", 2, 1024, 1536), _alike("T5-XXL, 512 tokens", 1, 512, 4096)],

@@ -82,6 +82,24 @@ struct GeluErf {
   }
 };
 
+// x * s(2 u) with the logistic s, u = sqrt(2 / pi) * (x + 0.044715 x^3): no cancellation where u is large and negative.
+struct GeluTanh {
+  template <typename T, int N, typename C = compute_t<T>>
+  FUSEWIRE_INLINE static lanes<C, N> twice_u(lanes<C, N> x) {
+    return C(1.5957691216057308) * fma<N, C>(C(0.044715) * x * x, x, x);
+  }
+  template <typename T, int N, typename C = compute_t<T>>
+  FUSEWIRE_INLINE static lanes<C, N> value(lanes<C, N> x) { return logistic<T, N>(x, twice_u<T, N>(x)); }
+  // s * (1 + x * (1 - s) * (2 u)')
+  template <typename T, int N, typename C = compute_t<T>>
+  FUSEWIRE_INLINE static void both(lanes<C, N> x, lanes<C, N>& y, lanes<C, N>& slope) {
+    const lanes<C, N> part = logistic<T, N>(splat<N>(C(1)), twice_u<T, N>(x));
+    const lanes<C, N> steep = C(1.5957691216057308) * fma<N, C>(C(3 * 0.044715) * x, x, splat<N>(C(1)));
+    y = x * part;
+    slope = part * fma<N, C>(x * (1 - part), steep, splat<N>(C(1)));
+  }
+};
+
 // x / (1 + e^(-s x)): SiLU for s = 1, CLIP's quick GELU for s = 1.702.
 template <bool Quick>
 struct ScaledSilu {

@@ -41,18 +41,56 @@ int64_t linear_scratch_bytes(int64_t rows, int64_t cols, ScalarKind type) {
   return panels * panel + blocks * panels * kSide * kSide * sizeof(float);
 }
 
+// Rows that lie side by side in memory, as they do in a transposed operand: 32 elements of each, from `x` on, as contiguous rows. Every cache line is read
+// once: element by element, lines that lie a power of two apart would drive each other out of the cache. What is not there is zero.
+template <typename T>
+static void turn(const T* x, int64_t stride, int64_t rows, int64_t count, T (&square)[kSide][kStep]) {
+  if (rows < kSide || count < kStep) std::memset(square, 0, sizeof square);
+  rows = std::min(rows, kSide), count = std::min(count, kStep);
+  for (int64_t k = 0; k < count; k += 16) {
+    if constexpr (std::is_same_v<T, float>) {
+      if (rows == kSide && k + 16 <= count) {
+        for (int64_t r = 0; r < kSide; r += 16) {
+          __m512 block[16];
+          for (int64_t i = 0; i < 16; ++i) {
+            const float* line = x + (k + i) * stride + r;
+            _mm_prefetch(reinterpret_cast<const char*>(line + kStep * stride), _MM_HINT_T0);
+            block[i] = _mm512_loadu_ps(line);
+          }
+          transpose16(block);
+          for (int64_t i = 0; i < 16; ++i) _mm512_storeu_ps(&square[r + i][k], block[i]);
+        }
+        continue;
+      }
+    }
+    for (int64_t i = k; i < std::min<int64_t>(k + 16, count); ++i) {
+      const T* line = x + i * stride;
+      _mm_prefetch(reinterpret_cast<const char*>(line + kStep * stride), _MM_HINT_T0);
+      for (int64_t r = 0; r < rows; ++r) square[r][i] = line[r];
+    }
+  }
+}
+
 template <typename T>
 static uint32_t pack_rows(const LinearCall& c, int64_t row, int64_t blocks, char* packed) {
   constexpr int parts = parts_of<T>;
   Range range[kSide];
   const T* rows[kSide];
   const int64_t count = std::min(kSide, c.rows - row);
-  for (int64_t r = 0; r < count; ++r) rows[r] = static_cast<const T*>(c.x.data) + c.x.offset(row + r);
+  bool side_by_side = c.x.channel != 1;
+  for (int64_t r = 0; r < count; ++r) {
+    rows[r] = static_cast<const T*>(c.x.data) + c.x.offset(row + r);
+    side_by_side &= rows[r] == rows[0] + r;
+  }
+  alignas(64) T square[kSide][kStep];
   for (int64_t s = 0, k = 0; k < c.inputs; ++s, k += kStep) {
+    if (side_by_side) turn(rows[0] + k * c.x.channel, c.x.channel, count, c.inputs - k, square);
     char* to = packed + (s / kSteps<parts> * blocks * kSteps<parts> + s % kSteps<parts>) * parts * kPartBytes;
     for (int64_t r = 0; r < kSide; ++r, to += 64) {
       __m512i units[parts];
-      if (r < count) {
+      if (r < count && side_by_side) {
+        units_of<parts>(static_cast<const T*>(square[r]), units, range[r]);
+      } else if (r < count) {
         units_of<parts>(rows[r] + k * c.x.channel, c.x.channel, c.inputs - k, units, range[r]);
       } else {
         std::fill_n(units, parts, _mm512_setzero_si512());
@@ -71,13 +109,18 @@ static uint32_t pack_rows(const LinearCall& c, int64_t row, int64_t blocks, char
 template <typename T>
 static void pack_weight(const LinearCall& c, const T* weight, int64_t rows, int64_t k, int64_t steps, char* packed, Range& range) {
   constexpr int parts = parts_of<T>;
+  const bool side_by_side = c.weight_row == 1 && c.weight_col != 1;
+  alignas(64) T square[kSide][kStep];
   for (int64_t s = 0; s < steps; ++s, k += kStep) {
+    if (side_by_side) turn(weight + k * c.weight_col, c.weight_col, rows, c.inputs - k, square);
     for (int64_t tile = 0; tile < 2; ++tile) {
       __m512 columns[parts][16];
       for (int64_t r = 0; r < 16; ++r) {
         __m512i units[parts];
         const int64_t n = tile * 16 + r;
-        if (n < rows) {
+        if (n < rows && side_by_side) {
+          units_of<parts>(static_cast<const T*>(square[n]), units, range);
+        } else if (n < rows) {
           // The row 32 further on: rows lie too far apart for the processor to foresee it.
           const char* next = reinterpret_cast<const char*>(weight + (n + kSide) * c.weight_row + k * c.weight_col);
           for (int64_t line = 0; line < kStep * static_cast<int64_t>(sizeof(T)); line += 64) _mm_prefetch(next + line, _MM_HINT_T1);

@@ -1,5 +1,7 @@
-// Gated activations on the CPU: fusewire::geglu, swiglu, quick_gelu and their gradients.
+// Gated activations on the CPU: fusewire::geglu, swiglu, quick_gelu, bias_activation and their gradients.
 #include "cpu/gated_mlp.h"
+
+#include <string>
 
 #include "common/column_totals.h"
 #include "common/empty.h"
@@ -83,20 +85,47 @@ static std::tuple<Tensor, Tensor, Tensor> swiglu_backward(const Tensor& grad, co
   return gradients(grad, x, gate, bias, gate_first, of_bias, GatedActivation::silu);
 }
 
-static GatedTask quick(const Tensor& x) {
+static GatedTask alone(const Tensor& x, const std::optional<Tensor>& bias, GatedActivation activation) {
   GatedTask k{};
-  k.gate = leading_rows(x, x), k.activation = GatedActivation::quick_gelu, k.width = x.size(x.dim() - 1);
+  k.gate = leading_rows(x, x), k.activation = activation, k.width = x.size(x.dim() - 1);
+  if (bias) k.gate_bias = {bias->const_data_ptr(), bias->stride(0)};
   return k;
 }
 
-static Tensor quick_gelu(const Tensor& x, bool exact) { return run(quick(x), x); }
+// The gradients of x and of the bias, which has no elements where it is not wanted.
+static std::tuple<Tensor, Tensor> gradients_alone(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& bias, bool of_bias,
+                                                  GatedActivation activation) {
+  const Tensor dx = empty_contiguous(x);
+  const GatedTask forward = alone(x, bias, activation);
+  const int64_t rows = x.numel() ? x.numel() / forward.width : 0;
+  GatedGradientTask k{forward, leading_rows(grad, grad), nullptr, dx.mutable_data_ptr(), forward.width, nullptr, 0, 0, ColumnBlocks(rows)};
+  const ColumnSums sums(of_bias ? k.blocks.count : 0, 1, forward.width, x);
+  if (of_bias) k.sums = sums.data();
+  run_gradient(k, x);
+  return {dx, of_bias ? sums.total(0) : empty_vector(0, x)};
+}
+
+static Tensor quick_gelu(const Tensor& x, bool exact) { return run(alone(x, {}, GatedActivation::quick_gelu), x); }
 
 static Tensor quick_gelu_backward(const Tensor& grad, const Tensor& x) {
-  const Tensor dx = empty_contiguous(x);
-  const GatedTask forward = quick(x);
-  const int64_t rows = x.numel() ? x.numel() / forward.width : 0;
-  run_gradient({forward, leading_rows(grad, grad), nullptr, dx.mutable_data_ptr(), forward.width, nullptr, 0, 0, ColumnBlocks(rows)}, x);
-  return dx;
+  return std::get<0>(gradients_alone(grad, x, {}, false, GatedActivation::quick_gelu));
+}
+
+// The epilogue of a linear layer, act(x + bias), for which it shares these loops.
+static GatedActivation named(const std::string& activation) {
+  if (activation == "gelu_tanh") return GatedActivation::gelu_tanh;
+  if (activation == "silu") return GatedActivation::silu;
+  STD_TORCH_CHECK(activation == "gelu", "bias_activation: unknown activation");
+  return GatedActivation::gelu_erf;
+}
+
+static Tensor bias_activation(const Tensor& x, const std::optional<Tensor>& bias, std::string activation) {
+  return run(alone(x, bias, named(activation)), x);
+}
+
+static std::tuple<Tensor, Tensor> bias_activation_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& bias,
+                                                           std::string activation, bool of_bias) {
+  return gradients_alone(grad, x, bias, bias && of_bias, named(activation));
 }
 
 }  // namespace fusewire
@@ -108,4 +137,6 @@ STABLE_TORCH_LIBRARY_IMPL(fusewire, CPU, m) {
   m.impl("geglu_backward", TORCH_BOX(&fusewire::geglu_backward));
   m.impl("swiglu_backward", TORCH_BOX(&fusewire::swiglu_backward));
   m.impl("quick_gelu_backward", TORCH_BOX(&fusewire::quick_gelu_backward));
+  m.impl("bias_activation", TORCH_BOX(&fusewire::bias_activation));
+  m.impl("bias_activation_backward", TORCH_BOX(&fusewire::bias_activation_backward));
 }

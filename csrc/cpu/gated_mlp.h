@@ -7,7 +7,7 @@
 
 namespace fusewire {
 
-enum class GatedActivation : int { gelu_erf, silu, quick_gelu };
+enum class GatedActivation : int { gelu_erf, silu, quick_gelu, gelu_tanh };
 
 // A half of the bias [2 F], of the rows' dtype; or absent (data null).
 struct BiasHalf {
@@ -15,7 +15,7 @@ struct BiasHalf {
   int64_t stride = 0;
 };
 
-// out = (hidden + hidden_bias) * act(gate + gate_bias); without a hidden (data null) act(gate) alone.
+// out = (hidden + hidden_bias) * act(gate + gate_bias); without a hidden (data null) act(gate + gate_bias) alone.
 struct GatedTask {
   LeadingRows hidden, gate;
   BiasHalf hidden_bias, gate_bias;
@@ -30,7 +30,7 @@ struct GatedGradientTask {
   LeadingRows grad;
   void *dhidden, *dgate;      // [rows, F], rows `stride` elements apart; dhidden is null without a hidden
   int64_t stride;
-  void* sums;                 // [blocks, 2 F] in the compute type: dhidden and dgate added up, at the columns below; or null
+  void* sums;                 // [blocks, 2 F] in the compute type (without a hidden [blocks, F]): dhidden and dgate added up, at the columns below; or null
   int64_t hidden_at, gate_at;
   ColumnBlocks blocks;
 };

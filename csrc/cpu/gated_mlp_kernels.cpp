@@ -21,7 +21,7 @@ struct GatedMemory {
     if (k.gate_bias.data) {
       wide.reset(new C[2 * k.width]);
       const auto read = [&](const BiasHalf& b, C* room) { return wide_vector(static_cast<const T*>(b.data), b.stride, k.width, room); };
-      hidden_bias = read(k.hidden_bias, wide.get());
+      if (k.hidden_bias.data) hidden_bias = read(k.hidden_bias, wide.get());
       gate_bias = read(k.gate_bias, wide.get() + k.width);
     }
     rows.reset(new T[3 * K * row_pitch<T>(k.width)]);
@@ -58,11 +58,11 @@ static void forward(const GatedTask& k, int64_t begin, int64_t end) {
 template <typename T, typename Act, bool Gated, bool Bias>
 static void backward(const GatedGradientTask& k, int64_t begin, int64_t end) {
   using C = compute_t<T>;
-  constexpr int N = kLanes<C>, kSide = 4;
+  constexpr int N = kLanes<C>, kSide = 4, kHalves = Gated ? 2 : 1;
   const GatedTask& f = k.forward;
   const GatedMemory<T, kSide> memory(f);
   const int64_t n = f.width;
-  const std::unique_ptr<C[]> group(new C[k.sums ? 2 * n : 0]());
+  const std::unique_ptr<C[]> group(new C[k.sums ? kHalves * n : 0]());
   C *hidden_sums = group.get() + k.hidden_at, *gate_sums = group.get() + k.gate_at;
   const auto rows = [&](int64_t i, auto rows_at_once) __attribute__((always_inline)) {
     constexpr int K = rows_at_once;
@@ -93,40 +93,48 @@ static void backward(const GatedGradientTask& k, int64_t begin, int64_t end) {
       }
       if constexpr (Bias) {
         if (k.sums) {
-          at.store(hidden_sums, at.load(hidden_sums) + of_hidden);
+          if constexpr (Gated) at.store(hidden_sums, at.load(hidden_sums) + of_hidden);
           at.store(gate_sums, at.load(gate_sums) + of_gate);
         }
       }
     });
   };
   for (int64_t block = begin; block < end; ++block) {
-    for_block<kSide>(k.blocks, block, 2 * n, group.get(), k.sums ? static_cast<C*>(k.sums) + block * 2 * n : nullptr, rows);
+    for_block<kSide>(k.blocks, block, kHalves * n, group.get(), k.sums ? static_cast<C*>(k.sums) + block * kHalves * n : nullptr, rows);
   }
 }
 
-template <typename T>
-static void choose(const GatedTask& k, int64_t begin, int64_t end) {
-  const bool bias = k.gate_bias.data;
+// Calls f(activation, gated, bias), the last two as constants.
+template <typename F>
+FUSEWIRE_INLINE void choose(const GatedTask& k, const F& f) {
+  constexpr std::bool_constant<true> yes;
+  constexpr std::bool_constant<false> no;
+  const bool gated = k.hidden.data, bias = k.gate_bias.data;
+  const auto with = [&](auto act) __attribute__((always_inline)) {
+    if (gated) return bias ? f(act, yes, yes) : f(act, yes, no);
+    return bias ? f(act, no, yes) : f(act, no, no);
+  };
   switch (k.activation) {
-    case GatedActivation::gelu_erf: return (bias ? forward<T, GeluErf, true, true> : forward<T, GeluErf, true, false>)(k, begin, end);
-    case GatedActivation::silu: return (bias ? forward<T, Silu, true, true> : forward<T, Silu, true, false>)(k, begin, end);
-    case GatedActivation::quick_gelu: return forward<T, QuickGelu, false, false>(k, begin, end);
+    case GatedActivation::gelu_erf: return with(GeluErf{});
+    case GatedActivation::silu: return with(Silu{});
+    case GatedActivation::gelu_tanh: return bias ? f(GeluTanh{}, no, yes) : f(GeluTanh{}, no, no);
+    case GatedActivation::quick_gelu: return f(QuickGelu{}, no, no);
   }
 }
 
 template <typename T>
-static void choose(const GatedGradientTask& k, int64_t begin, int64_t end) {
-  const bool bias = k.forward.gate_bias.data;
-  switch (k.forward.activation) {
-    case GatedActivation::gelu_erf: return (bias ? backward<T, GeluErf, true, true> : backward<T, GeluErf, true, false>)(k, begin, end);
-    case GatedActivation::silu: return (bias ? backward<T, Silu, true, true> : backward<T, Silu, true, false>)(k, begin, end);
-    case GatedActivation::quick_gelu: return backward<T, QuickGelu, false, false>(k, begin, end);
-  }
+static void run(const GatedTask& k, int64_t begin, int64_t end) {
+  choose(k, [&](auto act, auto gated, auto bias) { forward<T, decltype(act), gated, bias>(k, begin, end); });
+}
+
+template <typename T>
+static void run(const GatedGradientTask& k, int64_t begin, int64_t end) {
+  choose(k.forward, [&](auto act, auto gated, auto bias) { backward<T, decltype(act), gated, bias>(k, begin, end); });
 }
 
 #define FUSEWIRE_GATED(T)                                                                                          \
-  void gated_rows(const GatedTask& k, int64_t begin, int64_t end, T) { choose<T>(k, begin, end); }                 \
-  void gated_gradient_blocks(const GatedGradientTask& k, int64_t begin, int64_t end, T) { choose<T>(k, begin, end); }
+  void gated_rows(const GatedTask& k, int64_t begin, int64_t end, T) { run<T>(k, begin, end); }                 \
+  void gated_gradient_blocks(const GatedGradientTask& k, int64_t begin, int64_t end, T) { run<T>(k, begin, end); }
 FUSEWIRE_GATED(float)
 FUSEWIRE_GATED(double)
 FUSEWIRE_GATED(bfloat16)

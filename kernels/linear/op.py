@@ -6,10 +6,10 @@ import torch
 
 from fusewire.kernels import checks
 from fusewire.kernels.adaln.op import gate_residual
-from fusewire.kernels.autograd import recomputing
+from fusewire.kernels.autograd import fused
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import define
-from fusewire.kernels.linear import native, reference, triton_limits
+from fusewire.kernels.linear import gradients, native, reference, triton_limits
 from fusewire.kernels.rounding import is_exact, promoted
 from fusewire.kernels.triton_rows import row as triton_row
 
@@ -18,22 +18,21 @@ def _fake_linear(x, weight, bias, activation, gate, residual, exact):
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=promoted(x.dtype, gate, residual))
 
 
-def _reference_act(x, weight, bias, activation):
-    return reference.linear(x, weight, bias, activation, None, None, False)
-
-
-_backward, _setup = recomputing(reference.linear)
+_backward, _setup = fused(reference.linear, gradients.of_linear, gradients.recomputed)
 _linear_op = define("linear(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? gate, Tensor? residual, bool exact) -> Tensor",
                     fallback=reference.linear, fake=_fake_linear, backward=_backward, setup_context=_setup)
 
 
-_backward_act, _setup_act = recomputing(_reference_act)
+_backward_act, _setup_act = fused(lambda *args: reference.linear(*args, None, None, False),
+                                  lambda needed, grads, *args: gradients.of_linear(needed, grads, *args, None, None, False)[:4],
+                                  lambda *args: gradients.recomputed(*args, None, None, False))
 _onednn_op = define("linear_onednn(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor",
-                    fallback=native.onednn, fake=lambda x, weight, bias, activation: _fake_linear(x, weight, bias, activation, None, None, False),
-                    backward=_backward_act, setup_context=_setup_act)
+                    fallback=native.onednn, fake=lambda *args: _fake_linear(*args, None, None, False), backward=_backward_act, setup_context=_setup_act)
 
 
 def _cpu(x, weight, bias, activation, gate, residual, exact) -> torch.Tensor:
+    if activation != "none" and native.recorded(x, weight, bias):
+        return gradients.activated(x, weight, bias, activation)[0]
     if native.onednn_serves(x, weight, activation, gate, residual):
         # Where a graph is recorded (autograd, torch.compile) the registered op, which has a formula; the bare call elsewhere.
         recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()
@@ -41,6 +40,9 @@ def _cpu(x, weight, bias, activation, gate, residual, exact) -> torch.Tensor:
         return y if residual is None else gate_residual(residual, y, gate, numerics="close")
     if gate is not None:
         gate = reference.over_tokens(gate, x)
+    if native.apart(residual, gate) and native.recorded(x, weight, bias, gate, residual):
+        y = _linear_op(x, weight, bias, "none", None, None, False)
+        return residual + y if gate is None else gate_residual(residual, y, gate, numerics="close")
     return _linear_op(x, weight, bias, activation, gate, residual, exact)
 
 

@@ -12,6 +12,9 @@ from fusewire.kernels.rounding import compute_dtype, promoted
 
 ACTIVATIONS = {"gelu_tanh": lambda y: F.gelu(y, approximate="tanh"), "gelu": F.gelu, "silu": F.silu}
 
+SLOPES = {"gelu_tanh": lambda grad, y: torch.ops.aten.gelu_backward(grad, y, approximate="tanh"), "gelu": torch.ops.aten.gelu_backward,
+          "silu": torch.ops.aten.silu_backward}
+
 
 def over_tokens(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """A gate [B, N] of x [B, T, K] as [B, 1, N]; any other stays."""
@@ -32,3 +35,23 @@ def linear(x, weight, bias, activation: str, gate, residual, exact: bool) -> tor
     dtype = promoted(residual.dtype, y, gate)
     y = y.to(wide) if gate is None else gate.to(wide) * y.to(wide)
     return (residual.to(wide) + y).to(dtype)
+
+
+def bias_activation(y, bias, activation: str) -> torch.Tensor:
+    """act(y + bias), rounded once."""
+    wide = compute_dtype(y.dtype)
+    return ACTIVATIONS[activation](y.to(wide) if bias is None else y.to(wide) + bias.to(wide)).to(y.dtype).contiguous()
+
+
+def bias_activation_backward(grad, y, bias, activation: str, of_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of y and bias in the rounding of ``close``; that of the bias has no elements where it is not wanted."""
+    wide, dtype = compute_dtype(y.dtype), y.dtype
+    dy = SLOPES[activation](grad.to(wide), y.to(wide) if bias is None else y.to(wide) + bias.to(wide))
+    dbias = dy.sum(tuple(range(y.dim() - 1))) if of_bias and bias is not None else dy.new_empty(0)
+    return dy.to(dtype).contiguous(), dbias.to(dtype)
+
+
+def linear_activated(x, weight, bias, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(act(y + bias), y) with y = x @ weight.T"""
+    y = F.linear(x, weight)
+    return bias_activation(y, bias, activation), y

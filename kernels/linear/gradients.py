@@ -1,0 +1,53 @@
+"""A linear layer's gradients in ``close``: the ops that compute them, and how autograd reaches them.
+
+Where autograd records a call with an activation, ``linear_activated`` runs in the place of ``linear``: it also returns the product, without which the
+slope of the activation would need it done again. Gate and residual are then ``gate_residual``, which has gradients of its own.
+"""
+
+from __future__ import annotations
+
+from fusewire.kernels.autograd import fused
+from fusewire.kernels.dispatch import Backend, Table, always
+from fusewire.kernels.library import define
+from fusewire.kernels.linear import native, reference
+
+_bias_activation_op = define("bias_activation(Tensor y, Tensor? bias, str activation) -> Tensor", fallback=reference.bias_activation,
+                             fake=lambda y, bias, activation: y.new_empty(y.shape))
+_bias_activation_backward_op = define(
+    "bias_activation_backward(Tensor grad, Tensor y, Tensor? bias, str activation, bool of_bias) -> (Tensor, Tensor)",
+    fallback=reference.bias_activation_backward,
+    fake=lambda grad, y, bias, activation, of_bias: (y.new_empty(y.shape), y.new_empty(y.shape[-1] if of_bias and bias is not None else 0)))
+_bias_activation_backward = Table("bias_activation_backward", [
+    Backend("cpu", native.why_not_bias_activation_backward, _bias_activation_backward_op),
+    Backend("reference", always, reference.bias_activation_backward),
+])
+
+
+def of_linear(needed, grads, x, weight, bias, activation, gate, residual, exact):
+    """Without an epilogue: ``recomputed`` holds for every other call."""
+    dx, dweight = native.products_backward(grads[0], x, weight, needed[0], needed[1])
+    return dx, dweight, grads[0].sum(tuple(range(x.dim() - 1))) if needed[2] else None, None, None, None, None
+
+
+def recomputed(x, weight, bias, activation, gate, residual, exact) -> bool:
+    """exact: the gradients are stock's; so are those of arguments that differ in dtype."""
+    return exact or activation != "none" or residual is not None or any(t is not None and t.dtype is not x.dtype for t in (weight, bias))
+
+
+def _activated(x, weight, bias, activation):
+    y = native.product(x, weight)
+    return _bias_activation_op(y, bias, activation), y
+
+
+def _fake_activated(x, weight, bias, activation):
+    return tuple(x.new_empty((*x.shape[:-1], weight.shape[0])) for _ in range(2))
+
+
+def _of_activated(needed, grads, x, weight, bias, activation, out, y):
+    dy, dbias = _bias_activation_backward(grads[0], y, bias, activation, needed[2])
+    return *native.products_backward(dy, x, weight, needed[0], needed[1]), dbias if needed[2] else None, None
+
+
+_backward, _setup = fused(reference.linear_activated, _of_activated, lambda *args: False, with_outputs=True)
+activated = define("linear_activated(Tensor x, Tensor weight, Tensor? bias, str activation) -> (Tensor, Tensor)",
+                   fallback=_activated, fake=_fake_activated, backward=_backward, setup_context=_setup)

@@ -88,6 +88,14 @@ def elementwise_cases():
                three_sides(lambda n, s=sample, o=output: ops.sampler_step(s, o, table, counter, numerics=n)))
 
 
+    for shape, dtype, last in ((s, d, last) for s in (sized((2, 320, 64, 64), (1, 4, 2, 3)), sized((1, 128, 1024, 1024), (1, 4, 3, 3))) for d in SHORT
+                               for last in (False, True)):
+        x, w = rand(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format), rand(shape[1], dtype=dtype)
+        sides = three_sides(lambda n, x=x, w=w: ops.group_norm_silu(x, 2 if DRY else 32, w, w, numerics=n))
+        yield ("group_norm_silu", f"{list(shape)}{' channels last' if last else ''} {SHORT[dtype]}", 2 * x.numel() * x.element_size(), 0,
+               {side: call for side, call in sides.items() if not side.endswith("exact")})  # which keeps PyTorch's norm
+
+
 def three_sides(call, cuda: bool = True) -> dict:
     """``cuda``: whether the room has CUDA kernels."""
     sides = {"eager": with_backend("reference", lambda: call("exact")), "triton exact": with_backend("triton", lambda: call("exact")),

@@ -84,19 +84,21 @@ __device__ inline void store_chunk(T* p, int64_t step, int count, bool vector, c
 }
 
 // The sum over `lanes` neighbouring lanes, a power of two; every lane gets it.
-__device__ inline float lane_sum(float x, int lanes = kWarp) {
+template <typename F>
+__device__ inline F lane_sum(F x, int lanes = kWarp) {
   for (int step = lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
   return x;
 }
 
 // The sum over the threads of a row: a warp, or a block of up to 32 warps, which meet in `warps`. Each call of a kernel needs a `warps` of its own:
 // nobody waits until everybody has read it.
-__device__ inline float row_sum(float x, float (&warps)[kWarp]) {
+template <typename F>
+__device__ inline F row_sum(F x, F (&warps)[kWarp]) {
   x = lane_sum(x);
   if (blockDim.x == kWarp) return x;
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = x;
   __syncthreads();
-  x = 0.0f;
+  x = 0;
   for (int w = 0; w < static_cast<int>(blockDim.x / kWarp); ++w) x += warps[w];
   return x;
 }

@@ -7,8 +7,9 @@ import torch
 from fusewire.kernels import checks
 from fusewire.kernels.autograd import fused
 from fusewire.kernels.checks import FLOATS
+from fusewire.kernels.cuda_rows import row as cuda_row
 from fusewire.kernels.dispatch import Backend, Table, always
-from fusewire.kernels.group_norm_silu import native, reference, triton_limits
+from fusewire.kernels.group_norm_silu import cuda, native, reference, triton_limits
 from fusewire.kernels.library import define
 from fusewire.kernels.rounding import is_exact, promoted
 from fusewire.kernels.triton_rows import row as triton_row
@@ -49,6 +50,7 @@ _op = define("group_norm_silu(Tensor x, int groups, Tensor? weight, Tensor? bias
              "bool exact) -> Tensor", fallback=reference.group_norm_silu, fake=_fake, backward=_backward, setup_context=_setup_context)
 _table = Table("group_norm_silu", [
     Backend("cpu", native.why_not, _op),
+    cuda_row(_op, cuda.op, cuda.why_not, cuda.group_norm_silu),
     triton_row(_op, triton_limits.why_not_forward, "group_norm_silu.group_norm_silu"),
     Backend("reference", always, reference.group_norm_silu),
 ])

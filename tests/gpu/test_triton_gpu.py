@@ -12,6 +12,7 @@ from fusewire.kernels.adaln import cuda as adaln_cuda
 from fusewire.kernels.adaln import reference as adaln
 from fusewire.kernels.attention import reference as attention
 from fusewire.kernels.dispatch import forced
+from fusewire.kernels.group_norm_silu import cuda as group_norm_cuda
 from fusewire.kernels.library import CUDA
 from fusewire.kernels.qk_norm_rope import cuda as qk_cuda
 from fusewire.kernels.sampler_step import cuda as sampler_cuda
@@ -22,7 +23,7 @@ from tests.tolerance import assert_exact
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Of the rooms that have CUDA kernels (adaln, qk_norm_rope, sampler_step)
+# Of the rooms that have CUDA kernels (adaln, group_norm_silu, qk_norm_rope, sampler_step)
 both = pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=pytest.mark.skipif(not CUDA.loaded, reason=CUDA.reason or "-"))])
 TABLE = ops.flow_euler_table(torch.linspace(1, 0, 6), 4.3)
 
@@ -104,6 +105,29 @@ def test_strided_input(layout, channels, backend):
         plain, strided = outputs(inputs, "close"), outputs(inputs, "close", layout)
     for name in plain:
         assert_exact(strided[name], plain[name], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("shape, groups", [((2, 10, 7, 5), 5), ((2, 320, 64, 64), 32), ((1, 128, 300, 301), 32), ((1, 2560, 16, 16), 32)], ids=str)
+@both
+def test_group_norm_silu(dtype, memory_format, shape, groups, backend):
+    """Values, a sample alone, and repeats."""
+    x, w, b = rand(*shape, dtype=dtype).contiguous(memory_format=memory_format), rand(shape[1], dtype=dtype), rand(shape[1], dtype=dtype)
+    shift, scale, add = rand(shape[0], 3 * shape[1], dtype=dtype).chunk(3, -1)
+    with torch.no_grad():
+        with forced(backend):
+            got = ops.group_norm_silu(x, groups, w, b, shift=shift, scale=scale, add=add, numerics="close")
+            for _ in range(10):
+                assert torch.equal(ops.group_norm_silu(x, groups, w, b, shift=shift, scale=scale, add=add, numerics="close"), got)
+            alone = ops.group_norm_silu(x[:1], groups, w, b, shift=shift[:1], scale=scale[:1], add=add[:1], numerics="close")
+            assert_exact(got[:1], alone)
+        with forced("reference"):
+            plain = ops.group_norm_silu(x, groups, w, b, shift=shift, scale=scale, add=add)
+            wide = [t.double() for t in (w, b, shift, scale, add)]
+            want = ops.group_norm_silu(x.double(), groups, *wide[:2], shift=wide[2], scale=wide[3], add=wide[4], numerics="close")
+    assert got.stride() == plain.stride()
+    assert_close(got, want, plain)
 
 
 @both
@@ -374,17 +398,20 @@ def test_norm_against_float64(backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [63, 1536, 8192])
 def test_cuda_bits_are_those_of_the_cpu(cuda_machine, dtype, channels):
-    """The CUDA kernels and the same source built for the CPU agree bit for bit: what tests/kernels shows there holds here."""
+    """The CUDA kernels and the same source built for the CPU agree bit for bit, but for the exponential: what tests/kernels shows there holds here."""
     x, q, w, m = rand(2, 9, channels, dtype=dtype), rand(2, 9, 3, 72, dtype=dtype), rand(72, dtype=dtype), rand(2, 4 * channels, dtype=dtype).chunk(4, -1)
     rope, sample, output = rand(2, 9, 36).unbind(), rand(1, 4, 33, 17), rand(2, 4, 33, 17, dtype=dtype)
+    picture = rand(2, 24, 37, 61, dtype=dtype)
 
-    def results(x, q, w, m, rope, sample, output, table):
+    def results(x, q, w, m, rope, sample, output, picture, table):
         return (*adaln_cuda.gate_residual_adaln(x, x, m[0], x, m[1], m[2], m[3], None, None, 1e-6, False, False),
                 adaln_cuda.adaln_modulate(x, m[0], m[1], None, None, 1e-6, True, False),
                 *qk_cuda.qk_norm_rope(q, q, w, None, *rope, 1e-6, 0, False),
-                sampler_cuda.flow_euler_step(sample, output, None, table, 2, None, False))
+                sampler_cuda.flow_euler_step(sample, output, None, table, 2, None, False),
+                *(group_norm_cuda.group_norm_silu(picture.contiguous(memory_format=memory_format), 3, None, None, 1e-5, None, None, None, False, False)
+                  for memory_format in (torch.contiguous_format, torch.channels_last)))
 
-    given = (x, q, w, m, rope, sample, output, TABLE.cuda())
+    given = (x, q, w, m, rope, sample, output, picture, TABLE.cuda())
     here, there = results(*given), results(*(t.cpu() if isinstance(t, torch.Tensor) else [one.cpu() for one in t] for t in given))
     for got, want in zip(here, there, strict=True):
         assert_exact(got.cpu(), want)

@@ -1,0 +1,53 @@
+"""GroupNorm with SiLU by csrc/cuda, forward and in ``close``: the predicate of the room's CUDA row, and what it launches.
+
+Contiguous and channels-last pictures with dense samples are read in place, at any alignment and batch stride; others are copied. A group is cut into
+parts by its own size alone, so that a sample's result does not depend on its batch; the parts' statistics are the one tensor beside the output.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusewire.kernels import cuda_rows
+from fusewire.kernels.group_norm_silu.reference import suggest_memory_format
+
+MAX_GROUP = 2**31 - 2**20  # elements of a group are numbered in 32 bits; offsets have 64
+MAX_CHANNELS_LAST = 4096  # a block holds all channels of a pixel
+MAX_PARTS = 1024
+
+op = cuda_rows.raw("cuda_group_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? shift, Tensor? scale, Tensor? add, Tensor(a!) out, Tensor(b!) parts, "
+                   "Tensor(c!) stats, int groups, float eps, bool channels_last, bool silu) -> ()")
+
+
+def why_not(x, groups, weight, bias, eps, shift, scale, add, silu, exact) -> str:
+    if exact:
+        return "numerics='exact' keeps PyTorch's own norm"
+    if reason := cuda_rows.why_not(x, weight, bias, shift, scale, add):
+        return reason
+    if x.numel() // max(x.shape[0] * groups, 1) > MAX_GROUP:
+        return f"x has groups of more than {MAX_GROUP} elements"
+    if x.shape[1] > MAX_CHANNELS_LAST and suggest_memory_format(x) is not torch.contiguous_format:
+        return f"x is channels-last and has {x.shape[1]} channels, more than {MAX_CHANNELS_LAST}"
+    return ""
+
+
+def parts_of(channels: int, groups: int, pixels: int, channels_last: bool) -> int:
+    """Parts of a group: 8192 elements of a contiguous picture, pixels of 16384 elements of a channels-last one, as long as they are few."""
+    size, each = (channels * pixels, 16384) if channels_last else (channels // groups * pixels, 8192)
+    return min(-(-size // each), MAX_PARTS, pixels if channels_last else MAX_PARTS)
+
+
+def group_norm_silu(x, groups: int, weight, bias, eps: float, shift, scale, add, silu: bool, exact: bool) -> torch.Tensor:
+    memory_format = suggest_memory_format(x)
+    last = memory_format is not torch.contiguous_format
+    out = torch.empty_like(x, memory_format=memory_format)
+    if not out.numel():
+        return out
+    if not x[:1].is_contiguous(memory_format=memory_format):
+        x = x.clone(memory_format=memory_format)
+    shift, scale, add = (tensor if tensor is None or tensor.dim() == 2 else tensor.flatten(1) for tensor in (shift, scale, add))
+    batch, channels = x.shape[:2]
+    parts = parts_of(channels, groups, out.numel() // (batch * channels), last)
+    op(x, weight, bias, shift, scale, add, out, x.new_empty((batch * groups, parts, 4), dtype=torch.float32),
+       x.new_empty((batch * groups, 4), dtype=torch.float32), groups, eps, last, silu)
+    return out

@@ -11,7 +11,8 @@ static void cuda_group_norm(const Tensor& x, const std::optional<Tensor>& weight
                             const Tensor& stats, int64_t groups, double eps, bool channels_last, bool silu) {
   if (x.numel() == 0) return;
   const int64_t batch = x.size(0), channels = x.size(1), pixels = x.numel() / (batch * channels), parted = parts.size(1);
-  STD_TORCH_CHECK(x.numel() / (batch * groups) < kMaxBlocks && (!channels_last || channels <= kMaxChannelsLast), "cuda_group_norm: x is too large");
+  STD_TORCH_CHECK(x.numel() / (batch * groups) < kMaxBlocks && (!channels_last || channels * element_size(x) <= kMaxBytesLast),
+                  "cuda_group_norm: x is too large");
   GroupNorm k{};
   k.x = x.const_data_ptr(), k.x_batch = stride(x, 0), k.out = out.mutable_data_ptr();
   k.weight = tokens(weight), k.bias = tokens(bias), k.shift = tokens(shift), k.scale = tokens(scale), k.add = tokens(add);

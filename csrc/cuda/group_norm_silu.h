@@ -19,7 +19,7 @@ struct GroupNorm {
   bool vector;  // whole chunks of x and of out start on 16 bytes
 };
 
-constexpr int kMaxChannelsLast = 4096;  // a block holds all channels of a pixel
+constexpr int kMaxBytesLast = 8192;  // a block of 512 threads holds all channels of a pixel
 
 // nullptr, or what went wrong.
 const char* launch_group_norm(const GroupNorm& task, Type type, void* stream);

@@ -8,7 +8,7 @@
 
 namespace fusewire::cuda {
 
-constexpr int kBlock = 256;  // threads, but where a pixel has more chunks
+constexpr int kBlock = 256, kLargeBlock = kMaxBytesLast / 16;  // threads; the large one where a pixel has more chunks
 constexpr int kSteps = 4;    // chunks (contiguous pictures) or pixels (channels-last ones) of a thread that applies the norm
 
 template <typename T>
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 1) group_norm_parts_last_kernel(cons
 
 // A block: a group, from its parts. In float64: they are few.
 template <typename T>
-__global__ void __launch_bounds__(kBlock) group_norm_stats_kernel(const __grid_constant__ GroupNorm k) {
+__global__ void __launch_bounds__(kBlock, 1) group_norm_stats_kernel(const __grid_constant__ GroupNorm k) {
   __shared__ double warps[2][kWarp];
   const float* parts = k.parts + static_cast<int64_t>(blockIdx.x) * k.part_count * 4;
   const double size = static_cast<double>(k.per_group) * k.pixels;
@@ -192,21 +192,14 @@ struct Affine {
 template <typename T>
 __device__ inline Affine affine_of(const GroupNorm& k, int64_t n, unsigned channel) {
   const float* stats = k.stats + (n * k.groups + channel / k.per_group) * 4;
-  Affine a{k.add.data ? parameter<T>(k.add, n, channel) : 0.0f, stats[0], stats[2], 0.0f};
-  if (k.weight.data) a.factor *= parameter<T>(k.weight, n, channel);
-  a.offset = stats[1] * a.factor;
-  if (k.bias.data) a.offset += parameter<T>(k.bias, n, channel);
-  if (k.scale.data) {
-    const float s = 1.0f + parameter<T>(k.scale, n, channel);
-    a.factor *= s, a.offset *= s;
-  }
-  if (k.shift.data) a.offset += parameter<T>(k.shift, n, channel);
-  return a;
+  const auto given = [&](const Tokens& p, float otherwise) { return p.data ? parameter<T>(p, n, channel) : otherwise; };
+  const float factor = stats[2] * given(k.weight, 1.0f), scale = 1.0f + given(k.scale, 0.0f);
+  return {given(k.add, 0.0f), stats[0], factor * scale, (stats[1] * factor + given(k.bias, 0.0f)) * scale + given(k.shift, 0.0f)};
 }
 
 // A block: kSteps * kBlock chunks of a group of a contiguous picture.
 template <typename T>
-__global__ void __launch_bounds__(kBlock) group_norm_apply_kernel(const __grid_constant__ GroupNorm k) {
+__global__ void __launch_bounds__(kBlock, 1) group_norm_apply_kernel(const __grid_constant__ GroupNorm k) {
   constexpr int N = kChunk<T>;
   const unsigned size = k.per_group * k.pixels, chunks = (size + N - 1) / N, blocks = (chunks + kSteps * kBlock - 1) / (kSteps * kBlock);
   const unsigned i_group = blockIdx.x / blocks, g = i_group % k.groups;
@@ -238,7 +231,7 @@ __global__ void __launch_bounds__(kBlock) group_norm_apply_kernel(const __grid_c
 
 // A block: some pixels of a channels-last picture, kSteps of each thread.
 template <typename T, int kThreads>
-__global__ void __launch_bounds__(kThreads) group_norm_apply_last_kernel(const __grid_constant__ GroupNorm k) {
+__global__ void __launch_bounds__(kThreads, 1) group_norm_apply_last_kernel(const __grid_constant__ GroupNorm k) {
   constexpr int N = kChunk<T>;
   const Columns<T> at(k.channels);
   if (at.count == 0) return;
@@ -249,8 +242,7 @@ __global__ void __launch_bounds__(kThreads) group_norm_apply_last_kernel(const _
   for (int i = 0; i < N; ++i) {
     if (i < at.count) affine[i] = affine_of<T>(k, n, at.channel + i);
   }
-  constexpr int kTogether = kThreads > 512 ? 1 : kSteps;  // pixels in flight, as registers allow
-#pragma unroll kTogether
+#pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     const unsigned p = blockIdx.x % blocks * each + step * at.rows + at.row;
     if (p >= k.pixels) return;
@@ -285,7 +277,7 @@ const char* launch_group_norm(const GroupNorm& task, Type type, void* stream) {
   FUSEWIRE_CUDA_SWITCH(type, {
     if (!task.channels_last) return launch_planes<T>(task, stream);
     if (task.channels <= kBlock * kChunk<T>) return launch_last<T, kBlock>(task, stream);
-    return launch_last<T, kMaxChannelsLast / kChunk<T>>(task, stream);
+    return launch_last<T, kLargeBlock>(task, stream);
   })
   return "unknown dtype";
 }

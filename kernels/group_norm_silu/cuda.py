@@ -12,7 +12,7 @@ from fusewire.kernels import cuda_rows
 from fusewire.kernels.group_norm_silu.reference import suggest_memory_format
 
 MAX_GROUP = 2**31 - 2**20  # elements of a group are numbered in 32 bits; offsets have 64
-MAX_CHANNELS_LAST = 4096  # a block holds all channels of a pixel
+MAX_BYTES_LAST = 8192  # a block of 512 threads holds all channels of a pixel
 MAX_PARTS = 1024
 
 op = cuda_rows.raw("cuda_group_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? shift, Tensor? scale, Tensor? add, Tensor(a!) out, Tensor(b!) parts, "
@@ -26,8 +26,8 @@ def why_not(x, groups, weight, bias, eps, shift, scale, add, silu, exact) -> str
         return reason
     if x.numel() // max(x.shape[0] * groups, 1) > MAX_GROUP:
         return f"x has groups of more than {MAX_GROUP} elements"
-    if x.shape[1] > MAX_CHANNELS_LAST and suggest_memory_format(x) is not torch.contiguous_format:
-        return f"x is channels-last and has {x.shape[1]} channels, more than {MAX_CHANNELS_LAST}"
+    if x.shape[1] * x.element_size() > MAX_BYTES_LAST and suggest_memory_format(x) is not torch.contiguous_format:
+        return f"x is channels-last and has {x.shape[1]} channels, more than {MAX_BYTES_LAST // x.element_size()}"
     return ""
 
 

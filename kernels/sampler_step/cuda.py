@@ -1,4 +1,7 @@
-"""A sampler's step by csrc/cuda: the predicate of the room's CUDA row, and what it launches. Every operation is elementwise: ``exact`` has PyTorch's bits."""
+"""A sampler's step by csrc/cuda: the predicate of the room's CUDA row, and what it launches.
+
+Every operation is elementwise, so that ``exact`` gives the bits of eager PyTorch on the same device.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from fusewire.kernels.triton_rows import FLOATS
 
 MAX_DIMS = 8
 
-op = cuda_rows.raw("cuda_flow_euler(Tensor sample, Tensor cond, Tensor? uncond, Tensor table, int step, Tensor? counter, Tensor(a!) out, bool exact) -> ()")
+op = cuda_rows.raw("cuda_flow_euler(Tensor sample, Tensor cond, Tensor? uncond, Tensor table, int step, Tensor? counter, Tensor(a!) out, bool exact)"
+                   " -> ()")
 
 
 def why_not_flow_euler(sample, model_output, uncond, table, step, counter, exact) -> str:

@@ -31,8 +31,9 @@ def test_values(in_cuda, dtype, memory_format, shape, groups):
         assert all(torch.equal(before[name], v[name]) for name in v)
 
 
-@pytest.mark.parametrize("shape, groups", [((1, 2560, 3, 5), 32), ((1, 4096, 1, 2), 8), ((1, 1028, 2, 3), 4)], ids=str)
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dtype, shape, groups", [
+    (torch.bfloat16, (1, 2560, 3, 5), 32), (torch.bfloat16, (1, 4096, 1, 2), 8), (torch.float32, (1, 2048, 2, 2), 8), (torch.float32, (1, 1028, 2, 3), 4)],
+    ids=str)
 def test_many_channels(in_cuda, dtype, shape, groups):
     """Channels-last pixels of more chunks than a block has threads, and fewer pixels than it has rows."""
     v = inputs(shape, dtype, "all", "channels_last")
@@ -152,3 +153,11 @@ def test_special_values(in_cuda, memory_format):
         got = call(v, 3, numerics="close")
     assert got.isnan().reshape(2, 3, -1).all(2).tolist() == [[True, False, False], [False, False, True]]
     assert got.isnan().reshape(2, 3, -1).any(2).tolist() == [[True, False, False], [False, False, True]]
+
+
+def test_what_it_leaves_to_others(in_cuda):
+    for channels, dtype, served in ((2048, torch.float32, True), (2052, torch.float32, False), (4104, torch.bfloat16, False)):
+        for memory_format in FORMATS:
+            v = inputs((1, channels, 2, 2), dtype, "plain", memory_format)
+            assert bool(cuda.why_not(v["x"], 4, None, None, 1e-5, None, None, None, True, False)) is (memory_format == "channels_last" and not served)
+    assert cuda.why_not(v["x"], 4, None, None, 1e-5, None, None, None, True, True) == "numerics='exact' keeps PyTorch's own norm"

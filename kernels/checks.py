@@ -35,9 +35,9 @@ def positive(name: str, value: float) -> None:
 
 
 def modulated(x: torch.Tensor, names: tuple[str, ...], modulations: tuple[torch.Tensor, ...], like_names: tuple[str, ...] = (),
-              likes: tuple[torch.Tensor, ...] = ()) -> None:
-    """``x`` is a floating [B, T, C]; each of ``modulations`` modulates it ([B, C], [B, 1, C] or [B, T, C]); each of ``likes`` has its shape.
-    All are floating and on one device.
+              likes: tuple[torch.Tensor, ...] = ()) -> int:
+    """``x`` is a floating [B, T, C]; each of ``modulations`` modulates it ([B, C], [B, 1, C], [B, T, C], or [B, F, C] for F frames of T / F tokens); each
+    of ``likes`` has its shape. All are floating and on one device. Returns F, 1 where nothing is modulated by frames.
     """
     if isinstance(x, _Tensor) and x.dtype in FLOATS and x.dim() == 3:
         device, shape = x.device, x.shape
@@ -51,12 +51,12 @@ def modulated(x: torch.Tensor, names: tuple[str, ...], modulations: tuple[torch.
                 if not (isinstance(tensor, _Tensor) and tensor.dtype in FLOATS and tensor.shape == shape and tensor.device == device):
                     break
             else:
-                return
-    _explain(x, names, modulations, like_names, likes)
+                return 1
+    return _explain(x, names, modulations, like_names, likes)
 
 
-def _explain(x, names, modulations, like_names, likes) -> None:
-    """Raise what is wrong with the arguments of ``modulated``."""
+def _explain(x, names, modulations, like_names, likes) -> int:
+    """Raise what is wrong with the arguments of ``modulated``, or return the number of frames."""
     floating("x", x)
     rank("x", x, 3, "[B, T, C]")
     batch, length, channels = x.shape
@@ -65,12 +65,19 @@ def _explain(x, names, modulations, like_names, likes) -> None:
         if tensor.shape != x.shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}; it should be {list(x.shape)}, as x")
         same_device(name, tensor, x.device)
+    frames = 1
     for name, tensor in zip(names, modulations):
         floating(name, tensor)
         if tensor.shape not in ((batch, channels), (batch, 1, channels), x.shape):
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; for x of shape {list(x.shape)} it should be "
-                             f"[{batch}, {channels}], [{batch}, 1, {channels}] or [{batch}, {length}, {channels}]")
+            of_frames = tensor.shape[1] if tensor.dim() == 3 and tensor.shape[::2] == (batch, channels) else 0
+            if of_frames < 1 or length % of_frames:
+                raise ValueError(f"{name} has shape {list(tensor.shape)}; for x of shape {list(x.shape)} it should be [{batch}, {channels}], "
+                                 f"[{batch}, 1, {channels}], [{batch}, {length}, {channels}], or [{batch}, F, {channels}] for a divisor F of {length}")
+            if frames not in (1, of_frames):
+                raise ValueError(f"{name} has shape {list(tensor.shape)}, for {of_frames} frames; it should be for {frames}, as another argument is")
+            frames = of_frames
         same_device(name, tensor, x.device)
+    return frames
 
 
 def vector(name: str, tensor: torch.Tensor | None, channels: int, device: torch.device) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusewire.kernels import checks
-from fusewire.kernels.adaln import cuda, gradients, native, reference, triton_limits
+from fusewire.kernels.adaln import cuda, forms, gradients, native, reference, triton_limits
 from fusewire.kernels.adaln.reference import normalised_dtype
 from fusewire.kernels.autograd import fused
 from fusewire.kernels.cuda_rows import row as cuda_row
@@ -84,11 +84,12 @@ def _is_rms(norm: str) -> bool:
 
 
 def adaln_modulate(x, shift, scale, *, eps: float = 1e-6, norm: str = "layer", weight=None, bias=None, numerics: str = "exact") -> torch.Tensor:
-    """``norm(x) * (1 + scale) + shift``, in one pass.
+    """``norm(x) * (1 + scale) + shift``, in one pass; without a shift where it is None.
 
     Args:
         x: [B, T, C] tokens, float32, bfloat16, float16 or float64, any strides.
-        shift, scale: [B, C], [B, 1, C] or [B, T, C], any strides (the chunks of one projection are read in place).
+        shift, scale: [B, C], [B, 1, C] or [B, T, C], any strides (the chunks of one projection are read in place); or [B, F, C], a row for each of F
+            frames of T / F tokens, for which x is copied where its samples do not follow each other in memory. ``shift`` may be None.
         eps: added to the variance; greater than 0.
         norm: ``"layer"`` (LayerNorm) or ``"rms"`` (diffusers' RMSNorm).
         weight, bias: the norm's affine parameters, [C] or None.
@@ -98,12 +99,19 @@ def adaln_modulate(x, shift, scale, *, eps: float = 1e-6, norm: str = "layer", w
     Raises: TypeError for a dtype, ValueError for a shape, a device, ``eps``, ``norm`` or ``numerics`` that is not as stated.
     Source: Peebles and Xie (2023), "Scalable Diffusion Models with Transformers", adaLN-Zero.
     """
-    checks.modulated(x, ("shift", "scale"), (shift, scale))
+    if shift is None:
+        frames = checks.modulated(x, ("scale",), (scale,))
+        shift = forms.no_shift(scale)
+    else:
+        frames = checks.modulated(x, ("shift", "scale"), (shift, scale))
     if weight is not None or bias is not None:
         checks.vector("weight", weight, x.shape[-1], x.device)
         checks.vector("bias", bias, x.shape[-1], x.device)
     checks.positive("eps", eps)
-    return _modulate(x, shift, scale, weight, bias, eps, _is_rms(norm), is_exact(numerics))
+    options = weight, bias, eps, _is_rms(norm), is_exact(numerics)
+    if frames > 1:
+        return _modulate(*forms.by_frames(frames, x.shape, x, shift, scale), *options).view(x.shape)
+    return _modulate(x, shift, scale, *options)
 
 
 def adaln_modulate_dual(x, shift, scale, shift2, scale2, *, eps: float = 1e-6, numerics: str = "exact") -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,7 +119,7 @@ def adaln_modulate_dual(x, shift, scale, shift2, scale2, *, eps: float = 1e-6, n
 
     Args:
         x: [B, T, C] tokens, float32, bfloat16, float16 or float64, any strides.
-        shift, scale, shift2, scale2: [B, C], [B, 1, C] or [B, T, C], any strides.
+        shift, scale, shift2, scale2: as ``shift`` and ``scale`` in ``adaln_modulate``, none of them None.
         eps: added to the variance; greater than 0.
         numerics: ``"exact"`` rounds where eager PyTorch rounds, ``"close"`` once at the end.
 
@@ -119,36 +127,45 @@ def adaln_modulate_dual(x, shift, scale, shift2, scale2, *, eps: float = 1e-6, n
     Raises: as ``adaln_modulate``.
     Source: Stable Diffusion 3.5 medium (MMDiT-X), whose first blocks feed a joint and a self-attention from one norm.
     """
-    checks.modulated(x, ("shift", "scale", "shift2", "scale2"), (shift, scale, shift2, scale2))
+    frames = checks.modulated(x, ("shift", "scale", "shift2", "scale2"), (shift, scale, shift2, scale2))
     checks.positive("eps", eps)
+    if frames > 1:
+        outputs = _modulate_dual(*forms.by_frames(frames, x.shape, x, shift, scale, shift2, scale2), eps, is_exact(numerics))
+        return outputs[0].view(x.shape), outputs[1].view(x.shape)
     return _modulate_dual(x, shift, scale, shift2, scale2, eps, is_exact(numerics))
 
 
-def gate_residual(x, y, gate, *, numerics: str = "exact") -> torch.Tensor:
-    """``x + gate * y``, in one pass.
+def gate_residual(x, y, gate, *, gate_tanh: bool = False, numerics: str = "exact") -> torch.Tensor:
+    """``x + gate * y``, or ``x + tanh(gate) * y``, in one pass over x and y.
 
     Args:
         x: [B, T, C] the residual stream, float32, bfloat16, float16 or float64, any strides.
         y: [B, T, C] what is added to it.
-        gate: [B, C], [B, 1, C] or [B, T, C], any strides.
+        gate: [B, C], [B, 1, C], [B, T, C] or [B, F, C], as ``scale`` in ``adaln_modulate``.
+        gate_tanh: the gate is tanh(gate), as in Z-Image; PyTorch computes it beforehand.
         numerics: ``"exact"`` rounds the product and the sum, ``"close"`` the sum only.
 
     Returns: [B, T, C], contiguous, in the dtype that eager PyTorch gives.
     Raises: TypeError for a dtype, ValueError for a shape, a device or ``numerics`` that is not as stated.
     Source: Peebles and Xie (2023), "Scalable Diffusion Models with Transformers", adaLN-Zero.
     """
-    checks.modulated(x, ("gate",), (gate,), ("y",), (y,))
-    return _gate(x, y, gate, is_exact(numerics))
+    frames, exact = checks.modulated(x, ("gate",), (gate,), ("y",), (y,)), is_exact(numerics)
+    if gate_tanh:
+        gate = forms.through_tanh(gate, exact)
+    if frames > 1:
+        return _gate(*forms.by_frames(frames, x.shape, x, y, gate), exact).view(x.shape)
+    return _gate(x, y, gate, exact)
 
 
-def gate_residual_adaln(x, y, gate, shift, scale, *, y2=None, gate2=None, eps: float = 1e-6, norm: str = "layer", weight=None, bias=None,
-                        numerics: str = "exact") -> tuple[torch.Tensor, torch.Tensor]:
+def gate_residual_adaln(x, y, gate, shift, scale, *, y2=None, gate2=None, gate_tanh: bool = False, eps: float = 1e-6, norm: str = "layer",
+                        weight=None, bias=None, numerics: str = "exact") -> tuple[torch.Tensor, torch.Tensor]:
     """``r = x + gate * y`` (``+ gate2 * y2``) and ``norm(r) * (1 + scale) + shift``, both in one pass.
 
     Args:
         x: [B, T, C] the residual stream, float32, bfloat16, float16 or float64, any strides.
         y, y2: [B, T, C] what is added to it; ``y2`` together with ``gate2``, or neither (SD3.5's second attention).
-        gate, gate2, shift, scale: [B, C], [B, 1, C] or [B, T, C], any strides.
+        gate, gate2, shift, scale: [B, C], [B, 1, C], [B, T, C] or [B, F, C], as in ``adaln_modulate``. ``shift`` may be None.
+        gate_tanh: the gates are tanh(gate) and tanh(gate2), as in ``gate_residual``.
         eps, norm, weight, bias: as in ``adaln_modulate``.
         numerics: ``"exact"`` rounds where eager PyTorch rounds, ``"close"`` each output once.
 
@@ -156,13 +173,23 @@ def gate_residual_adaln(x, y, gate, shift, scale, *, y2=None, gate2=None, eps: f
     Raises: as ``adaln_modulate``, and ValueError where only one of ``y2`` and ``gate2`` is given.
     Source: the adaLN-Zero block of Peebles and Xie (2023), between its attention and its MLP.
     """
-    checks.modulated(x, ("gate", "shift", "scale"), (gate, shift, scale), ("y",), (y,))
+    if shift is None:
+        checks.modulated(x, ("scale",), (scale,))  # named before a shift is made of it
+        shift = forms.no_shift(scale)
+    frames = checks.modulated(x, ("gate", "shift", "scale"), (gate, shift, scale), ("y",), (y,))
     if y2 is not None or gate2 is not None:
         if y2 is None or gate2 is None:
             raise ValueError(f"{'y2' if y2 is None else 'gate2'} is None; y2 and gate2 should be given together")
-        checks.modulated(x, ("gate2",), (gate2,), ("y2",), (y2,))
+        frames = checks.modulated(x, ("gate", "shift", "scale", "gate2"), (gate, shift, scale, gate2), ("y2",), (y2,))
     if weight is not None or bias is not None:
         checks.vector("weight", weight, x.shape[-1], x.device)
         checks.vector("bias", bias, x.shape[-1], x.device)
     checks.positive("eps", eps)
-    return _gate_modulate(x, y, gate, y2, gate2, shift, scale, weight, bias, eps, _is_rms(norm), is_exact(numerics))
+    exact = is_exact(numerics)
+    options = weight, bias, eps, _is_rms(norm), exact
+    if gate_tanh:
+        gate, gate2 = (None if tensor is None else forms.through_tanh(tensor, exact) for tensor in (gate, gate2))
+    if frames > 1:
+        residual, out = _gate_modulate(*forms.by_frames(frames, x.shape, x, y, gate, y2, gate2, shift, scale), *options)
+        return residual.view(x.shape), out.view(x.shape)
+    return _gate_modulate(x, y, gate, y2, gate2, shift, scale, *options)

@@ -58,6 +58,17 @@ def served() -> tuple[int, int]:
     return counts["cpu"], counts["reference"]
 
 
+@pytest.mark.skipif(cpu_isa() != "amx", reason="elsewhere PyTorch's products are faster")
+@pytest.mark.parametrize("dtype, ours", ((torch.float32, 2), (torch.float16, 2), (torch.bfloat16, 1)), ids=str)
+def test_silent_off(dtype, ours, monkeypatch):
+    """silent-off: which of dx and dweight are our products."""
+    calls, product = [], native._ours
+    v = inputs(2, 300, 200, 256, dtype)
+    monkeypatch.setattr(native, "_ours", lambda x, weight: calls.append(1) or product(x, weight))
+    native.products_backward(v["grad"], v["x"], v["weight"], True, True)
+    assert len(calls) == ours
+
+
 @pytest.mark.parametrize("bias", (True, False), ids=("bias", "no bias"))
 @pytest.mark.parametrize("shape", ((2, 77, 40, 65), (1, 300, 200, 256), (3, 50, 193, 300)), ids=str)
 @pytest.mark.parametrize("activation", (None, *ACTIVATIONS))

@@ -122,6 +122,7 @@ __global__ void __launch_bounds__(kThreads, 1) group_norm_parts_last_kernel(cons
     }
   };
   // Over a group's channels and the rows of threads, one after the other and so in float64; calls take(part, total). Everybody comes here.
+  // (`values` is no reference to an array: the compiler of nvcc 13.0 crashes on that.)
   const auto for_groups = [&](const float* values, auto take) {
     __syncthreads();
 #pragma unroll

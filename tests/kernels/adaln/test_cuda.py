@@ -192,3 +192,14 @@ def test_what_it_leaves_to_others(in_cuda):
     with in_cuda("adaln_modulate"):
         longest = inputs(1, 1, 16384)
         assert_exact(call("adaln_modulate", longest)[0], stock("adaln_modulate", longest)[0])
+
+
+@pytest.mark.parametrize("numerics", ("exact", "close"))
+def test_forms(in_cuda, numerics):
+    """No shift (a zero that is expanded), and a row for each frame: the bits of the same values written out."""
+    x, scale, shift = torch.randn(2, 6, 72).bfloat16(), torch.randn(2, 3, 72).bfloat16(), torch.randn(2, 3, 72).bfloat16()
+    with in_cuda("adaln_modulate", 4):
+        assert_exact(ops.adaln_modulate(x, None, scale[:, 0], numerics=numerics),
+                     ops.adaln_modulate(x, torch.zeros(2, 72).bfloat16(), scale[:, 0], numerics=numerics))
+        assert_exact(ops.adaln_modulate(x, shift, scale, numerics=numerics),
+                     ops.adaln_modulate(x, shift.repeat_interleave(2, 1), scale.repeat_interleave(2, 1), numerics=numerics))

@@ -10,6 +10,7 @@ import argparse
 import ctypes
 import datetime
 import json
+import os
 import shlex
 import statistics
 import sys
@@ -23,6 +24,8 @@ from fusewire import ops
 from fusewire.machine import describe, version_of
 
 ROOT = Path(__file__).resolve().parents[1]
+# What lowers the instructions that oneDNN and Fusewire use: part of the command, as the result depends on them.
+ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "FUSEWIRE_CPU_ISA")
 WARM_ROUNDS = 3
 
 
@@ -84,7 +87,8 @@ def command() -> str:
             return word
         return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
-    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(shown, sys.argv[1:])])
+    lowered = [f"{name}={os.environ[name]}" for name in ISA_VARIABLES if name in os.environ]
+    return shlex.join([*lowered, "python", f"benchmarks/{Path(sys.argv[0]).name}", *map(shown, sys.argv[1:])])
 
 
 def write(path: Path, rows: list[dict], state: dict) -> None:

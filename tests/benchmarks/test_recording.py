@@ -54,4 +54,8 @@ def test_a_row_is_about_one_backend(alternating):
 
 def test_command_names_the_checkout_s_files_from_its_root(alternating, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["somewhere/sd3_block.py", "--json", str(ROOT / "benchmarks" / "results" / "a b.json"), "--sides", "eager"])
+    for name in alternating.ISA_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     assert alternating.command() == "python benchmarks/sd3_block.py --json 'benchmarks/results/a b.json' --sides eager"
+    monkeypatch.setenv("FUSEWIRE_CPU_ISA", "avx2")
+    assert alternating.command().startswith("FUSEWIRE_CPU_ISA=avx2 python benchmarks/sd3_block.py")

@@ -61,7 +61,7 @@ def flow_euler_kernel(
 
 def flow_euler_step(sample, model_output, uncond, table, step: int, counter, exact: bool) -> torch.Tensor:
     cond, uncond = halves(model_output, uncond, sample.shape[0])
-    out = torch.empty_like(sample, dtype=cond.dtype)
+    out = sample.new_empty(sample.shape, dtype=cond.dtype)
     sizes, (sample, cond, uncond, out_view) = elementwise(out, sample, cond, uncond, out)
     block, warps = flat_tile(sizes[3], arch_of(out.device))
     blocks = triton.cdiv(sizes[3], block)

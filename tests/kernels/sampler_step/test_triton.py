@@ -38,7 +38,7 @@ def test_strided_input(layout):
         plain = ops.sampler_step(sample, output, TABLE, 1)
         strided = ops.sampler_step(layout(sample), layout(output), TABLE, 1)
     assert_exact(strided, plain)
-    assert strided.stride() == torch.empty_like(layout(sample)).stride()
+    assert strided.is_contiguous()  # as its fake kernel says
 
 
 def test_counter_outside_the_table():

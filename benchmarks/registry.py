@@ -60,6 +60,7 @@ REGISTRY = {
                _linear("SD3.5-medium 512^2, guidance, the feed-forward's second", 2, 1024, 6144, 1536)],
     "layer_norm": [_alike("SD3.5-medium 512^2, guidance", 2, 1024, 1536)],
     "layer_norm_2d": [_alike("Stable Cascade's prior 1024^2, guidance", 2, 1536, 24, 24)],
+    "global_response_norm": [_alike("Stable Cascade's prior 1024^2, guidance", 2, 24, 24, 6144)],
     "rms_norm": [_alike("SD3.5-medium 512^2, guidance", 2, 1024, 1536), _alike("T5-XXL, 512 tokens", 1, 512, 4096)],
     "swiglu": [_gated("Z-Image 512^2", 1, 1024, 20480)],
     "quick_gelu": [_alike("CLIP-L, 77 tokens, guidance", 2, 77, 3072)],

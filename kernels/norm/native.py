@@ -1,4 +1,4 @@
-"""What csrc/cpu/norm.cpp serves: the predicates of the room's CPU rows."""
+"""What csrc/cpu/norm.cpp and global_response_norm.cpp serve: the predicates of the room's CPU rows."""
 
 from __future__ import annotations
 
@@ -86,3 +86,13 @@ def why_not_backward(grad, x, weight, eps, of_x, of_weight, of_bias) -> str:
     if grad.dtype is not x.dtype:
         return f"grad has dtype {grad.dtype}, x has {x.dtype}"
     return _why_not(x, weight, None)
+
+
+def why_not_response(x, weight, bias, eps, exact) -> str:
+    if exact:
+        return "torch.norm sums in an order of its own"
+    return _why_not(x, weight, bias)
+
+
+def why_not_response_backward(grad, x, weight, eps, of_x) -> str:
+    return why_not_backward(grad, x, weight, eps, of_x, True, True)

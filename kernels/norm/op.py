@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm: the public ops, their registration, their gradients and their backends."""
+"""RMSNorm, LayerNorm and global response normalisation: the public ops, their registration, their gradients and their backends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fusewire.kernels.autograd import fused
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import define
 from fusewire.kernels.norm import native, reference, triton_limits
-from fusewire.kernels.rounding import is_exact
+from fusewire.kernels.rounding import is_exact, promoted
 from fusewire.kernels.triton_rows import row as triton_row
 
 RMS_ROUNDINGS = {"diffusers": False, "torch": True}
@@ -28,6 +28,14 @@ def _fake_layer_2d(x, weight, bias, eps, exact):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=reference.picture_layout(x))
 
 
+def _fake_response(x, weight, bias, eps):
+    return x.new_empty(x.shape, dtype=promoted(x.dtype, weight, bias))
+
+
+def _fake_response_backward(grad, x, weight, eps, of_x):
+    return x.new_empty(x.shape if of_x else 0), x.new_empty(x.shape[-1]), x.new_empty(x.shape[-1])
+
+
 def _fake_backward(grad, x, weight, eps, of_x, of_weight, of_bias):
     channels = x.shape[-1]
     return x.new_empty(x.shape if of_x else 0), x.new_empty(channels if of_weight else 0), x.new_empty(channels if of_bias else 0)
@@ -44,6 +52,12 @@ _rms_backward = _backward_table("rms_norm_backward", reference.rms_norm_backward
 _layer_backward = _backward_table("layer_norm_backward", reference.layer_norm_backward)
 
 
+_response_backward_op = define("global_response_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, bool of_x) -> (Tensor, Tensor, Tensor)",
+                               fallback=reference.global_response_norm_backward, fake=_fake_response_backward)
+_response_backward = Table("global_response_norm_backward", [Backend("cpu", native.why_not_response_backward, _response_backward_op),
+                                                             Backend("reference", always, reference.global_response_norm_backward)])
+
+
 def _wanted(needed, *found):
     """The gradients that were asked for, None for the others and for the op's remaining arguments."""
     return (*(gradient if asked else None for asked, gradient in zip(needed, found)), *[None] * (len(needed) - len(found)))
@@ -56,6 +70,14 @@ def _gradients(table: Table):
 def _gradients_2d(needed, grads, x, weight, bias, eps, exact):
     dx, *affine = _layer_backward(grads[0].permute(0, 2, 3, 1), x.permute(0, 2, 3, 1), weight, eps, *needed[:3])
     return _wanted(needed, dx.permute(0, 3, 1, 2) if needed[0] else None, *affine)
+
+
+def _response_close(x, weight, bias, eps):
+    return reference.global_response_norm(x, weight, bias, eps, False)
+
+
+def _gradients_response(needed, grads, x, weight, bias, eps):
+    return _wanted(needed, *_response_backward(grads[0], x, weight, eps, needed[0]))
 
 
 def _recomputed(x, weight, bias, *rest) -> bool:
@@ -73,11 +95,18 @@ _rms_op = _register(f"rms_norm({_ARGUMENTS}, bool as_torch, bool exact) -> Tenso
 _layer_op = _register(f"layer_norm({_ARGUMENTS}, bool wide, bool exact) -> Tensor", reference.layer_norm, _fake_layer, _gradients(_layer_backward))
 _layer_2d_op = _register(f"layer_norm_2d({_ARGUMENTS}, bool exact) -> Tensor", reference.layer_norm_2d, _fake_layer_2d, _gradients_2d)
 
+# No kernel has torch.norm's order of summation: the op is close alone
+_response_parts = fused(_response_close, _gradients_response, lambda x, weight, bias, eps: len({x.dtype, weight.dtype, bias.dtype}) > 1)
+_response_op = define("global_response_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor", fallback=_response_close, fake=_fake_response,
+                      backward=_response_parts[0], setup_context=_response_parts[1])
+
 _rms = Table("rms_norm", [Backend("cpu", native.why_not_rms, _rms_op), triton_row(_rms_op, triton_limits.why_not_norm, "norm.rms_norm"),
                           Backend("reference", always, reference.rms_norm)])
 _layer = Table("layer_norm", [Backend("cpu", native.why_not_layer, _layer_op), triton_row(_layer_op, triton_limits.why_not_norm, "norm.layer_norm"),
                               Backend("reference", always, reference.layer_norm)])
 _layer_2d = Table("layer_norm_2d", [Backend("cpu", native.why_not_layer_2d, _layer_2d_op), Backend("reference", always, reference.layer_norm_2d)])
+_response = Table("global_response_norm", [Backend("cpu", native.why_not_response, lambda *args: _response_op(*args[:4])),
+                                           Backend("reference", always, reference.global_response_norm)])
 native.compare_with_stock(_rms_op, _layer_op)
 
 
@@ -160,3 +189,25 @@ def layer_norm_2d(x, weight=None, bias=None, *, eps: float = 1e-6, numerics: str
     if exact:
         _stock_dtypes(x, weight, bias)
     return _layer_2d(x, weight, bias, eps, exact)
+
+
+def global_response_norm(x, weight, bias, *, eps: float = 1e-6, numerics: str = "exact") -> torch.Tensor:
+    """``x + weight * (x * n) + bias``, where ``n = g / (mean(g) + eps)`` and g is the norm of each channel over its picture.
+
+    Args:
+        x: [B, H, W, C], channels last as the linears around it have them, float32, bfloat16, float16 or float64, any strides.
+        weight, bias: [C] (diffusers' gamma and beta are [1, 1, 1, C]: pass ``gamma.flatten()``).
+        eps: added to the mean of the norms; greater than 0.
+        numerics: ``"exact"`` gives the bits of diffusers' GlobalResponseNorm for contiguous pictures, by PyTorch's own calls, which may depend on the batch
+            and the number of threads as the module's do; ``"close"`` is fused, in float32 with one rounding at the end.
+
+    Returns: [B, H, W, C], contiguous, in the dtype that x, weight and bias promote to.
+    Raises: TypeError for a dtype, ValueError for a shape, a device, ``eps`` or ``numerics`` that is not as stated.
+    Source: Woo et al. (2023), "ConvNeXt V2"; diffusers' GlobalResponseNorm (Würstchen, Stable Cascade, aMUSEd).
+    """
+    checks.affine(x, weight, bias, -1, 4, "[B, H, W, C]")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            checks.floating(name, tensor)
+    checks.positive("eps", eps)
+    return _response(x, weight, bias, eps, is_exact(numerics))

@@ -1,6 +1,6 @@
-"""RMSNorm and LayerNorm in plain PyTorch: the meaning of the room's ops.
+"""RMSNorm, LayerNorm and global response normalisation in plain PyTorch: the meaning of the room's ops.
 
-Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); Ba et al., "Layer Normalization" (2016).
+Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); Ba et al., "Layer Normalization" (2016); Woo et al., "ConvNeXt V2" (2023).
 ``exact`` is the stock module's arithmetic, operation by operation; otherwise float32 inside (float64 for float64), one rounding.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fusewire.kernels.rounding import compute_dtype
+from fusewire.kernels.rounding import promoted
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -96,3 +96,32 @@ def rms_norm_backward(grad, x, weight, eps: float, of_x: bool, of_weight: bool, 
 
 def layer_norm_backward(grad, x, weight, eps: float, of_x: bool, of_weight: bool, of_bias: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return norm_backward(grad, x, weight, eps, False, of_x, of_weight, of_bias)
+
+
+def global_response_norm(x, weight, bias, eps: float, exact: bool) -> torch.Tensor:
+    """x + weight * (x * n) + bias for x [B, H, W, C], where n = g / (mean(g) + eps) and g is the norm of each channel of a picture."""
+    x = x.contiguous()  # the order in which torch sums depends on the layout: that of channels side by side is meant
+    dtype = promoted(x.dtype, weight, bias)
+    if not exact:
+        x, weight, bias = _to(_wide(dtype, x), x, weight, bias)
+    response = torch.norm(x, p=2, dim=(1, 2), keepdim=True)
+    response = response / (response.mean(dim=-1, keepdim=True) + eps)
+    y = weight * (x * response) + bias + x if exact else x * (1 + weight * response) + bias
+    return y.to(dtype)
+
+
+def global_response_norm_backward(grad, x, weight, eps: float, of_x: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of x, weight and bias in the rounding of ``close``, all of one dtype; that of x has no elements where it is not wanted.
+
+    With s = 1 / (mean(g) + eps) and S the sum of grad * x over a picture's channel: that of g is weight * S * s - mean(weight * S * g) * s^2, of which x
+    gets x / g, and nothing where g is 0.
+    """
+    dtype = x.dtype
+    grad, x, weight = _to(_wide(dtype), grad, x, weight)
+    norm = torch.norm(x, p=2, dim=(1, 2), keepdim=True)
+    scale = 1 / (norm.mean(-1, keepdim=True) + eps)
+    product = (grad * x).sum((1, 2), keepdim=True)
+    of_norm = weight * product * scale - (weight * product * norm).mean(-1, keepdim=True) * scale * scale
+    share = torch.where(norm == 0, 0, of_norm / norm)
+    dx = grad * (1 + weight * norm * scale) + x * share if of_x else x.new_empty(0)
+    return dx.to(dtype).contiguous(), (norm * scale * product).sum((0, 1, 2)).to(dtype), grad.sum((0, 1, 2)).to(dtype)

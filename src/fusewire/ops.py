@@ -8,7 +8,7 @@ from fusewire.kernels.dispatch import reset_stats, stats
 from fusewire.kernels.gated_mlp.op import geglu, quick_gelu, swiglu
 from fusewire.kernels.group_norm_silu.op import group_norm_silu
 from fusewire.kernels.linear.op import linear
-from fusewire.kernels.norm.op import layer_norm, layer_norm_2d, rms_norm
+from fusewire.kernels.norm.op import global_response_norm, layer_norm, layer_norm_2d, rms_norm
 from fusewire.kernels.qk_norm_rope.op import qk_norm_into, qk_norm_rope
 from fusewire.kernels.sampler_step.op import sampler_step
 from fusewire.kernels.sampler_step.tables import flow_euler_table
@@ -22,6 +22,7 @@ __all__ = [
     "gate_residual",
     "gate_residual_adaln",
     "geglu",
+    "global_response_norm",
     "group_norm_silu",
     "joint_attention",
     "layer_norm",
@@ -38,8 +39,8 @@ __all__ = [
 ]
 
 
-_OPS = (adaln_modulate, adaln_modulate_dual, attention, gate_residual, gate_residual_adaln, geglu, group_norm_silu, joint_attention, layer_norm,
-        layer_norm_2d, linear, qk_norm_into, qk_norm_rope, quick_gelu, rms_norm, sampler_step, swiglu)
+_OPS = (adaln_modulate, adaln_modulate_dual, attention, gate_residual, gate_residual_adaln, geglu, global_response_norm, group_norm_silu,
+        joint_attention, layer_norm, layer_norm_2d, linear, qk_norm_into, qk_norm_rope, quick_gelu, rms_norm, sampler_step, swiglu)
 
 
 def backends(name: str, *args, **kwargs) -> list[_Choice]:

@@ -19,6 +19,7 @@ CALLS = {
     "gate_residual": ((X, X, ROW), {}, "gate_residual"),
     "gate_residual_adaln": ((X, X, ROW, ROW, ROW), dict(y2=X, gate2=ROW), "gate_residual_adaln"),
     "geglu": ((X,), dict(gate=X, numerics="close"), "geglu"),
+    "global_response_norm": ((HEADS, HEADS[0, 0, 0], HEADS[0, 0, 1]), dict(numerics="close"), "global_response_norm"),
     "group_norm_silu": ((HEADS.transpose(1, 3), 8), dict(eps=1e-6), "group_norm_silu"),
     "joint_attention": ((HEADS,) * 6, {}, "joint_attention"),
     "layer_norm": ((X, ROW[0]), dict(rounding="float32"), "layer_norm"),
@@ -32,8 +33,8 @@ CALLS = {
     "swiglu": ((X,), dict(gate_first=True, numerics="close"), "swiglu"),
 }
 # Reached where gradients are wanted, from no public op of that name
-_WITH_BACKWARD = ("adaln_modulate", "adaln_modulate_dual", "attention", "gate_residual", "gate_residual_adaln", "geglu", "group_norm_silu", "layer_norm",
-                  "qk_norm_rope", "quick_gelu", "rms_norm", "swiglu")
+_WITH_BACKWARD = ("adaln_modulate", "adaln_modulate_dual", "attention", "gate_residual", "gate_residual_adaln", "geglu", "global_response_norm",
+                  "group_norm_silu", "layer_norm", "qk_norm_rope", "quick_gelu", "rms_norm", "swiglu")
 BACKWARD = {f"{op}_backward" for op in _WITH_BACKWARD} | {"attention_softmax", "bias_activation_backward"}
 
 

@@ -12,7 +12,7 @@ test: $(STAMP)
 	$(PYTHON) -m pytest -n 2
 
 test-all: $(STAMP)
-	$(PYTHON) -m pytest -m "slow or not slow"
+	FUSEWIRE_TEST_EFFORT=10 $(PYTHON) -m pytest -n 2 -m "slow or not slow"
 
 # The environment: pinned packages, then this checkout with its compiled library.
 $(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find csrc -type f)

@@ -16,6 +16,7 @@ from fusewire import ops
 from fusewire.kernels.adaln import native
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
+from tests.effort import examples
 from tests.kernels.adaln.cases import DTYPES, NAMES, call, inputs, op_name, served, stock, wide
 from tests.tolerance import assert_close, assert_exact
 
@@ -81,7 +82,7 @@ def test_exact_rms(dtype, width):
     assert served("adaln_modulate") == (3, 0)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 700), st.sampled_from(DTYPES), st.sampled_from(NAMES), st.floats(-50, 50),
        st.floats(1e-3, 100), st.integers(0, 2**31))
 def test_exact_property(batch, tokens, width, dtype, name, mean, spread, seed):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
+from tests.effort import examples
 from tests.kernels.adaln.cases import DTYPES, NAMES, call, gradients, inputs, op_name, served, stock, upstream, used, wide, with_affine
 from tests.kernels.isa_levels import run_at
 from tests.tolerance import assert_close, assert_exact, assert_within
@@ -79,7 +80,7 @@ def test_gradcheck_affine(affine, norm):
         assert not CPU.loaded or served(f"{op_name(name)}_backward")[0] > 0
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=examples(250), deadline=None)
 @given(st.integers(1, 3), st.integers(1, 90), st.integers(1, 200), st.sampled_from(NAMES), st.sampled_from(KINDS), st.sampled_from(KINDS),
        st.booleans(), st.sampled_from(("layer", "rms")), st.integers(0, 2**31))
 def test_gradients_property(batch, tokens, width, name, kind, second, affine, norm, seed):

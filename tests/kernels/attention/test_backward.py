@@ -12,6 +12,7 @@ from fusewire.kernels.attention import op, reference
 from fusewire.kernels.attention.native import FEW_QUERIES
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
+from tests.effort import examples
 from tests.kernels.attention.cases import DTYPES, qkv, stock
 from tests.kernels.isa_levels import run_at
 from tests.layouts import LAYOUTS
@@ -82,7 +83,7 @@ def test_one_key(dtype):
     assert_close(v_grad, want, grad.sum(1, keepdim=True))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=examples(200), deadline=None, derandomize=True)
 @given(batch=st.integers(1, 2), queries=st.integers(FEW_QUERIES, 70), keys=st.integers(2, 70), groups=st.integers(1, 3), key_heads=st.integers(1, 2),
        channels=st.integers(1, 80), dtype=st.sampled_from(DTYPES[:3]), kind=st.sampled_from((None, "bool", "additive")), causal=st.booleans())
 def test_any_shape(batch, queries, keys, groups, key_heads, channels, dtype, kind, causal):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from fusewire import ops
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
+from tests.effort import examples
 from tests.kernels.gated_mlp.cases import DTYPES, GATED, KINDS, call, inputs, leaves, served, stock, wide
 from tests.kernels.isa_levels import run_at
 from tests.tolerance import assert_close, assert_exact
@@ -66,7 +67,7 @@ def test_close_gradients(kind, dtype, bias, width, backend):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 500), st.sampled_from(DTYPES), st.booleans(), st.floats(1e-3, 30), st.integers(0, 2**31))
 def test_property(kind, batch, rows, width, dtype, bias, spread, seed):
     """Any shape, options and scale: exact equals stock; close has the same bits in another layout, and lies within a few units of float64."""

@@ -10,6 +10,7 @@ from torch.library import opcheck
 
 from fusewire.kernels.group_norm_silu import reference
 from fusewire.kernels.library import CPU
+from tests.effort import examples
 from tests.kernels.group_norm_silu.cases import DTYPES, FORMATS, OPTIONS, call, inputs, leaves, served, stock, wide
 from tests.kernels.group_norm_silu.test_group_norm_silu import grid
 from tests.kernels.isa_levels import run_at
@@ -43,7 +44,7 @@ def test_gradients(dtype, shape, groups, memory_format):
     assert served("group_norm_silu_backward") == (6, 0)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 12), st.lists(st.integers(2, 24), min_size=1, max_size=3), st.sampled_from(list(OPTIONS)),
        st.sampled_from(FORMATS), st.booleans(), st.integers(0, 2**31))
 def test_gradients_property(batch, groups, per_group, sizes, options, memory_format, silu, seed):

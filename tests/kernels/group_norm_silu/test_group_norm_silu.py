@@ -16,6 +16,7 @@ from fusewire import ops
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.group_norm_silu import native
 from fusewire.kernels.library import CPU
+from tests.effort import examples
 from tests.kernels.group_norm_silu.cases import DTYPES, FORMATS, OPTIONS, call, in_format, inputs, served, stock, wide
 from tests.tolerance import assert_close, assert_exact, assert_within
 
@@ -64,7 +65,7 @@ def test_exact_follows_threads(memory_format, threads):
     assert served() == (6, 0)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=examples(250), deadline=None)
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 19), st.lists(st.integers(1, 40), min_size=1, max_size=3), st.sampled_from(DTYPES),
        st.sampled_from(list(OPTIONS)), st.sampled_from(FORMATS), st.booleans(), st.floats(-50, 50), st.floats(1e-3, 100), st.integers(0, 2**31))
 def test_exact_property(batch, groups, per_group, sizes, dtype, options, memory_format, silu, mean, spread, seed):
@@ -91,7 +92,7 @@ def test_close(dtype, shape, groups, memory_format, backend):
                 assert got.stride() == stock(v, groups, silu=silu).stride()
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=examples(250), deadline=None)
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 19), st.lists(st.integers(2, 40), min_size=1, max_size=3), st.sampled_from(DTYPES),
        st.sampled_from(list(OPTIONS)), st.sampled_from(FORMATS), st.booleans(), st.integers(0, 2**31))
 def test_close_property(batch, groups, per_group, sizes, dtype, options, memory_format, silu, seed):

@@ -11,6 +11,7 @@ from torch.library import opcheck
 from fusewire import ops
 from fusewire.kernels.library import CPU, cpu_isa
 from fusewire.kernels.linear import native, reference
+from tests.effort import examples
 from tests.kernels.isa_levels import run_at
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact, assert_within
@@ -182,7 +183,7 @@ def test_empty(activation, shape):
         assert grad.shape == v[name].shape and grad.isfinite().all()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.integers(1, 90), st.integers(1, 150), st.sampled_from(ACTIVATIONS), st.booleans(), st.sampled_from((1.0, 30.0)), st.integers(0, 2**31))
 def test_epilogue_property(rows, width, activation, bias, spread, seed):
     """tail, cancellation: in float64 the kernel, forwards and backwards, is autograd of the formula, far out in both tails too."""

@@ -11,6 +11,7 @@ from fusewire import ops
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
 from fusewire.kernels.norm import native
+from tests.effort import examples
 from tests.kernels.isa_levels import run_at
 from tests.kernels.norm.cases import AFFINE, DTYPES, KINDS, call, inputs, leaves, served, stock, true, wide
 from tests.tolerance import assert_close, assert_exact
@@ -78,7 +79,7 @@ def test_exact_bias_alone_is_left_to_torch():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 700), st.sampled_from(DTYPES), st.sampled_from(tuple(AFFINE)), st.floats(-50, 50),
        st.floats(1e-3, 100), st.sampled_from((1e-6, 1e-5, 1e-2)), st.integers(0, 2**31))
 def test_property(kind, batch, rows, width, dtype, affine, mean, spread, eps, seed):

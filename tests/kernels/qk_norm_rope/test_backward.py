@@ -12,6 +12,7 @@ from fusewire import ops
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
 from fusewire.kernels.qk_norm_rope import reference
+from tests.effort import examples
 from tests.kernels.isa_levels import run_at
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact, assert_within
@@ -78,7 +79,7 @@ def test_gradients(shape, dtype, backend):
     assert served() == ((calls, 0) if backend == "cpu" else (0, calls))
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=examples(250), deadline=None)
 @given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 20), st.integers(1, 8), st.integers(1, 100), st.booleans(), st.booleans(), st.booleans(),
        st.sampled_from(("rms", "torch_rms")), st.integers(0, 2**31))
 def test_gradients_property(batch, tokens, heads, k_heads, dim, rotated, no_q_weight, no_k_weight, norm, seed):

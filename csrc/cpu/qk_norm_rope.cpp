@@ -21,7 +21,8 @@ static QkTensor describe(const Tensor& x, const std::optional<Tensor>& weight, c
 static void qk_norm_into(const Tensor& q, const Tensor& k, const std::optional<Tensor>& q_weight, const std::optional<Tensor>& k_weight,
                          const Tensor& q_out, const Tensor& k_out, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
                          double eps, int64_t norm, bool exact) {
-  QkNorm n{q.size(3), nullptr, nullptr, {}, {}, eps, norm == 1, exact};
+  STD_TORCH_CHECK(cos || norm < kRotation, "qk_norm_rope: a rotation alone needs its tables");
+  QkNorm n{q.size(3), nullptr, nullptr, {}, {}, eps, norm, exact};
   if (cos) {
     n.cos = static_cast<const float*>(cos->const_data_ptr());
     n.sin = static_cast<const float*>(sin->const_data_ptr());

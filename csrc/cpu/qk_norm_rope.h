@@ -24,8 +24,11 @@ struct QkNorm {
   const float* sin;
   int64_t cos_stride[2], sin_stride[2];
   double eps;
-  bool torch_rms, exact;
+  int64_t norm;  // as reference.py numbers them
+  bool exact;
 };
+
+enum QkNormCode : int64_t { kRms, kTorchRms, kRotation, kHalvesRotation };  // the last two: no norm; pairs (x[2i], x[2i+1]), or (x[i], x[i + D/2])
 
 // Normalises (and rotates) the tokens begin..end of the B * T tokens of one tensor.
 #define FUSEWIRE_QK_NORM_ARGS(T) (const QkNorm&, const QkTensor&, int64_t begin, int64_t end, T)

@@ -13,10 +13,11 @@ namespace fusewire::FUSEWIRE_ISA {
 
 // What differs between the roundings. S: the type in which squares are summed and the root is taken.
 // kRoundNorm: the normalised value is rounded to T before the weight. kRoundHead: the head is rounded to T, and to float, before the rotation.
-template <typename S_, bool kRoundNorm_, bool kRotate_, bool kRoundHead_>
+// kNorm: there is a norm; kHalves: an element's partner is half a head away, not beside it.
+template <typename S_, bool kRoundNorm_, bool kRotate_, bool kRoundHead_, bool kNorm_ = true, bool kHalves_ = false>
 struct Mode {
   using S = S_;
-  static constexpr bool kRoundNorm = kRoundNorm_, kRotate = kRotate_, kRoundHead = kRoundHead_;
+  static constexpr bool kRoundNorm = kRoundNorm_, kRotate = kRotate_, kRoundHead = kRoundHead_, kNorm = kNorm_, kHalves = kHalves_;
 };
 
 constexpr int kRows = 16;  // rows whose roots are taken together: one vector of AVX-512
@@ -34,8 +35,8 @@ struct HeadRows {
 template <typename T>
 struct Vectors {
   const compute_t<T>* weight;  // [D] or null
-  const float* cos;            // [D], each value twice
-  const float* sin;            // [D], each value twice, the first of them negated
+  const float* cos;            // [D], each value twice; for halves [D/2]
+  const float* sin;            // [D], each value twice, the first of them negated; for halves [D/2]
 };
 
 // rstd_r = 1 / sqrt(mean(x_r^2) + eps)
@@ -68,9 +69,11 @@ FUSEWIRE_INLINE void apply(const HeadRows<T>& rows, int64_t dim, const typename 
   for (int64_t r = 0; r < rows.count; ++r) {
     const T* x = rows.x + r * rows.x_stride;
     T* out = rows.out + r * rows.out_stride;
-    const lanes<C, N> root = splat<N>(static_cast<C>(rstd[r]));
+    lanes<C, N> root{};
+    if constexpr (M::kNorm) root = splat<N>(static_cast<C>(rstd[r]));
     for_columns<N>(0, dim, [&](const auto& column) __attribute__((always_inline)) {
-      lanes<C, N> y = column.load(x) * root;
+      lanes<C, N> y = column.load(x);
+      if constexpr (M::kNorm) y *= root;
       if constexpr (kWeight) y = (M::kRoundNorm ? rounded<T, N>(y) : y) * column.load(v.weight);
       if constexpr (M::kRotate) {
         // in float for every dtype where the stock code is followed
@@ -85,13 +88,33 @@ FUSEWIRE_INLINE void apply(const HeadRows<T>& rows, int64_t dim, const typename 
   }
 }
 
+// The pair (x[i], x[i + D/2]) = (a, b) is turned to (a cos - b sin, b cos + a sin); out may be x.
+template <typename T, typename M>
+FUSEWIRE_INLINE void turn_halves(const HeadRows<T>& rows, int64_t dim, const Vectors<T>& v) {
+  using C = compute_t<T>;
+  using R = std::conditional_t<M::kRoundHead, float, C>;
+  constexpr int N = kLanes<C>;
+  const int64_t half = dim / 2;
+  for (int64_t r = 0; r < rows.count; ++r) {
+    const T* x = rows.x + r * rows.x_stride;
+    T* out = rows.out + r * rows.out_stride;
+    for_columns<N>(0, half, [&](const auto& column) __attribute__((always_inline)) {
+      const auto a = __builtin_convertvector(column.load(x), lanes<R, N>), b = __builtin_convertvector(column.load(x + half), lanes<R, N>);
+      const auto cos = __builtin_convertvector(column.load(v.cos), lanes<R, N>), sin = __builtin_convertvector(column.load(v.sin), lanes<R, N>);
+      column.store(out, __builtin_convertvector(a * cos - b * sin, lanes<C, N>));
+      column.store(out + half, __builtin_convertvector(b * cos + a * sin, lanes<C, N>));
+    });
+  }
+}
+
 template <typename T, typename M>
 static void block(const HeadRows<T>& rows, int64_t dim, double eps, const Vectors<T>& v) {
   typename M::S rstd[kRows];
   // The head dimensions of SD3 and Flux as constants: the loops over one row are unrolled
   const auto run = [&](auto d) __attribute__((always_inline)) {
-    roots<T, typename M::S>(rows, d, eps, rstd);
-    if (v.weight) {
+    if constexpr (M::kHalves) return turn_halves<T, M>(rows, d, v);
+    if constexpr (M::kNorm) roots<T, typename M::S>(rows, d, eps, rstd);
+    if (M::kNorm && v.weight) {
       apply<T, M, true>(rows, d, rstd, v);
     } else {
       apply<T, M, false>(rows, d, rstd, v);
@@ -141,6 +164,11 @@ static void tokens(const QkNorm& n, const QkTensor& t, int64_t begin, int64_t en
     const int64_t run = !merge ? 1 : (end - i < t.tokens - token ? end - i : t.tokens - token);
     if constexpr (M::kRotate) {
       for (int64_t j = 0; j < dim / 2; ++j) {
+        if constexpr (M::kHalves) {
+          table[j] = n.cos[token * n.cos_stride[0] + j * n.cos_stride[1]];
+          table[dim + j] = n.sin[token * n.sin_stride[0] + j * n.sin_stride[1]];
+          continue;
+        }
         table[2 * j] = table[2 * j + 1] = n.cos[token * n.cos_stride[0] + j * n.cos_stride[1]];
         table[dim + 2 * j + 1] = n.sin[token * n.sin_stride[0] + j * n.sin_stride[1]];
         table[dim + 2 * j] = -table[dim + 2 * j + 1];
@@ -164,7 +192,9 @@ static void tokens(const QkNorm& n, const QkTensor& t, int64_t begin, int64_t en
 template <typename T>
 static void choose(const QkNorm& n, const QkTensor& t, int64_t begin, int64_t end) {
   using C = compute_t<T>;
-  if (n.exact && !n.torch_rms) {
+  if (n.norm == kHalvesRotation) return (n.exact ? tokens<T, Mode<C, false, true, true, false, true>> : tokens<T, Mode<C, false, true, false, false, true>>)(n, t, begin, end);
+  if (n.norm == kRotation) return (n.exact ? tokens<T, Mode<C, false, true, true, false>> : tokens<T, Mode<C, false, true, false, false>>)(n, t, begin, end);
+  if (n.exact && n.norm == kRms) {
     if (n.cos) return tokens<T, Mode<float, true, true, true>>(n, t, begin, end);
     return tokens<T, Mode<float, true, false, false>>(n, t, begin, end);
   }

@@ -32,7 +32,7 @@ def _why_not(q, q_weight, k_weight, norm, exact) -> str:
         return CPU.reason
     if not q.is_cpu:
         return f"q is on {q.device}"
-    if exact and _differs[norm]:
+    if exact and norm < reference.ROTATION and _differs[norm]:
         return _differs[norm]
     if not ((q_weight is None or q_weight.dtype is q.dtype) and (k_weight is None or k_weight.dtype is q.dtype)):
         return "a weight differs from q in dtype"

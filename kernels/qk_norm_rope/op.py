@@ -9,13 +9,14 @@ from fusewire.kernels.autograd import fused
 from fusewire.kernels.cuda_rows import row as cuda_row
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import LIBRARY, define
-from fusewire.kernels.qk_norm_rope import cuda, native, reference, triton_limits
+from fusewire.kernels.qk_norm_rope import cuda, forms, native, reference, triton_limits
 from fusewire.kernels.rounding import is_exact
 from fusewire.kernels.triton_rows import row as triton_row
 
 NORMS = {"rms": reference.RMS, "torch_rms": reference.TORCH_RMS}
+_FUSED = tuple(NORMS)  # unlike a dictionary, it can be asked about anything
 _NAMES = "Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, "
-_REST = "Tensor? cos, Tensor? sin, float eps, int norm, bool exact"
+_REST = "Tensor? cos, Tensor? sin, float eps, int form, bool exact"  # form: as reference.py numbers them
 
 
 def _fake_rope(q, k, q_weight, k_weight, cos, sin, eps, norm, exact):
@@ -39,6 +40,8 @@ _gradients = Table("qk_norm_rope_backward", [Backend("cpu", native.why_not_backw
 
 def _gradients_of(needed, grads, q, k, q_weight, k_weight, cos, sin, eps, norm, exact):
     q_grad, k_grad = (like.new_zeros(()).expand(like.shape) if grad is None else grad for grad, like in zip(grads, (q, k)))
+    if norm >= reference.ROTATION:  # turned back
+        return (*_rope(q_grad, k_grad, None, None, cos, -sin, eps, norm, False), *[None] * 7)
     found = _gradients(q_grad, k_grad, q, k, q_weight, k_weight, cos, sin, eps, sum(1 << i for i in range(4) if needed[i]))
     return (*(gradient if asked else None for asked, gradient in zip(needed, found)), *[None] * 5)
 
@@ -78,20 +81,25 @@ _into = Table("qk_norm_into", [
 ])
 
 
-def _fits(q, k, q_weight, k_weight, rope, eps, norm) -> bool:
+def _fits(q, k, q_weight, k_weight, rope, eps, norm, others) -> bool:
     """The common call, q and k alike and no rope, in few comparisons; ``_check`` looks at the rest and finds out what is wrong."""
-    if rope is not None or not isinstance(q, torch.Tensor) or not isinstance(k, torch.Tensor):
+    if rope is not None or others != _COMMON or not isinstance(q, torch.Tensor) or not isinstance(k, torch.Tensor):
         return False
     shape, dtype, device = q.shape, q.dtype, q.device
     for weight in (q_weight, k_weight):
         if weight is not None and not (weight.shape == shape[3:] and weight.dtype is dtype and weight.device == device):
             return False
-    return len(shape) == 4 and dtype in checks.FLOATS and k.shape == shape and k.dtype is dtype and k.device == device and eps > 0 and norm in NORMS
+    return len(shape) == 4 and dtype in checks.FLOATS and k.shape == shape and k.dtype is dtype and k.device == device and eps > 0 and norm in _FUSED
 
 
-def _check(q, k, q_weight, k_weight, rope, eps, norm) -> None:
-    if _fits(q, k, q_weight, k_weight, rope, eps, norm):
-        return
+_COMMON = (None, None, None, None, False, False)  # q_bias, k_bias, q_log_scale, k_log_scale, halves, across_heads
+
+
+def _check(q, k, q_weight, k_weight, rope, eps, norm, others) -> bool:
+    """Raise what is wrong with a call; whether it is one of the forms, which ``forms.py`` makes of the fused op and others."""
+    if _fits(q, k, q_weight, k_weight, rope, eps, norm, others):
+        return False
+    q_bias, k_bias, q_log_scale, k_log_scale, halves, across = others
     for name, x in (("q", q), ("k", k)):
         checks.floating(name, x)
         checks.rank(name, x, 4, "[B, T, H, D]")
@@ -101,32 +109,49 @@ def _check(q, k, q_weight, k_weight, rope, eps, norm) -> None:
         raise TypeError(f"k has dtype {k.dtype}; it should be {q.dtype}, as q has")
     if k.device != q.device:
         raise ValueError(f"k is on {k.device}; it should be on {q.device}, where q is")
-    checks.vector("q_weight", q_weight, q.shape[3], q.device)
-    checks.vector("k_weight", k_weight, q.shape[3], q.device)
+    if not isinstance(norm, str) or norm not in forms.NORMS:
+        raise ValueError(f"norm is {norm!r}; it should be one of {', '.join(map(repr, forms.NORMS))}")
+    forms.check_norm("q", q, q_weight, q_bias, q_log_scale, norm, across)
+    forms.check_norm("k", k, k_weight, k_bias, k_log_scale, norm, across)
     checks.positive("eps", eps)
-    if norm not in NORMS:
-        raise ValueError(f"norm is {norm!r}; it should be one of {', '.join(map(repr, NORMS))}")
+    if rope is not None:
+        forms.check_rope(q, k, rope)
+    elif norm == "none":
+        raise ValueError("norm is 'none' and rope is None; one of the two should be there")
+    fused = norm in NORMS and not halves and not across
+    return not fused or rope is not None and (isinstance(rope, torch.Tensor) or rope[0].shape != (q.shape[1], q.shape[3] // 2))
+
+
+def _formed(q, k, q_weight, k_weight, rope, eps, norm, others, exact) -> tuple[torch.Tensor, torch.Tensor]:
+    """``qk_norm_rope`` in one of the forms."""
+    q_bias, k_bias, q_log_scale, k_log_scale, halves, across = others
+    as_complex = exact and isinstance(rope, torch.Tensor) and not halves
+    # The fused op rotates float64 in float32 in exact, as stock does; what stock leaves unrotated must not pass through it
+    unrotated = exact and rope is not None and q.dtype is torch.float64 and forms.tables(rope)[0].shape[-1] < q.shape[3] // 2
+    if norm in NORMS and not halves and not across and not unrotated:
+        if not as_complex:
+            cos, sin = forms.padded(*forms.tables(rope), q.shape[3] // 2)
+            return forms.by_sample(_rope, q, k, q_weight, k_weight, cos, sin, eps, NORMS[norm], exact)
+        q, k = _rope(q, k, q_weight, k_weight, None, None, eps, NORMS[norm], exact)
+    else:
+        q = forms.normed(q, q_weight, q_bias, q_log_scale, eps, norm, across, exact)
+        k = forms.normed(k, k_weight, k_bias, k_log_scale, eps, norm, across, exact)
     if rope is None:
-        return
-    if not (isinstance(rope, (tuple, list)) and len(rope) == 2):
-        raise TypeError(f"rope is a {type(rope).__name__}; it should be a pair (cos, sin)")
-    if k.shape[1] != q.shape[1] or q.shape[3] % 2:
-        raise ValueError(f"rope is given for q of shape {list(q.shape)} and k of shape {list(k.shape)}; T should be the same and D even")
-    for name, table in zip(("rope's cos", "rope's sin"), rope):
-        checks.floating(name, table)
-        if table.dtype is not torch.float32:
-            raise TypeError(f"{name} has dtype {table.dtype}; it should be float32")
-        if table.shape != (q.shape[1], q.shape[3] // 2):
-            raise ValueError(f"{name} has shape {list(table.shape)}; it should be [{q.shape[1]}, {q.shape[3] // 2}]")
-        if table.device != q.device:
-            raise ValueError(f"{name} is on {table.device}; it should be on {q.device}, where q is")
+        return q, k
+    if as_complex:
+        return forms.turned_as_complex(q, rope), forms.turned_as_complex(k, rope)
+    return forms.turned(_rope, q, k, *forms.tables(rope), eps, reference.HALVES_ROTATION if halves else reference.ROTATION, exact)
 
 
-def _check_out(name, out, x, weight, norm) -> None:
+def _check_out(name, out, x, weight, log_scale, norm) -> None:
     checks.floating(name, out)
     if out.shape != x.shape:
         raise ValueError(f"{name} has shape {list(out.shape)}; it should be {list(x.shape)}")
-    dtype = x.dtype if weight is None or weight.dtype is x.dtype else reference.result_dtype(x, weight, norm)
+    dtype = x.dtype
+    if weight is not None and weight.dtype is not dtype and norm == "rms":
+        dtype = reference.result_dtype(x, weight, reference.RMS)
+    elif log_scale is not None:
+        dtype = torch.promote_types(dtype, log_scale.dtype)
     if out.dtype is not dtype:
         raise TypeError(f"{name} has dtype {out.dtype}; it should be {dtype}")
     if out.device != x.device:
@@ -136,31 +161,46 @@ def _check_out(name, out, x, weight, norm) -> None:
         raise ValueError(f"{name} has strides {list(strides)}; several of its elements share one place in memory")
 
 
-def qk_norm_rope(q, k, q_weight=None, k_weight=None, *, rope=None, eps: float = 1e-6, norm: str = "rms",
-                 numerics: str = "exact") -> tuple[torch.Tensor, torch.Tensor]:
-    """RMS norm of each head of q and k, then their rotary embedding where ``rope`` is given, in one pass.
+def qk_norm_rope(q, k, q_weight=None, k_weight=None, *, q_bias=None, k_bias=None, q_log_scale=None, k_log_scale=None, rope=None, halves: bool = False,
+                 across_heads: bool = False, eps: float = 1e-6, norm: str = "rms", numerics: str = "exact") -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of each head of q and k, then their rotary embedding where ``rope`` is given; in one pass for RMS norms of each head and adjacent pairs.
 
     Args:
         q, k: [B, T, H, D] in one dtype (float32, bfloat16, float16 or float64), any strides: views of projections and slices of a packed
             QKV are read in place. k may have its own number of heads and, without ``rope``, of tokens.
-        q_weight, k_weight: [D], or None for a norm without weight.
-        rope: None, or (cos, sin), each [T, D/2] float32, any strides: the angle by which the pair (x[2i], x[2i+1]) of token t is turned.
-            (diffusers' tables hold each value twice: pass ``cos[:, ::2], sin[:, ::2]``.)
-        eps: added to the mean square; greater than 0.
-        norm: whose rounding ``"exact"`` follows: ``"rms"`` diffusers' RMSNorm, ``"torch_rms"`` torch.nn.RMSNorm.
-        numerics: ``"exact"`` rounds where the stock module and diffusers' apply_rotary_emb round, ``"close"`` once at the end.
+        q_weight, k_weight: [D], or None for a norm without weight. [H * D] each where ``across_heads``.
+        q_bias, k_bias: the same for a layer norm's bias.
+        q_log_scale, k_log_scale: [H] or None, for ``norm="l2"``: each head is multiplied by ``exp(min(log_scale, log 100))`` (VAR: pass
+            ``scale_mul_1H11.flatten()`` for q).
+        rope: None; or (cos, sin), each float32, any strides: the angle by which a pair of token t is turned; or one complex64 tensor, cos + i sin.
+            [T, D/2], or [B, T, D/2] where samples differ. Narrower tables, [T, R/2], turn the first R dimensions of each head.
+            (diffusers' tables hold each value twice: pass ``cos[:, ::2], sin[:, ::2]``, or for ``halves`` ``cos[:, :D/2], sin[:, :D/2]``. HiDream's are
+            matrices: pass ``freqs[:, :, 0, :, 0, 0], freqs[:, :, 0, :, 1, 0]``.)
+        halves: the pairs are (x[i], x[i + R/2]) instead of (x[2i], x[2i+1]).
+        across_heads: one norm over all heads of a token (HiDream, LTX, Lumina).
+        eps: added to the mean square or to the variance; for ``"l2"`` the least length that is divided by (``"close"``: sqrt(|x|^2 + eps^2)); greater than 0.
+        norm: which, and whose rounding ``"exact"`` follows: ``"rms"`` diffusers' RMSNorm, ``"torch_rms"`` torch.nn.RMSNorm, ``"layer"`` torch.nn.LayerNorm,
+            ``"float32_layer"`` diffusers' FP32LayerNorm, ``"l2"`` F.normalize (diffusers' LpNorm), ``"none"`` the rotation alone.
+        numerics: ``"exact"`` rounds where the stock module and diffusers' apply_rotary_emb round, ``"close"`` once after the norm and once at the end.
             Stock sums in another order where the head dimension is not the innermost in memory; this op gives the same bits for any layout.
+            With a complex ``rope`` the rotation of ``"exact"`` is PyTorch's own product, whose last bits depend on the shape and the number of threads.
 
     Returns: (q, k), contiguous, in the dtype that the stock norm gives (that of its input, or of a 16-bit weight; float32 for a float32 weight).
-    Raises: TypeError for a dtype, ValueError for a shape, a device, ``eps``, ``norm`` or ``numerics`` that is not as stated.
-    Source: Zhang and Sennrich (2019), "Root Mean Square Layer Normalization"; Su et al. (2021), "RoFormer".
+    Raises: TypeError for a dtype, ValueError for a shape, a device, ``eps``, ``norm`` or ``numerics`` that is not as stated, or for a vector that the
+        norm does not have.
+    Source: Zhang and Sennrich (2019), "Root Mean Square Layer Normalization"; Su et al. (2021), "RoFormer"; Tian et al. (2024), "Visual Autoregressive
+        Modeling".
     """
-    _check(q, k, q_weight, k_weight, rope, eps, norm)
+    others = (q_bias, k_bias, q_log_scale, k_log_scale, halves, across_heads)
+    formed, exact = _check(q, k, q_weight, k_weight, rope, eps, norm, others), is_exact(numerics)
+    if formed:
+        return _formed(q, k, q_weight, k_weight, rope, eps, norm, others, exact)
     cos, sin = (None, None) if rope is None else rope
-    return _rope(q, k, q_weight, k_weight, cos, sin, eps, NORMS[norm], is_exact(numerics))
+    return _rope(q, k, q_weight, k_weight, cos, sin, eps, NORMS[norm], exact)
 
 
-def qk_norm_into(q, k, q_weight, k_weight, q_out, k_out, *, rope=None, eps: float = 1e-6, norm: str = "rms", numerics: str = "exact") -> None:
+def qk_norm_into(q, k, q_weight, k_weight, q_out, k_out, *, q_bias=None, k_bias=None, q_log_scale=None, k_log_scale=None, rope=None, halves: bool = False,
+                 across_heads: bool = False, eps: float = 1e-6, norm: str = "rms", numerics: str = "exact") -> None:
     """``qk_norm_rope`` written straight into ``q_out`` and ``k_out``: slices of a joint buffer need no concatenation afterwards.
 
     Args:
@@ -168,19 +208,20 @@ def qk_norm_into(q, k, q_weight, k_weight, q_out, k_out, *, rope=None, eps: floa
             counters move) and must overlap neither each other nor the inputs, unless q_out is q and k_out is k.
         Everything else as in ``qk_norm_rope``.
 
-    Where a gradient is wanted the result is copied into the outputs, so that it flows.
+    Where a gradient is wanted the result is copied into the outputs, so that it flows; so it is in the forms that are not made in one pass.
     Raises: as ``qk_norm_rope``; also for an output whose shape, dtype, device or strides do not fit.
     """
-    _check(q, k, q_weight, k_weight, rope, eps, norm)
-    code, exact = NORMS[norm], is_exact(numerics)
-    cos, sin = (None, None) if rope is None else rope
-    _check_out("q_out", q_out, q, q_weight, code)
-    _check_out("k_out", k_out, k, k_weight, code)
+    others = (q_bias, k_bias, q_log_scale, k_log_scale, halves, across_heads)
+    formed, exact = _check(q, k, q_weight, k_weight, rope, eps, norm, others), is_exact(numerics)
+    _check_out("q_out", q_out, q, q_weight, q_log_scale, norm)
+    _check_out("k_out", k_out, k, k_weight, k_log_scale, norm)
+    cos, sin = (None, None) if rope is None or isinstance(rope, torch.Tensor) else rope
     tensors = (q, k, q_weight, k_weight, q_out, k_out)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        q_new, k_new = _rope(q, k, q_weight, k_weight, cos, sin, eps, code, exact)
+    if formed or torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        q_new, k_new = (_formed(q, k, q_weight, k_weight, rope, eps, norm, others, exact) if formed else
+                        _rope(q, k, q_weight, k_weight, cos, sin, eps, NORMS[norm], exact))
         q_out.copy_(q_new)
         k_out.grad_fn  # a view of the buffer that q_out is a view of learns of that copy only when it is asked
         k_out.copy_(k_new)
         return
-    _into(*tensors, cos, sin, eps, code, exact)
+    _into(*tensors, cos, sin, eps, NORMS[norm], exact)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from fusewire.kernels.rounding import compute_dtype
 
 RMS, TORCH_RMS = 0, 1  # which module's rounding: diffusers' RMSNorm, torch.nn.RMSNorm
+ROTATION, HALVES_ROTATION = 2, 3  # no norm and no weights, the rotation alone: of pairs (x[2i], x[2i+1]), or (x[i], x[i + D/2])
 
 
 def result_dtype(x: torch.Tensor, weight: torch.Tensor | None, norm: int) -> torch.dtype:
@@ -25,6 +26,8 @@ def result_dtype(x: torch.Tensor, weight: torch.Tensor | None, norm: int) -> tor
 
 def stock_norm(x, weight, eps: float, norm: int) -> torch.Tensor:
     """RMS norm over the last dimension of x, rounding where the stock module rounds."""
+    if norm >= ROTATION:
+        return x
     if norm == TORCH_RMS:
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)  # float32 for float64 inputs too
@@ -34,8 +37,12 @@ def stock_norm(x, weight, eps: float, norm: int) -> torch.Tensor:
     return (y.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else y) * weight
 
 
-def rotate(x, cos, sin) -> torch.Tensor:
-    """Each pair (x[2i], x[2i+1]) of x [B, T, H, D] turned by the angle whose cosine and sine are cos[t, i], sin[t, i] ([T, D/2])."""
+def rotate(x, cos, sin, halves: bool = False) -> torch.Tensor:
+    """Each pair (x[2i], x[2i+1]) of x [B, T, H, D], or (x[i], x[i + D/2]), turned by the angle whose cosine and sine are cos[t, i], sin[t, i] ([T, D/2])."""
+    if halves:
+        cos, sin = (torch.cat([table, table], -1)[None, :, None] for table in (cos, sin))
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat([-second, first], -1) * sin
     cos, sin = (table[None, :, None].repeat_interleave(2, dim=-1) for table in (cos, sin))
     turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
     return x * cos + turned * sin
@@ -47,13 +54,14 @@ def qk_norm_one(x, weight, cos, sin, eps: float, norm: int, exact: bool) -> torc
     dtype = result_dtype(x, weight, norm)
     if exact:
         y = stock_norm(x, weight, eps, norm)
-        return y if cos is None else rotate(y.to(torch.float32), cos, sin).to(y.dtype)
+        return y if cos is None else rotate(y.to(torch.float32), cos, sin, norm == HALVES_ROTATION).to(y.dtype)
     wide = compute_dtype(torch.promote_types(x.dtype, dtype))
     y = x.to(wide)
-    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
+    if norm < ROTATION:
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
     if weight is not None:
         y = y * weight.to(wide)
-    return (y if cos is None else rotate(y, cos.to(wide), sin.to(wide))).to(dtype)
+    return (y if cos is None else rotate(y, cos.to(wide), sin.to(wide), norm == HALVES_ROTATION)).to(dtype)
 
 
 def qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps: float, norm: int, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:

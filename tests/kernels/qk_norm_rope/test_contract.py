@@ -77,7 +77,7 @@ BAD = {
     "weight length": (ValueError, r"q_weight has shape \[7\]; it should be \[8\]", lambda a: {**a, "q_weight": torch.ones(7)}),
     "weight device": (ValueError, "q_weight is on meta", lambda a: {**a, "q_weight": torch.ones(8, device="meta")}),
     "eps": (ValueError, "eps is 0", lambda a: {**a, "eps": 0}),
-    "norm": (ValueError, "norm is 'layer'", lambda a: {**a, "norm": "layer"}),
+    "norm": (ValueError, "norm is 'group'", lambda a: {**a, "norm": "group"}),
     "numerics": (ValueError, "numerics is 'fast'", lambda a: {**a, "numerics": "fast"}),
     "rope not a pair": (TypeError, "rope is a Tensor", lambda a: {**a, "rope": a["rope"][0]}),
     "rope shape": (ValueError, r"rope's sin has shape \[3, 8\]; it should be \[3, 4\]", lambda a: {**a, "rope": (a["rope"][0], torch.ones(3, 8))}),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fusewire.kernels import cuda_rows
-from fusewire.kernels.qk_norm_rope.reference import ROTATION, TORCH_RMS
+from fusewire.kernels.qk_norm_rope.reference import HALVES_ROTATION, ROTATION, TORCH_RMS
 
 MAX_DIM = 1024  # a head's row is held in the registers of one warp
 MAX_ROWS = 2**31 - 256  # rows (token, head) are numbered in 32 bits; offsets have 64
@@ -23,8 +23,8 @@ op = cuda_rows.raw("cuda_qk_norm(Tensor q, Tensor k, Tensor? q_weight, Tensor? k
 def why_not_rope(q, k, q_weight, k_weight, cos, sin, eps, norm, exact) -> str:
     if reason := cuda_rows.why_not(q, k, q_weight, k_weight):
         return reason
-    if norm >= ROTATION:
-        return "the kernel has no rotation without a norm"
+    if norm == HALVES_ROTATION:
+        return "the kernel turns adjacent pairs alone"
     if q.shape[3] > MAX_DIM:
         return f"q has heads of {q.shape[3]} dimensions, more than {MAX_DIM}"
     if max(x.shape[0] * x.shape[1] * x.shape[2] for x in (q, k)) > MAX_ROWS:
@@ -42,7 +42,9 @@ def _stock_root(x, eps: float) -> torch.Tensor:
 
 
 def qk_norm_into(q, k, q_weight, k_weight, q_out, k_out, cos, sin, eps: float, norm: int, exact: bool) -> None:
-    if not exact:
+    if norm == ROTATION:
+        op(q, k, None, None, None, None, q_out, k_out, cos, sin, eps, NONE, exact)
+    elif not exact:
         op(q, k, q_weight, k_weight, None, None, q_out, k_out, cos, sin, eps, COMPUTED, False)
     elif norm != TORCH_RMS:
         op(q, k, q_weight, k_weight, _stock_root(q, eps), _stock_root(k, eps), q_out, k_out, cos, sin, eps, GIVEN, True)

@@ -122,9 +122,15 @@ def _check(q, k, q_weight, k_weight, rope, eps, norm, others) -> bool:
     return not fused or rope is not None and (isinstance(rope, torch.Tensor) or rope[0].shape != (q.shape[1], q.shape[3] // 2))
 
 
+def _normed(q, k, q_weight, k_weight, eps, norm, others, exact) -> tuple[torch.Tensor, torch.Tensor]:
+    q_bias, k_bias, q_log_scale, k_log_scale, _, across = others
+    return (forms.normed(q, q_weight, q_bias, q_log_scale, eps, norm, across, exact),
+            forms.normed(k, k_weight, k_bias, k_log_scale, eps, norm, across, exact))
+
+
 def _formed(q, k, q_weight, k_weight, rope, eps, norm, others, exact) -> tuple[torch.Tensor, torch.Tensor]:
     """``qk_norm_rope`` in one of the forms."""
-    q_bias, k_bias, q_log_scale, k_log_scale, halves, across = others
+    halves, across = others[4:]
     as_complex = exact and isinstance(rope, torch.Tensor) and not halves
     # The fused op rotates float64 in float32 in exact, as stock does; what stock leaves unrotated must not pass through it
     unrotated = exact and rope is not None and q.dtype is torch.float64 and forms.tables(rope)[0].shape[-1] < q.shape[3] // 2
@@ -134,8 +140,7 @@ def _formed(q, k, q_weight, k_weight, rope, eps, norm, others, exact) -> tuple[t
             return forms.by_sample(_rope, q, k, q_weight, k_weight, cos, sin, eps, NORMS[norm], exact)
         q, k = _rope(q, k, q_weight, k_weight, None, None, eps, NORMS[norm], exact)
     else:
-        q = forms.normed(q, q_weight, q_bias, q_log_scale, eps, norm, across, exact)
-        k = forms.normed(k, k_weight, k_bias, k_log_scale, eps, norm, across, exact)
+        q, k = _normed(q, k, q_weight, k_weight, eps, norm, others, exact)
     if rope is None:
         return q, k
     if as_complex:
@@ -208,16 +213,25 @@ def qk_norm_into(q, k, q_weight, k_weight, q_out, k_out, *, q_bias=None, k_bias=
             counters move) and must overlap neither each other nor the inputs, unless q_out is q and k_out is k.
         Everything else as in ``qk_norm_rope``.
 
-    Where a gradient is wanted the result is copied into the outputs, so that it flows; so it is in the forms that are not made in one pass.
+    Where a gradient is wanted the result is copied into the outputs, so that it flows. So it is without ``rope`` after a norm that is not an RMS norm of
+    each head, with tables by sample or narrower than the head, and with a complex ``rope`` in ``"exact"``.
     Raises: as ``qk_norm_rope``; also for an output whose shape, dtype, device or strides do not fit.
     """
     others = (q_bias, k_bias, q_log_scale, k_log_scale, halves, across_heads)
     formed, exact = _check(q, k, q_weight, k_weight, rope, eps, norm, others), is_exact(numerics)
     _check_out("q_out", q_out, q, q_weight, q_log_scale, norm)
     _check_out("k_out", k_out, k, k_weight, k_log_scale, norm)
-    cos, sin = (None, None) if rope is None or isinstance(rope, torch.Tensor) else rope
+    cos, sin = (None, None) if rope is None else forms.tables(rope)
     tensors = (q, k, q_weight, k_weight, q_out, k_out)
-    if formed or torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+    recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (*tensors, *others[:4], cos, sin))
+    if formed and not recorded and cos is not None and cos.shape == (q.shape[1], q.shape[3] // 2) and not (exact and isinstance(rope, torch.Tensor)):
+        code = NORMS.get(norm) if norm in _FUSED and others == _COMMON else reference.HALVES_ROTATION if others[4] else reference.ROTATION
+        if code >= reference.ROTATION:
+            q, k = _normed(q, k, q_weight, k_weight, eps, norm, others, exact)
+            q_weight = k_weight = None
+        _into(q, k, q_weight, k_weight, q_out, k_out, cos, sin, eps, code, exact)
+        return
+    if formed or recorded:
         q_new, k_new = (_formed(q, k, q_weight, k_weight, rope, eps, norm, others, exact) if formed else
                         _rope(q, k, q_weight, k_weight, cos, sin, eps, NORMS[norm], exact))
         q_out.copy_(q_new)

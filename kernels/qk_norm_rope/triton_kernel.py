@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from fusewire.kernels.qk_norm_rope.reference import RMS, TORCH_RMS, result_dtype
+from fusewire.kernels.qk_norm_rope.reference import RMS, ROTATION, TORCH_RMS, result_dtype
 from fusewire.kernels.triton_base import TYPES, arch_of, inner_contiguous, launch, narrow, rounded, strided, vector_aligned
 from fusewire.kernels.tuning import aligned, row_tile
 
@@ -103,6 +103,9 @@ def _launch(q, k, q_weight, k_weight, q_out, k_out, cos, sin, eps: float, exact:
 
 
 def qk_norm_into(q, k, q_weight, k_weight, q_out, k_out, cos, sin, eps: float, norm: int, exact: bool) -> None:
+    if norm == ROTATION:
+        _launch(q, k, None, None, q_out, k_out, cos, sin, eps, exact, NONE)
+        return
     if exact and norm == TORCH_RMS:
         q, k = (F.rms_norm(x.contiguous(), x.shape[-1:], weight, eps) for x, weight in ((q, q_weight), (k, k_weight)))
         if cos is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fusewire.kernels.qk_norm_rope.reference import ROTATION
+from fusewire.kernels.qk_norm_rope.reference import HALVES_ROTATION
 from fusewire.kernels.triton_rows import why_not
 
 MAX_DIM = 1024  # head dimensions; a head's row is held in registers
@@ -12,8 +12,8 @@ MAX_ROWS = 2**31 - 4096  # rows (token, head) are numbered in 32 bits; offsets h
 def why_not_rope(q, k, q_weight, k_weight, cos, sin, eps, norm, exact) -> str:
     if reason := why_not(q, k, q_weight, k_weight):
         return reason
-    if norm >= ROTATION:
-        return "the kernel has no rotation without a norm"
+    if norm == HALVES_ROTATION:
+        return "the kernel turns adjacent pairs alone"
     if q.shape[3] > MAX_DIM:
         return f"q has heads of {q.shape[3]} dimensions, more than {MAX_DIM}"
     if max(x.shape[0] * x.shape[1] * x.shape[2] for x in (q, k)) > MAX_ROWS:

@@ -43,6 +43,19 @@ def test_values(in_cuda, dtype, dim, norm, rotated):
     assert torch.equal(q, before[0]) and torch.equal(k, before[1])
 
 
+@pytest.mark.parametrize("dim", (6, 64, 72, 160))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotation_alone(in_cuda, dtype, dim):
+    """tail: without a norm, and with tables for a part of the head."""
+    q, k, _, _, rope = inputs(dim, dtype)
+    for tables in (rope, tuple(table[:, :2] for table in rope)):
+        with in_cuda("qk_norm_rope", 2):
+            exact, close = (ops.qk_norm_rope(q, k, rope=tables, norm="none", numerics=numerics) for numerics in ("exact", "close"))
+        for got, got_close, want in zip(exact, close, ops.qk_norm_rope(q, k, rope=tables, norm="none")):
+            assert_exact(got, want)
+            assert_exact(got_close, want)
+
+
 def ops_norm(norm: str) -> int:
     return {"rms": reference.RMS, "torch_rms": reference.TORCH_RMS}[norm]
 

@@ -385,7 +385,7 @@ def test_every_isa_level(level):
     run_at(level, __file__, "test_exact_stock_rotations or test_in_place")
 
 
-def test_rotation_alone_is_left_to_pytorch_on_a_gpu():
+def test_rotation_of_halves_is_left_to_pytorch_on_a_gpu():
     """silent-off: the Triton and CUDA rows say that they have no such kernel."""
     v = inputs("rotation")
     for limits, module in ((triton_limits, "why_not"), (cuda, "cuda_rows")):
@@ -393,7 +393,7 @@ def test_rotation_alone_is_left_to_pytorch_on_a_gpu():
             patch.setattr(limits, module, (lambda *_: "") if module == "why_not" else SimpleNamespace(why_not=lambda *_: ""))
             for norm in range(4):
                 reason = limits.why_not_rope(v["q"], v["k"], None, None, *v["rope"], 1e-6, norm, True)
-                assert reason == ("the kernel has no rotation without a norm" if norm > 1 else "")
+                assert reason == ("the kernel turns adjacent pairs alone" if norm == 3 else "")
 
 
 Q = torch.ones(2, 3, 4, 8)

@@ -42,6 +42,23 @@ def test_values(dtype, dim, norm, rotated):
             assert_close(close[i], want, plain[i])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", DIMS)
+def test_rotation_alone(dtype, dim):
+    """tail: without a norm, and with tables for a part of the head; 10 and 20 rows fill no block."""
+    q, k, rope = inputs(dim, dtype)
+    for tables in (rope, tuple(table[:, :3] for table in rope)):
+        with in_triton("qk_norm_rope", 2):
+            exact, close = (ops.qk_norm_rope(q, k, rope=tables, norm="none", numerics=numerics) for numerics in ("exact", "close"))
+        for got, got_close, want in zip(exact, close, on_reference(lambda: ops.qk_norm_rope(q, k, rope=tables, norm="none"))):
+            assert_exact(got, want)
+            assert_exact(got_close, want)
+    q_out = torch.full((2, 5, 3, 2 * dim), torch.nan).to(dtype)[..., 1:dim + 1]
+    with in_triton("qk_norm_into"):
+        ops.qk_norm_into(q, k, None, None, q_out, k, rope=rope, norm="none")
+    assert_exact(q_out, on_reference(lambda: ops.qk_norm_rope(q, q, rope=rope, norm="none"))[0])
+
+
 @pytest.mark.parametrize("numerics", ["exact", "close"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 def test_strided_input(layout, numerics):

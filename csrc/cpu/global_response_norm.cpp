@@ -38,13 +38,14 @@ static Tensor global_response_norm(const Tensor& x, const Tensor& weight, const 
 }
 
 // The gradients of x, weight and bias; that of x has no elements where it is not wanted.
-static std::tuple<Tensor, Tensor, Tensor> global_response_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, double eps, bool of_x) {
+static std::tuple<Tensor, Tensor, Tensor> global_response_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, double eps,
+                                                                        bool of_x) {
   const Tensor dx = of_x ? empty_contiguous(x) : empty_vector(0, x);
   const int64_t samples = x.numel() ? x.size(0) : 0, channels = x.size(3);
   const ColumnSums factors(samples, 4, channels, x);
   if (samples) {
-    ResponseTask k{leading_rows(x, x), leading_rows(grad, x), samples, channels, ColumnBlocks(x.size(1) * x.size(2)), weight.const_data_ptr(), nullptr,
-                   weight.stride(0), 0, eps, nullptr, factors.data(), of_x ? dx.mutable_data_ptr() : nullptr};
+    ResponseTask k{leading_rows(x, x), leading_rows(grad, x), samples, channels, ColumnBlocks(x.size(1) * x.size(2)),
+                   weight.const_data_ptr(), nullptr, weight.stride(0), 0, eps, nullptr, factors.data(), of_x ? dx.mutable_data_ptr() : nullptr};
     const auto sums = scratch(samples * k.blocks.count * k.kinds() * channels, x);
     k.sums = sums.get();
     run_task(k, x.scalar_type());

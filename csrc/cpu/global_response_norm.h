@@ -18,7 +18,8 @@ struct ResponseTask {
   int64_t weight_stride, bias_stride;
   double eps;
   void* sums;     // [B, blocks, kinds, C] in the compute type: of x^2; backwards also of grad * x and of grad
-  void* factors;  // [B, factors, C] in the compute type: of x, or of grad; backwards also of x, and the sample's parts of the gradients of weight and bias
+  // [B, factors, C] in the compute type: of x, or of grad; backwards also of x, and the sample's parts of the gradients of weight and bias
+  void* factors;
   void* out;      // contiguous; null where the gradient of x is not wanted
 
   int kinds() const { return grad.data ? 3 : 1; }

@@ -57,8 +57,8 @@ static void sum_blocks(const ResponseTask& k, int64_t begin, int64_t end) {
   }
 }
 
-// With S the sum of grad * x of a channel: the gradients are, of weight n * S; of n, weight * S; of g, what g / (mean(g) + eps) makes of that; and of x by
-// way of g, its share x / g, none where g is 0.
+// With S the sum of grad * x of a channel: the gradients are, of weight n * S; of n, weight * S; of g, what g / (mean(g) + eps) makes of that; and
+// of x by way of g, its share x / g, none where g is 0.
 template <typename T>
 static void samples(const ResponseTask& k, int64_t begin, int64_t end) {
   using C = compute_t<T>;

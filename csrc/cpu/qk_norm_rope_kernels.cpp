@@ -192,8 +192,14 @@ static void tokens(const QkNorm& n, const QkTensor& t, int64_t begin, int64_t en
 template <typename T>
 static void choose(const QkNorm& n, const QkTensor& t, int64_t begin, int64_t end) {
   using C = compute_t<T>;
-  if (n.norm == kHalvesRotation) return (n.exact ? tokens<T, Mode<C, false, true, true, false, true>> : tokens<T, Mode<C, false, true, false, false, true>>)(n, t, begin, end);
-  if (n.norm == kRotation) return (n.exact ? tokens<T, Mode<C, false, true, true, false>> : tokens<T, Mode<C, false, true, false, false>>)(n, t, begin, end);
+  if (n.norm == kHalvesRotation) {
+    if (n.exact) return tokens<T, Mode<C, false, true, true, false, true>>(n, t, begin, end);
+    return tokens<T, Mode<C, false, true, false, false, true>>(n, t, begin, end);
+  }
+  if (n.norm == kRotation) {
+    if (n.exact) return tokens<T, Mode<C, false, true, true, false>>(n, t, begin, end);
+    return tokens<T, Mode<C, false, true, false, false>>(n, t, begin, end);
+  }
   if (n.exact && n.norm == kRms) {
     if (n.cos) return tokens<T, Mode<float, true, true, true>>(n, t, begin, end);
     return tokens<T, Mode<float, true, false, false>>(n, t, begin, end);

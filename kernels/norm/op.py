@@ -52,8 +52,8 @@ _rms_backward = _backward_table("rms_norm_backward", reference.rms_norm_backward
 _layer_backward = _backward_table("layer_norm_backward", reference.layer_norm_backward)
 
 
-_response_backward_op = define("global_response_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, bool of_x) -> (Tensor, Tensor, Tensor)",
-                               fallback=reference.global_response_norm_backward, fake=_fake_response_backward)
+_response_backward_op = define("global_response_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, bool of_x) -> "
+                               "(Tensor, Tensor, Tensor)", fallback=reference.global_response_norm_backward, fake=_fake_response_backward)
 _response_backward = Table("global_response_norm_backward", [Backend("cpu", native.why_not_response_backward, _response_backward_op),
                                                              Backend("reference", always, reference.global_response_norm_backward)])
 
@@ -97,8 +97,8 @@ _layer_2d_op = _register(f"layer_norm_2d({_ARGUMENTS}, bool exact) -> Tensor", r
 
 # No kernel has torch.norm's order of summation: the op is close alone
 _response_parts = fused(_response_close, _gradients_response, lambda x, weight, bias, eps: len({x.dtype, weight.dtype, bias.dtype}) > 1)
-_response_op = define("global_response_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor", fallback=_response_close, fake=_fake_response,
-                      backward=_response_parts[0], setup_context=_response_parts[1])
+_response_op = define("global_response_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor", fallback=_response_close,
+                      fake=_fake_response, backward=_response_parts[0], setup_context=_response_parts[1])
 
 _rms = Table("rms_norm", [Backend("cpu", native.why_not_rms, _rms_op), triton_row(_rms_op, triton_limits.why_not_norm, "norm.rms_norm"),
                           Backend("reference", always, reference.rms_norm)])
@@ -198,8 +198,8 @@ def global_response_norm(x, weight, bias, *, eps: float = 1e-6, numerics: str = 
         x: [B, H, W, C], channels last as the linears around it have them, float32, bfloat16, float16 or float64, any strides.
         weight, bias: [C] (diffusers' gamma and beta are [1, 1, 1, C]: pass ``gamma.flatten()``).
         eps: added to the mean of the norms; greater than 0.
-        numerics: ``"exact"`` gives the bits of diffusers' GlobalResponseNorm for contiguous pictures, by PyTorch's own calls, which may depend on the batch
-            and the number of threads as the module's do; ``"close"`` is fused, in float32 with one rounding at the end.
+        numerics: ``"exact"`` gives the bits of diffusers' GlobalResponseNorm for contiguous pictures, by PyTorch's own calls, which may depend on
+            the batch and the number of threads as the module's do; ``"close"`` is fused, in float32 with one rounding at the end.
 
     Returns: [B, H, W, C], contiguous, in the dtype that x, weight and bias promote to.
     Raises: TypeError for a dtype, ValueError for a shape, a device, ``eps`` or ``numerics`` that is not as stated.

@@ -113,8 +113,8 @@ def global_response_norm(x, weight, bias, eps: float, exact: bool) -> torch.Tens
 def global_response_norm_backward(grad, x, weight, eps: float, of_x: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of x, weight and bias in the rounding of ``close``, all of one dtype; that of x has no elements where it is not wanted.
 
-    With s = 1 / (mean(g) + eps) and S the sum of grad * x over a picture's channel: that of g is weight * S * s - mean(weight * S * g) * s^2, of which x
-    gets x / g, and nothing where g is 0.
+    With s = 1 / (mean(g) + eps) and S the sum of grad * x over a picture's channel: that of g is weight * S * s - mean(weight * S * g) * s^2, of
+    which x gets x / g, and nothing where g is 0.
     """
     dtype = x.dtype
     grad, x, weight = _to(_wide(dtype), grad, x, weight)

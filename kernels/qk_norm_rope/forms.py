@@ -47,7 +47,8 @@ def check_rope(q, k, rope) -> None:
         raise ValueError(f"rope is given for q of shape {list(q.shape)} and k of shape {list(k.shape)}; T should be the same and D even")
     for name, table in tables:
         if not (table.dim() in (2, 3) and table.shape[-2] == tokens and table.shape[-1] <= dim // 2 and table.shape[:-2] in ((), (1,), (batch,))):
-            raise ValueError(f"{name} has shape {list(table.shape)}; it should be [{tokens}, {dim // 2}] or [{batch}, {tokens}, {dim // 2}], or narrower")
+            raise ValueError(f"{name} has shape {list(table.shape)}; it should be [{tokens}, {dim // 2}] "
+                             f"or [{batch}, {tokens}, {dim // 2}], or narrower")
         if table.shape != tables[0][1].shape:
             raise ValueError(f"{name} has shape {list(table.shape)}; it should be {list(tables[0][1].shape)}, as {tables[0][0]}")
         if table.device != q.device:
@@ -92,7 +93,7 @@ def padded(cos, sin, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def by_sample(op, q, k, q_weight, k_weight, cos, sin, *rest) -> tuple[torch.Tensor, torch.Tensor]:
-    """``op`` with tables [T, R/2] or [B, T, R/2]: the tokens of all samples are those of one, for the latter. They are copied where they do not lie so."""
+    """``op`` with tables [T, R/2] or [B, T, R/2]: all samples' tokens are those of one, for the latter; copied where they do not lie so."""
     if cos.dim() == 2:
         return op(q, k, q_weight, k_weight, cos, sin, *rest)
     flat = [x.flatten(0, 1).unsqueeze(0) for x in (q, k)]
@@ -110,7 +111,7 @@ def turned(op, q, k, cos, sin, *rest) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def turned_as_complex(x, rope) -> torch.Tensor:
-    """x rotated as stock does it in complex numbers: PyTorch's product, whose last bits differ between a vector's lanes and the elements left over."""
+    """x rotated as stock does it in complex numbers: PyTorch's product, whose last bits differ between vectors and the elements left over."""
     width = 2 * rope.shape[-1]
     head = torch.view_as_complex(x[..., :width].float().reshape(*x.shape[:-1], width // 2, 2))
     y = torch.view_as_real(head * rope.unsqueeze(-2)).flatten(3).type_as(x)

@@ -168,7 +168,7 @@ def _check_out(name, out, x, weight, log_scale, norm) -> None:
 
 def qk_norm_rope(q, k, q_weight=None, k_weight=None, *, q_bias=None, k_bias=None, q_log_scale=None, k_log_scale=None, rope=None, halves: bool = False,
                  across_heads: bool = False, eps: float = 1e-6, norm: str = "rms", numerics: str = "exact") -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of each head of q and k, then their rotary embedding where ``rope`` is given; in one pass for RMS norms of each head and adjacent pairs.
+    """The norm of q and k, then their rotary embedding where ``rope`` is given: in one pass for RMS norms of each head and adjacent pairs.
 
     Args:
         q, k: [B, T, H, D] in one dtype (float32, bfloat16, float16 or float64), any strides: views of projections and slices of a packed
@@ -179,22 +179,23 @@ def qk_norm_rope(q, k, q_weight=None, k_weight=None, *, q_bias=None, k_bias=None
             ``scale_mul_1H11.flatten()`` for q).
         rope: None; or (cos, sin), each float32, any strides: the angle by which a pair of token t is turned; or one complex64 tensor, cos + i sin.
             [T, D/2], or [B, T, D/2] where samples differ. Narrower tables, [T, R/2], turn the first R dimensions of each head.
-            (diffusers' tables hold each value twice: pass ``cos[:, ::2], sin[:, ::2]``, or for ``halves`` ``cos[:, :D/2], sin[:, :D/2]``. HiDream's are
-            matrices: pass ``freqs[:, :, 0, :, 0, 0], freqs[:, :, 0, :, 1, 0]``.)
+            (diffusers' tables hold each value twice: pass ``cos[:, ::2], sin[:, ::2]``, or for ``halves`` ``cos[:, :D/2], sin[:, :D/2]``.
+            HiDream's are matrices: pass ``freqs[:, :, 0, :, 0, 0], freqs[:, :, 0, :, 1, 0]``.)
         halves: the pairs are (x[i], x[i + R/2]) instead of (x[2i], x[2i+1]).
         across_heads: one norm over all heads of a token (HiDream, LTX, Lumina).
-        eps: added to the mean square or to the variance; for ``"l2"`` the least length that is divided by (``"close"``: sqrt(|x|^2 + eps^2)); greater than 0.
-        norm: which, and whose rounding ``"exact"`` follows: ``"rms"`` diffusers' RMSNorm, ``"torch_rms"`` torch.nn.RMSNorm, ``"layer"`` torch.nn.LayerNorm,
-            ``"float32_layer"`` diffusers' FP32LayerNorm, ``"l2"`` F.normalize (diffusers' LpNorm), ``"none"`` the rotation alone.
-        numerics: ``"exact"`` rounds where the stock module and diffusers' apply_rotary_emb round, ``"close"`` once after the norm and once at the end.
+        eps: added to the mean square or to the variance; for ``"l2"`` the least length divided by (``"close"``: sqrt(|x|^2 + eps^2)); above 0.
+        norm: which, and whose rounding ``"exact"`` follows: ``"rms"`` diffusers' RMSNorm, ``"torch_rms"`` torch.nn.RMSNorm, ``"layer"``
+            torch.nn.LayerNorm, ``"float32_layer"`` diffusers' FP32LayerNorm, ``"l2"`` F.normalize (diffusers' LpNorm), ``"none"`` the rotation alone.
+        numerics: ``"exact"`` rounds where the stock module and diffusers' apply_rotary_emb round, ``"close"`` once at the end
+            (and once after a norm that is a pass of its own).
             Stock sums in another order where the head dimension is not the innermost in memory; this op gives the same bits for any layout.
-            With a complex ``rope`` the rotation of ``"exact"`` is PyTorch's own product, whose last bits depend on the shape and the number of threads.
+            With a complex ``rope`` the rotation of ``"exact"`` is PyTorch's own product, whose last bits depend on the shape and the threads.
 
     Returns: (q, k), contiguous, in the dtype that the stock norm gives (that of its input, or of a 16-bit weight; float32 for a float32 weight).
     Raises: TypeError for a dtype, ValueError for a shape, a device, ``eps``, ``norm`` or ``numerics`` that is not as stated, or for a vector that the
         norm does not have.
-    Source: Zhang and Sennrich (2019), "Root Mean Square Layer Normalization"; Su et al. (2021), "RoFormer"; Tian et al. (2024), "Visual Autoregressive
-        Modeling".
+    Source: Zhang and Sennrich (2019), "Root Mean Square Layer Normalization"; Su et al. (2021), "RoFormer"; Tian et al. (2024), "Visual
+        Autoregressive Modeling".
     """
     others = (q_bias, k_bias, q_log_scale, k_log_scale, halves, across_heads)
     formed, exact = _check(q, k, q_weight, k_weight, rope, eps, norm, others), is_exact(numerics)
@@ -204,8 +205,8 @@ def qk_norm_rope(q, k, q_weight=None, k_weight=None, *, q_bias=None, k_bias=None
     return _rope(q, k, q_weight, k_weight, cos, sin, eps, NORMS[norm], exact)
 
 
-def qk_norm_into(q, k, q_weight, k_weight, q_out, k_out, *, q_bias=None, k_bias=None, q_log_scale=None, k_log_scale=None, rope=None, halves: bool = False,
-                 across_heads: bool = False, eps: float = 1e-6, norm: str = "rms", numerics: str = "exact") -> None:
+def qk_norm_into(q, k, q_weight, k_weight, q_out, k_out, *, q_bias=None, k_bias=None, q_log_scale=None, k_log_scale=None, rope=None,
+                 halves: bool = False, across_heads: bool = False, eps: float = 1e-6, norm: str = "rms", numerics: str = "exact") -> None:
     """``qk_norm_rope`` written straight into ``q_out`` and ``k_out``: slices of a joint buffer need no concatenation afterwards.
 
     Args:
@@ -213,8 +214,8 @@ def qk_norm_into(q, k, q_weight, k_weight, q_out, k_out, *, q_bias=None, k_bias=
             counters move) and must overlap neither each other nor the inputs, unless q_out is q and k_out is k.
         Everything else as in ``qk_norm_rope``.
 
-    Where a gradient is wanted the result is copied into the outputs, so that it flows. So it is without ``rope`` after a norm that is not an RMS norm of
-    each head, with tables by sample or narrower than the head, and with a complex ``rope`` in ``"exact"``.
+    Where a gradient is wanted the result is copied into the outputs, so that it flows. So it is without ``rope`` after a norm that is not an RMS norm
+    of each head, with tables by sample or narrower than the head, and with a complex ``rope`` in ``"exact"``.
     Raises: as ``qk_norm_rope``; also for an output whose shape, dtype, device or strides do not fit.
     """
     others = (q_bias, k_bias, q_log_scale, k_log_scale, halves, across_heads)

@@ -38,7 +38,7 @@ def stock_norm(x, weight, eps: float, norm: int) -> torch.Tensor:
 
 
 def rotate(x, cos, sin, halves: bool = False) -> torch.Tensor:
-    """Each pair (x[2i], x[2i+1]) of x [B, T, H, D], or (x[i], x[i + D/2]), turned by the angle whose cosine and sine are cos[t, i], sin[t, i] ([T, D/2])."""
+    """Each pair (x[2i], x[2i+1]) of x [B, T, H, D], or (x[i], x[i + D/2]), turned by the angle of cosine cos[t, i] and sine sin[t, i] ([T, D/2])."""
     if halves:
         cos, sin = (torch.cat([table, table], -1)[None, :, None] for table in (cos, sin))
         first, second = x.chunk(2, -1)

@@ -1,4 +1,4 @@
-"""Global response normalisation: diffusers' module bit for bit in ``exact``, against float64 in ``close``, and what every op of the project promises."""
+"""Global response normalisation: diffusers' module bit for bit in ``exact``, against float64 in ``close``, and what every op promises."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.tolerance import assert_close, assert_exact, assert_within
 needs_library = pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
 BACKENDS = [pytest.param("cpu", marks=needs_library), "reference"]
 NUMERICS = ("exact", "close")
-# (B, H, W, C). Odd first; rows and channels around the kernel's 4 rows, its groups of 16 and its vectors; two blocks of rows; Stable Cascade's width, at few rows
+# (B, H, W, C). Odd first; rows and channels around the kernel's 4 rows, its groups of 16 and its vectors; blocks of rows; Stable Cascade's width
 SHAPES = ((1, 1, 1, 1), (2, 3, 5, 7), (1, 4, 4, 16), (2, 1, 17, 33), (2, 5, 13, 65), (1, 33, 32, 40), (1, 4, 4, 8192))
 
 

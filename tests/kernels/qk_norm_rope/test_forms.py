@@ -1,4 +1,4 @@
-"""The forms of QK norm and rotary embedding: the stock modules of diffusers bit for bit in ``exact``, float64 in ``close``, forwards and backwards."""
+"""The forms of QK norm and rotary embedding: diffusers' modules bit for bit in ``exact``, against float64 in ``close``, forwards and backwards."""
 
 from __future__ import annotations
 
@@ -217,8 +217,8 @@ def test_into_the_joint_buffer(rope, form):
                 own = tables[..., part, :] if isinstance(tables, torch.Tensor) else tuple(table[..., part, :] for table in tables)
                 versions = [buffer._version for buffer in buffers]
                 given = dict(keywords)
-                ops.qk_norm_into(q[:, part], k[:, part], given.pop("q_weight", None), given.pop("k_weight", None), *(b[:, to] for b in buffers), rope=own,
-                                 numerics=numerics, **given)
+                weights = given.pop("q_weight", None), given.pop("k_weight", None)
+                ops.qk_norm_into(q[:, part], k[:, part], *weights, *(b[:, to] for b in buffers), rope=own, numerics=numerics, **given)
                 assert all(buffer._version > version for buffer, version in zip(buffers, versions))
         for buffer, expected in zip(buffers, want, strict=True):
             assert_exact(buffer[:, 1:10], expected)
@@ -228,7 +228,8 @@ def test_into_the_joint_buffer(rope, form):
 @pytest.mark.parametrize("numerics", NUMERICS)
 def test_in_place_in_packed_qkv(numerics):
     """The q and k of a packed [B, T, 3, H, D] projection, each form in place: v keeps its bits."""
-    for keywords in (dict(), dict(norm="layer", halves=True), dict(norm="torch_rms", across_heads=True), dict(norm="none", halves=True), dict(norm="l2")):
+    for keywords in (dict(), dict(norm="layer", halves=True), dict(norm="torch_rms", across_heads=True), dict(norm="none", halves=True),
+                     dict(norm="l2")):
         packed, rope = torch.randn(2, 5, 3, 4, 32), rope_of("by sample", 2, 5, 32)
         q, k, v = packed.unbind(2)
         want, before = ops.qk_norm_rope(q, k, rope=rope, numerics=numerics, **keywords), v.clone()
@@ -336,7 +337,8 @@ def test_fake_mismatch(norm, permuted):
     q, k, (cos, sin) = heads(2, 3, 4, 8), heads(2, 3, 2, 8), rope_of("pairs", 2, 3, 8)
     if permuted:
         q, k = (x.permute(2, 0, 3, 1).contiguous().permute(1, 3, 0, 2) for x in (q, k))
-    torch.library.opcheck(torch.ops.fusewire.qk_norm_into.default, (q, k, None, None, torch.empty_like(q), torch.empty_like(k), cos, sin, 1e-6, norm, True))
+    out = torch.empty_like(q), torch.empty_like(k)
+    torch.library.opcheck(torch.ops.fusewire.qk_norm_into.default, (q, k, None, None, *out, cos, sin, 1e-6, norm, True))
     for exact in (False, True):
         torch.library.opcheck(torch.ops.fusewire.qk_norm_rope.default, (q.detach().requires_grad_(), k, None, None, cos, sin, 1e-6, norm, exact))
 
@@ -406,7 +408,8 @@ BAD = {
     "scale shape": (dict(norm="l2", q_log_scale=torch.ones(8)), ValueError, r"q_log_scale has shape \[8\]; it should be \[4\]"),
     "weight across": (dict(across_heads=True, q_weight=torch.ones(8)), ValueError, r"q_weight has shape \[8\]; it should be \[32\]"),
     "l2 across": (dict(norm="l2", across_heads=True), ValueError, "across_heads is True; for norm 'l2' it should be False"),
-    "batch of rope": (dict(rope=tuple(t.expand(3, 3, 4) for t in TABLES)), ValueError, r"rope's cos has shape \[3, 3, 4\]; it should be \[3, 4\] or \[2, 3, 4\]"),
+    "batch of rope": (dict(rope=tuple(t.expand(3, 3, 4) for t in TABLES)), ValueError,
+                      r"rope's cos has shape \[3, 3, 4\]; it should be \[3, 4\] or \[2, 3, 4\]"),
     "wide rope": (dict(rope=(torch.ones(3, 8),) * 2), ValueError, r"rope's cos has shape \[3, 8\]; it should be \[3, 4\]"),
     "unlike tables": (dict(rope=(TABLES[0], TABLES[0][:, :2])), ValueError, r"rope's sin has shape \[3, 2\]; it should be \[3, 4\], as rope's cos"),
     "complex128": (dict(rope=torch.ones(3, 4, dtype=torch.complex128)), TypeError, "rope is a Tensor; it should be a pair"),

@@ -73,6 +73,42 @@ for _channels, _dtype in itertools.product((64, 1152, 1536, 3072, 8192, 16384), 
             x, _ = _tokens(channels, dtype)
             linear.epilogue(x, meta(channels, dtype=dtype), "gelu_tanh", None, None, False)
 
+for _channels, _dtype in itertools.product((64, 1152, 1536, 2039, 3072, 4096), SHORT):
+    @case(f"adaln_modulate_backward {_channels} {SHORT[_dtype]}")
+    def _(channels=_channels, dtype=_dtype):
+        x, m = _tokens(channels, dtype)
+        adaln.adaln_modulate_backward(x, x, m[0], m[1], None, None, 1e-6, False, 0b111)
+
+    @case(f"adaln_modulate_backward affine {_channels} {SHORT[_dtype]}")
+    def _(channels=_channels, dtype=_dtype):
+        (x, m), w = _tokens(channels, dtype), meta(channels, dtype=dtype)
+        adaln.adaln_modulate_backward(x, x, m[0], m[1], w, w, 1e-6, True, 0b11111)
+
+    @case(f"adaln_modulate_dual_backward {_channels} {SHORT[_dtype]}")
+    def _(channels=_channels, dtype=_dtype):
+        x, m = _tokens(channels, dtype)
+        adaln.adaln_modulate_dual_backward(x, x, x, *m[:4], 1e-6, 0b11111)
+
+    @case(f"gate_residual_backward {_channels} {SHORT[_dtype]}")
+    def _(channels=_channels, dtype=_dtype):
+        x, m = _tokens(channels, dtype)
+        adaln.gate_residual_backward(x, x, m[0], 0b11)
+
+    @case(f"gate_residual_adaln_backward two gates {_channels} {SHORT[_dtype]}")
+    def _(channels=_channels, dtype=_dtype):
+        x, m = _tokens(channels, dtype)
+        adaln.gate_residual_adaln_backward(x, x, x, x, m[0], x, m[1], m[2], m[3], None, None, 1e-6, False, 0b001111111)
+
+    @case(f"gate_residual_adaln_backward affine {_channels} {SHORT[_dtype]}")
+    def _(channels=_channels, dtype=_dtype):
+        (x, m), w = _tokens(channels, dtype), meta(channels, dtype=dtype)
+        adaln.gate_residual_adaln_backward(x, x, x, x, m[0], None, None, m[1], m[2], w, w, 1e-6, False, 0b111100111)
+
+    @case(f"gate_residual_adaln_backward each token {_channels} {SHORT[_dtype]}")
+    def _(channels=_channels, dtype=_dtype):
+        x, _ = _tokens(channels, dtype)
+        adaln.gate_residual_adaln_backward(x, x, x, x, x, None, None, x, x, None, None, 1e-6, False, 0b001100111)
+
 for _channels, _dtype in itertools.product((64, 1536, 4096, 8192), SHORT):
     @case(f"layer_norm {_channels} {SHORT[_dtype]}")
     def _(channels=_channels, dtype=_dtype):
@@ -135,6 +171,12 @@ for _channels, (_name, _layout) in itertools.product((1536, 1000, 63), {"plain":
         adaln.gate_residual_adaln(layout(x), layout(x), layout(m[0]), None, None, layout(m[1]), layout(m[2]), None, None, 1e-6, False, False)
 
 for _channels, (_name, _layout) in itertools.product((1536, 63), {"plain": lambda x: x, **LAYOUTS}.items()):
+    @case(f"layout of adaln_backward {_channels}: {_name}")
+    def _(channels=_channels, layout=_layout):
+        (x, m), w = _tokens(channels, torch.bfloat16), meta(channels)
+        adaln.gate_residual_adaln_backward(layout(x), layout(x), layout(x), layout(x), layout(m[0]), None, None, layout(m[1]), layout(m[2]), layout(w),
+                                           None, 1e-6, False, 0b011100111)
+
     @case(f"layout of norm_backward {_channels}: {_name}")
     def _(channels=_channels, layout=_layout):
         x, w = meta(2, 1024, channels), meta(channels)
@@ -204,8 +246,9 @@ for _dim, _dtype in itertools.product((64, 128), SHORT):
 
 QUICK = ("adaln_modulate 1536 bf16", "gate_residual_adaln two gates 3072 f32", "gate_residual exact 1536 f32", "linear gate residual 1536 bf16",
          "qk_norm_into joint buffer 64 bf16", "flow_euler_step guided bf16", "attention 64 bf16", "joint_attention 128 bf16", "attention 72 bf16 bool",
-         "layer_norm 1536 bf16", "rms_norm_backward 4096 bf16", "geglu 5120 bf16", "geglu_backward bias 5120 f32")
-DOCUMENTED = (*QUICK, "adaln_modulate 3072 bf16", "adaln_modulate_dual 1536 bf16", "gate_residual_adaln two gates 1536 bf16",
+         "layer_norm 1536 bf16", "rms_norm_backward 4096 bf16", "geglu 5120 bf16", "geglu_backward bias 5120 f32",
+         "gate_residual_backward 1536 bf16", "gate_residual_adaln_backward two gates 1536 bf16")
+DOCUMENTED = (*QUICK, "adaln_modulate_backward 1536 bf16", "adaln_modulate_backward affine 3072 f32", "adaln_modulate 3072 bf16", "adaln_modulate_dual 1536 bf16", "gate_residual_adaln two gates 1536 bf16",
               "gate_residual_adaln two gates 16384 f32", "adaln_modulate exact 1536 bf16", "linear bias gelu_tanh 1536 bf16", "qk_norm_rope 64 bf16",
               "qk_norm_rope 128 f32", "attention 64 f32", "attention 128 bf16", "attention 128 bf16 additive", "attention 128 f32",
               "attention 256 bf16", "attention 512 bf16", "joint_attention 64 bf16")

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from fusewire.kernels.adaln import native, reference
+from fusewire.kernels.adaln import native, reference, triton_limits
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import define
+from fusewire.kernels.triton_rows import row as triton_row
 
 
 def _asked(wanted: int, *of):
@@ -32,23 +33,25 @@ def _fake_gate_modulate(grad, grad2, x, y, gate, y2, gate2, shift, scale, weight
     return _asked(wanted, x, y, gate, y2, gate2, shift, scale, weight, bias)
 
 
-def _table(schema: str, meaning, fake, why_not) -> Table:
-    op = define(schema, fallback=meaning, fake=fake)
-    return Table(meaning.__name__, [Backend("cpu", why_not, op), Backend("reference", always, meaning)])
+def _table(schema: str, meaning, fake, why_not: str) -> Table:
+    """``why_not``: the name of the predicates in native.py and in triton_limits.py."""
+    op, name = define(schema, fallback=meaning, fake=fake), meaning.__name__
+    return Table(name, [Backend("cpu", getattr(native, why_not), op), triton_row(op, getattr(triton_limits, why_not), f"adaln.{name}"),
+                        Backend("reference", always, meaning)])
 
 
 _AFFINE = "Tensor? weight, Tensor? bias, float eps, bool rms, int wanted"
 _FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 _modulate = _table(f"adaln_modulate_backward(Tensor grad, Tensor x, Tensor shift, Tensor scale, {_AFFINE}) -> {_FIVE}",
-                   reference.adaln_modulate_backward, _fake_modulate, native.why_not_modulate_backward)
+                   reference.adaln_modulate_backward, _fake_modulate, "why_not_modulate_backward")
 _modulate_dual = _table("adaln_modulate_dual_backward(Tensor grad, Tensor grad2, Tensor x, Tensor shift, Tensor scale, Tensor shift2, Tensor scale2, "
                         f"float eps, int wanted) -> {_FIVE}",
-                        reference.adaln_modulate_dual_backward, _fake_modulate_dual, native.why_not_modulate_dual_backward)
+                        reference.adaln_modulate_dual_backward, _fake_modulate_dual, "why_not_modulate_dual_backward")
 _gate = _table("gate_residual_backward(Tensor grad, Tensor y, Tensor gate, int wanted) -> (Tensor, Tensor)",
-               reference.gate_residual_backward, _fake_gate, native.why_not_gate_backward)
+               reference.gate_residual_backward, _fake_gate, "why_not_gate_backward")
 _gate_modulate = _table("gate_residual_adaln_backward(Tensor grad, Tensor grad2, Tensor x, Tensor y, Tensor gate, Tensor? y2, Tensor? gate2, Tensor shift, "
                         f"Tensor scale, {_AFFINE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-                        reference.gate_residual_adaln_backward, _fake_gate_modulate, native.why_not_gate_modulate_backward)
+                        reference.gate_residual_adaln_backward, _fake_gate_modulate, "why_not_gate_modulate_backward")
 
 
 def _bits(needed) -> int:

@@ -12,11 +12,18 @@ import triton
 import triton.language as tl
 
 from fusewire.kernels.adaln.reference import normalise, normalised_dtype
+from fusewire.kernels.adaln.triton_backward import (  # noqa: F401 (the launchers of the room's Triton rows are looked up here)
+    LAYER,
+    NONE,
+    RMS,
+    adaln_modulate_backward,
+    adaln_modulate_dual_backward,
+    gate_residual_adaln_backward,
+    gate_residual_backward,
+)
 from fusewire.kernels.rounding import promoted
 from fusewire.kernels.triton_base import TYPES, arch_of, inner_contiguous, launch, load_rows, narrow, over_tokens, rounded, strided
 from fusewire.kernels.tuning import aligned, row_tile
-
-NONE, LAYER, RMS = 0, 1, 2  # which norm the kernel applies
 
 
 @triton.jit

@@ -41,7 +41,8 @@ def test_16_byte_loads(quick):
             continue  # (a step's scalars are loaded by themselves)
         mask = {"1", "8"} if "bool" in one["case"] else set()  # a mask's bytes lie as the matrix instructions want them
         assert set(one["loads"]) - mask <= {"16", "32"}, one
-        assert set(one["stores"]) <= {"16", "32"}, one
+        if one["kernel"] != "adaln_sums_kernel":  # (one value for each column: the loads are what counts)
+            assert set(one["stores"]) <= {"16", "32"}, one
 
 
 def test_exact_does_not_fuse(quick):
@@ -58,7 +59,7 @@ def test_matrix_instructions(quick):
             assert one["instructions"].get(wanted[one["target"]]), one
 
 
-@pytest.mark.parametrize("group", ["adaln 1536", "norm_backward 1536", "qk_norm 64"])
+@pytest.mark.parametrize("group", ["adaln 1536", "norm_backward 1536", "qk_norm 64", pytest.param("adaln_backward 1536", marks=pytest.mark.slow)])
 def test_one_order_of_summation(group):
     """Bug class strided-input, for the order of the sums: the layouts that are reduced over do not depend on the inputs' strides and alignment."""
     names = ("plain", "unaligned", "transposed", "reversed", "step two", "sliced")

@@ -1,0 +1,217 @@
+"""The gradients of adaLN in Triton, in the rounding of ``close``: one pass over the rows, which recomputes residual and norm in registers.
+
+What a sample shares among its tokens gets a sum over them, in two steps and without atomics: a program walks over some tokens of one sample and
+writes a row of partial sums, a second kernel adds these up. How the tokens are shared out depends on their number alone, so a sample's sums
+do not depend on the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fusewire.kernels.triton_base import arch_of, inner_contiguous, launch, load_rows, narrow, over_tokens, strided
+from fusewire.kernels.tuning import Arch, RowTile, aligned, row_tile
+
+NONE, LAYER, RMS = 0, 1, 2  # which norm the forward applied
+PARTS = 128  # of a sample's tokens: one program and one row of partial sums each
+ROWWISE = ("x", "y", "y2")
+MODULATIONS = ("gate", "gate2", "shift", "scale", "shift2", "scale2")
+VECTORS = ("weight", "bias")  # their sums go over the samples too
+
+
+@triton.jit
+def _vector(x, o_c, x_c, channels):
+    return tl.load(x + o_c.to(tl.int64) * x_c, mask=o_c < channels, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _sum_of_rows(b, LEVELS: tl.constexpr, BLOCK: tl.constexpr):
+    """[2**LEVELS, BLOCK] -> [BLOCK], by pairs: one order of summation whatever the layout in registers."""
+    for _ in tl.static_range(LEVELS):
+        b = tl.sum(tl.reshape(b, [b.shape[0] // 2, 2, BLOCK]), 1)
+    return tl.sum(b, 0)
+
+
+@triton.jit
+def _give(b_sum, b_grad, out, o_out, mask, SUMMED: tl.constexpr):
+    """The sum so far and these rows of a gradient, or the sum as it was, and the rows stored: where each token has a gradient of its own."""
+    if out is not None:
+        if SUMMED:
+            b_sum += b_grad
+        else:
+            tl.store(out + o_out, narrow(b_grad, out.dtype.element_ty), mask=mask)
+    return b_sum
+
+
+@triton.jit
+def _finish(b_sum, out, i_program, o_c, channels, SUMMED: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr):
+    if out is not None:
+        if SUMMED:
+            tl.store(out + (i_program.to(tl.int64) * channels + o_c), _sum_of_rows(b_sum, LEVELS, BLOCK), mask=o_c < channels)
+
+
+@triton.jit(do_not_specialize=["tokens", "parts", "steps", "origin"])  # no recompilation for each picture size
+def adaln_backward_kernel(
+    grad, r_b, r_t, r_c, grad1, g1_b, g1_t, g1_c, grad2, g2_b, g2_t, g2_c,
+    x, x_b, x_t, x_c,
+    y, y_b, y_t, y_c, gate, gate_b, gate_t, gate_c,
+    y2, y2_b, y2_t, y2_c, gate2, gate2_b, gate2_t, gate2_c,
+    scale, s_b, s_t, s_c, scale2, s2_b, s2_t, s2_c, weight, weight_c, bias, bias_c,
+    dx, dy, dy2, dgate, dgate2, dshift, dscale, dshift2, dscale2, dweight, dbias,
+    tokens, parts, steps, channels, eps, origin,
+    NORM: tl.constexpr, SUMMED: tl.constexpr, ROWS: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+):
+    """``grad`` is that of the residual stream, ``grad1`` and ``grad2`` of the modulated norms. Bit i of SUMMED: the i-th gradient from dgate on is a sum."""
+    i_program = tl.program_id(0)
+    i_b = i_program // parts + tl.zeros([ROWS], tl.int32)
+    o_c = tl.arange(0, BLOCK)
+    if not ALIGNED:
+        o_c += origin  # one element an access: fusewire.kernels.tuning.aligned says why
+    b_zero = tl.zeros([ROWS, BLOCK], tl.float32)
+    b_dgate, b_dgate2, b_dshift, b_dscale, b_dshift2, b_dscale2, b_dweight, b_dbias = b_zero, b_zero, b_zero, b_zero, b_zero, b_zero, b_zero, b_zero
+    for i_step in range(steps):
+        i_t = ((i_program % parts) * steps + i_step) * ROWS + tl.arange(0, ROWS)
+        mask = (i_t < tokens)[:, None] & (o_c < channels)[None, :]
+        o_out = ((i_b.to(tl.int64) * tokens + i_t) * channels)[:, None] + o_c[None, :]
+        if NORM >= 1:
+            b_x = load_rows(x, i_b, i_t, o_c, x_b, x_t, x_c, mask)
+            if y is not None:
+                b_x += load_rows(gate, i_b, i_t, o_c, gate_b, gate_t, gate_c, mask) * load_rows(y, i_b, i_t, o_c, y_b, y_t, y_c, mask)
+            if y2 is not None:
+                b_x += load_rows(gate2, i_b, i_t, o_c, gate2_b, gate2_t, gate2_c, mask) * load_rows(y2, i_b, i_t, o_c, y2_b, y2_t, y2_c, mask)
+            if NORM == 1:  # the mean in two steps: what rounding left of a large one would come back in every gradient
+                b_x = tl.where(mask, b_x - (tl.sum(b_x, 1) / channels)[:, None], 0.0)
+                b_x = tl.where(mask, b_x - (tl.sum(b_x, 1) / channels)[:, None], 0.0)
+            b_rstd = tl.rsqrt(tl.sum(b_x * b_x, 1) / channels + eps)[:, None]
+            b_xhat = b_x * b_rstd
+            b_norm = b_xhat
+            if weight is not None:
+                b_norm *= _vector(weight, o_c, weight_c, channels)
+            if bias is not None:
+                b_norm += _vector(bias, o_c, bias_c, channels)
+
+            b_grad = load_rows(grad1, i_b, i_t, o_c, g1_b, g1_t, g1_c, mask)
+            b_dshift = _give(b_dshift, b_grad, dshift, o_out, mask, SUMMED & 4)
+            b_dscale = _give(b_dscale, b_grad * b_norm, dscale, o_out, mask, SUMMED & 8)
+            b_up = b_grad * (1.0 + load_rows(scale, i_b, i_t, o_c, s_b, s_t, s_c, mask))
+            if grad2 is not None:
+                b_grad = load_rows(grad2, i_b, i_t, o_c, g2_b, g2_t, g2_c, mask)
+                b_dshift2 = _give(b_dshift2, b_grad, dshift2, o_out, mask, SUMMED & 16)
+                b_dscale2 = _give(b_dscale2, b_grad * b_norm, dscale2, o_out, mask, SUMMED & 32)
+                b_up += b_grad * (1.0 + load_rows(scale2, i_b, i_t, o_c, s2_b, s2_t, s2_c, mask))
+            b_dweight = _give(b_dweight, b_up * b_xhat, dweight, o_out, mask, SUMMED & 64)
+            b_dbias = _give(b_dbias, b_up, dbias, o_out, mask, SUMMED & 128)
+
+            # dx = (g - mean(g) - xhat * mean(g * xhat)) * rstd, g = grad * (1 + scale) * weight; RMSNorm has no mean(g)
+            if weight is not None:
+                b_up *= _vector(weight, o_c, weight_c, channels)
+            b_total = b_up - b_xhat * (tl.sum(b_up * b_xhat, 1) / channels)[:, None]
+            if NORM == 1:
+                b_total -= (tl.sum(b_up, 1) / channels)[:, None]
+            b_total *= b_rstd
+            if grad is not None:
+                b_total += load_rows(grad, i_b, i_t, o_c, r_b, r_t, r_c, mask)
+        else:
+            b_total = load_rows(grad, i_b, i_t, o_c, r_b, r_t, r_c, mask)
+
+        if dx is not None:
+            tl.store(dx + o_out, narrow(b_total, dx.dtype.element_ty), mask=mask)
+        # What the norm read is read again, from a cache, rather than kept: registers are for the sums
+        if dgate is not None:
+            b_dgate = _give(b_dgate, b_total * load_rows(y, i_b, i_t, o_c, y_b, y_t, y_c, mask), dgate, o_out, mask, SUMMED & 1)
+        if dgate2 is not None:
+            b_dgate2 = _give(b_dgate2, b_total * load_rows(y2, i_b, i_t, o_c, y2_b, y2_t, y2_c, mask), dgate2, o_out, mask, SUMMED & 2)
+        if dy is not None:
+            b_dy = b_total * load_rows(gate, i_b, i_t, o_c, gate_b, gate_t, gate_c, mask)
+            tl.store(dy + o_out, narrow(b_dy, dy.dtype.element_ty), mask=mask)
+        if dy2 is not None:
+            b_dy = b_total * load_rows(gate2, i_b, i_t, o_c, gate2_b, gate2_t, gate2_c, mask)
+            tl.store(dy2 + o_out, narrow(b_dy, dy2.dtype.element_ty), mask=mask)
+    _finish(b_dgate, dgate, i_program, o_c, channels, SUMMED & 1, LEVELS, BLOCK)
+    _finish(b_dgate2, dgate2, i_program, o_c, channels, SUMMED & 2, LEVELS, BLOCK)
+    _finish(b_dshift, dshift, i_program, o_c, channels, SUMMED & 4, LEVELS, BLOCK)
+    _finish(b_dscale, dscale, i_program, o_c, channels, SUMMED & 8, LEVELS, BLOCK)
+    _finish(b_dshift2, dshift2, i_program, o_c, channels, SUMMED & 16, LEVELS, BLOCK)
+    _finish(b_dscale2, dscale2, i_program, o_c, channels, SUMMED & 32, LEVELS, BLOCK)
+    _finish(b_dweight, dweight, i_program, o_c, channels, SUMMED & 64, LEVELS, BLOCK)
+    _finish(b_dbias, dbias, i_program, o_c, channels, SUMMED & 128, LEVELS, BLOCK)
+
+
+@triton.jit(do_not_specialize=["parts", "blocks"])
+def adaln_sums_kernel(partial, out, parts, blocks, channels, ROWS: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr):
+    """partial [B, parts, C] -> out [B, C]. Partial sums are fresh and contiguous: their order follows from parts and channels."""
+    i_b, o_c = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    b_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    for i_first in range(0, parts, ROWS):
+        i_part = i_first + tl.arange(0, ROWS)
+        o_partial = ((i_b.to(tl.int64) * parts + i_part) * channels)[:, None] + o_c[None, :]
+        b_sum += tl.load(partial + o_partial, mask=(i_part < parts)[:, None] & (o_c < channels)[None, :], other=0.0)
+    tl.store(out + (i_b.to(tl.int64) * channels + o_c), narrow(_sum_of_rows(b_sum, LEVELS, BLOCK), out.dtype.element_ty), mask=o_c < channels)
+
+
+def _tile(channels: int, arch: Arch) -> RowTile:
+    """8 elements a thread for short rows, 16 for long ones, 8 again where each has an address of its own: the sums leave no more registers."""
+    block, rows, warps = row_tile(channels, arch)
+    if rows > 1:
+        return RowTile(block, rows // 2, warps)
+    return RowTile(block, rows, warps if channels % 16 == 0 else min(2 * warps, 16))
+
+
+def _add_up(partial: torch.Tensor, out: torch.Tensor) -> None:
+    samples, parts, channels = partial.shape
+    blocks = triton.cdiv(channels, 64)
+    launch(adaln_sums_kernel, samples * blocks, out, partial, out, parts, blocks, channels, ROWS=32, LEVELS=5, BLOCK=64, num_warps=4, num_stages=1,
+           enable_fp_fusion=False)
+
+
+def _backward(wanted: int, norm: int, eps: float, grad, grad1, grad2, arguments: dict[str, torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
+    """The gradients of ``arguments``, in their order; bit i of ``wanted`` asks for the i-th. ``grad``, ``grad1``, ``grad2``: as the kernel takes them."""
+    like = next(iter(arguments.values()))
+    batch, tokens, channels = like.shape
+    tile = _tile(channels, arch_of(like.device))
+    asked = {name: tensor for i, (name, tensor) in enumerate(arguments.items()) if tensor is not None and wanted >> i & 1}
+    if not asked:
+        return tuple(like.new_empty(0) for _ in arguments)
+    found = {name: like.new_empty(tensor.shape) for name, tensor in asked.items()}
+    shared = [name for name, tensor in asked.items() if name in VECTORS or name in MODULATIONS and (tensor.dim() == 2 or tensor.shape[1] == 1)]
+    tiles = triton.cdiv(tokens, tile.rows)
+    steps = max(triton.cdiv(tiles, PARTS), 1) if shared else 1
+    parts = triton.cdiv(tiles, steps)
+    partial = {name: like.new_empty((batch, parts, channels), dtype=torch.float32) for name in shared}
+    # The first is written even where it is not asked for: the order of the sums follows the widest store, and must not follow what is asked for
+    written = {next(iter(arguments)): like.new_empty(like.shape), **found, **partial}
+    grad, grad1, grad2, x, y, gate, y2, gate2, scale, scale2, weight, bias = map(inner_contiguous, (grad, grad1, grad2, *map(arguments.get, (
+        "x", "y", "gate", "y2", "gate2", "scale", "scale2", "weight", "bias"))))
+    launch(
+        adaln_backward_kernel, batch * parts if channels else 0, like,
+        *strided(grad, 3), *strided(grad1, 3), *strided(grad2, 3), *strided(x, 3),
+        *strided(y, 3), *over_tokens(gate), *strided(y2, 3), *over_tokens(gate2),
+        *over_tokens(scale), *over_tokens(scale2), *strided(weight, 1), *strided(bias, 1),
+        *map(written.get, (*ROWWISE, *MODULATIONS, *VECTORS)), tokens, parts, steps, channels, eps, 0,
+        NORM=norm, SUMMED=sum(1 << i for i, name in enumerate((*MODULATIONS, *VECTORS)) if name in partial), ROWS=tile.rows,
+        LEVELS=tile.rows.bit_length() - 1, BLOCK=tile.block,
+        ALIGNED=aligned(channels, [like.dtype], [like.dtype]), num_warps=tile.warps, num_stages=1, enable_fp_fusion=False)
+    for name, sums in partial.items():
+        _add_up(sums.view(1, batch * parts, channels) if name in VECTORS else sums, found[name])
+    return tuple(found[name] if name in found else like.new_empty(0) for name in arguments)
+
+
+def adaln_modulate_backward(grad, x, shift, scale, weight, bias, eps: float, rms: bool, wanted: int) -> tuple[torch.Tensor, ...]:
+    arguments = {"x": x, "shift": shift, "scale": scale, "weight": weight, "bias": bias}
+    return _backward(wanted, RMS if rms else LAYER, eps, None, grad, None, arguments)
+
+
+def adaln_modulate_dual_backward(grad, grad2, x, shift, scale, shift2, scale2, eps: float, wanted: int) -> tuple[torch.Tensor, ...]:
+    arguments = {"x": x, "shift": shift, "scale": scale, "shift2": shift2, "scale2": scale2}
+    return _backward(wanted, LAYER, eps, None, grad, grad2, arguments)
+
+
+def gate_residual_backward(grad, y, gate, wanted: int) -> tuple[torch.Tensor, ...]:
+    return _backward(wanted, NONE, 0.0, grad, None, None, {"y": y, "gate": gate})
+
+
+def gate_residual_adaln_backward(grad, grad2, x, y, gate, y2, gate2, shift, scale, weight, bias, eps: float, rms: bool, wanted: int) -> tuple[torch.Tensor, ...]:
+    arguments = {"x": x, "y": y, "gate": gate, "y2": y2, "gate2": gate2, "shift": shift, "scale": scale, "weight": weight, "bias": bias}
+    return _backward(wanted, RMS if rms else LAYER, eps, grad, grad2, None, arguments)

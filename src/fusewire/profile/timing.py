@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,10 +63,18 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if device.type != "cpu" or not status.is_file() or not reset.exists():
         return None
+    _give_back_freed_memory()  # otherwise what was freed before would be taken again unseen
     reset.write_text("5")  # sets the peak back to what is resident now; see proc(5)
     before = _status(status, "VmRSS")
     call()
     return max(0, _status(status, "VmHWM") - before)
+
+
+def _give_back_freed_memory() -> None:
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):  # another C library than glibc
+        pass
 
 
 def _status(path: Path, key: str) -> int:

@@ -30,7 +30,7 @@ sanitize: $(STAMP)
 	  -DFUSEWIRE_SANITIZE=address,undefined -DFUSEWIRE_ONLY_ISA=$(ISA) -DFUSEWIRE_LIB_DIR=$(abspath $(SANITIZED))/lib
 	PATH="$(abspath $(VENV)/bin):$$PATH" cmake --build $(SANITIZED)
 	LD_PRELOAD="$(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  FUSEWIRE_LIB=$(SANITIZED)/lib $(PYTHON) -m pytest -p no:cacheprovider tests/kernels -k "$(SANITIZED_TESTS)"
+	  FUSEWIRE_LIB=$(SANITIZED)/lib $(PYTHON) -m pytest -n 2 -p no:cacheprovider tests/kernels -k "$(SANITIZED_TESTS)"
 SANITIZED_TESTS = (strided or empty or tail or against_float64 or batch_coupling) and not triton and not isa
 
 # What the Triton and the CUDA kernels compile to, without a GPU (a few minutes on two cores; nvcc is needed).

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from fusewire.kernels.dispatch import Backend
-from fusewire.kernels.library import CUDA, declare, variant
+from fusewire.kernels.dispatch import Backend, launched
+from fusewire.kernels.library import CUDA, declare
 from fusewire.kernels.triton_rows import FLOATS, too_old
 
 DEVICE = "cuda"  # the tests' library for the CPU (tests/kernels/cuda_on_cpu) makes it "cpu"
@@ -39,20 +39,8 @@ def why_not(x: torch.Tensor, *tensors: torch.Tensor | None) -> str:
 
 
 def row(op: torch._ops.OpOverload, needs: torch._ops.OpOverload, why_not: Callable[..., str], launch: Callable) -> Backend:
-    """The CUDA row of ``op``: ``launch`` takes the op's arguments and calls ``needs``, the op of csrc/cuda.
-
-    An op that changes its arguments is always called as a registered op, so that their version counters move.
-    """
-    registered = variant(op, "cuda", launch)
+    """The CUDA row of ``op``: ``launch`` takes the op's arguments and calls ``needs``, the op of csrc/cuda."""
     if reason := CUDA.why_not(needs._schema.name.split("::")[1]):
         CUDA.stale[op._schema.name.split("::")[1]] = reason
         why_not = lambda *args: reason  # noqa: E731
-    if op._schema.is_mutable:
-        return Backend("cuda", why_not, registered)
-
-    def run(*args):
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-            return registered(*args)
-        return launch(*args)
-
-    return Backend("cuda", why_not, run)
+    return launched("cuda", op, why_not, launch)

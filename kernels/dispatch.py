@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from fusewire.kernels.library import CPU
+from fusewire.kernels.library import CPU, variant
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 
@@ -25,6 +25,24 @@ class Backend(NamedTuple):
     name: str
     why_not: Callable[..., str]
     run: Callable
+
+
+def launched(name: str, op: torch._ops.OpOverload, why_not: Callable[..., str], launch: Callable) -> Backend:
+    """The row ``name`` of ``op``, where kernels are launched from Python: ``launch`` takes the op's arguments.
+
+    Where a graph is recorded (autograd, torch.compile, a dispatch mode) the call is the registered op ``<op>_<name>``; ``launch`` alone
+    serves the rest, at less overhead. An op that changes its arguments is always called as an op, so that their version counters move.
+    """
+    registered = variant(op, name, launch)
+    if op._schema.is_mutable:
+        return Backend(name, why_not, registered)
+
+    def run(*args):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return registered(*args)
+        return launch(*args)
+
+    return Backend(name, why_not, run)
 
 
 class Choice(NamedTuple):
@@ -60,7 +78,6 @@ class Table:
     def __init__(self, op: str, rows: list[Backend]):
         self.op, self.rows = op, [_unless_stale(op, row) for row in rows]
         self.calls = {row.name: 0 for row in rows}
-        self.fallbacks: dict[str, int] = {}
         TABLES[op] = self
 
     def __call__(self, *args):

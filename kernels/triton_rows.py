@@ -12,8 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from fusewire.kernels.dispatch import Backend, forced_backend
-from fusewire.kernels.library import variant
+from fusewire.kernels.dispatch import Backend, forced_backend, launched
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")  # as Triton reads it when it is imported
@@ -48,11 +47,7 @@ def why_not(x: torch.Tensor, *tensors: torch.Tensor | None) -> str:
 
 
 def row(op: torch._ops.OpOverload, why_not: Callable[..., str], launcher: str) -> Backend:
-    """The Triton row of ``op``. ``launcher``: "<room>.<function>", the function of the room's triton_kernel.py that takes the op's arguments.
-
-    Where a graph is recorded (autograd, torch.compile, a dispatch mode) the call is the registered op ``<op>_triton``; the launcher alone
-    serves the rest, at less overhead. An op that changes its arguments is always called as an op, so that their version counters move.
-    """
+    """The Triton row of ``op``. ``launcher``: "<room>.<function>", the function of the room's triton_kernel.py that takes the op's arguments."""
     room, function = launcher.split(".")
     found: list[Callable] = []
 
@@ -61,13 +56,4 @@ def row(op: torch._ops.OpOverload, why_not: Callable[..., str], launcher: str) -
             found.append(getattr(importlib.import_module(f"fusewire.kernels.{room}.triton_kernel"), function))
         return found[0](*args)
 
-    registered = variant(op, "triton", launch)
-    if op._schema.is_mutable:
-        return Backend("triton", why_not, registered)
-
-    def run(*args):
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-            return registered(*args)
-        return launch(*args)
-
-    return Backend("triton", why_not, run)
+    return launched("triton", op, why_not, launch)

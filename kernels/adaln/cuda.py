@@ -10,6 +10,7 @@ import torch
 
 from fusewire.kernels import cuda_rows
 from fusewire.kernels.adaln.reference import normalise
+from fusewire.kernels.adaln.triton_limits import predicates, too_large
 
 MAX_CHANNELS = 16384  # a row is held in the registers of one block
 MAX_ROWS = 2**31 - 1  # a block has a row; blocks are numbered along x
@@ -20,30 +21,11 @@ op = cuda_rows.raw(
     "Tensor? shift2, Tensor? scale2, Tensor(a!)? residual, Tensor(b!)? out, Tensor(c!)? out2, float eps, int norm, bool exact) -> ()")
 
 
-def _why_not(x, *tensors) -> str:
-    if reason := cuda_rows.why_not(x, *tensors):
-        return reason
-    if x.shape[2] > MAX_CHANNELS:
-        return f"x has {x.shape[2]} channels, more than {MAX_CHANNELS}"
-    if x.shape[0] * x.shape[1] > MAX_ROWS:
-        return f"x has more than {MAX_ROWS} rows"
-    return ""
+def _serves(x, *tensors) -> str:
+    return cuda_rows.why_not(x, *tensors) or too_large(x, MAX_CHANNELS, MAX_ROWS)
 
 
-def why_not_modulate(x, shift, scale, weight, bias, eps, rms, exact) -> str:
-    return _why_not(x, shift, scale, weight, bias)
-
-
-def why_not_modulate_dual(x, shift, scale, shift2, scale2, eps, exact) -> str:
-    return _why_not(x, shift, scale, shift2, scale2)
-
-
-def why_not_gate(x, y, gate, exact) -> str:
-    return _why_not(x, y, gate)
-
-
-def why_not_gate_modulate(x, y, gate, y2, gate2, shift, scale, weight, bias, eps, rms, exact) -> str:
-    return _why_not(x, y, gate, y2, gate2, shift, scale, weight, bias)
+why_not_modulate, why_not_modulate_dual, why_not_gate, why_not_gate_modulate = predicates(_serves)
 
 
 def adaln_modulate(x, shift, scale, weight, bias, eps: float, rms: bool, exact: bool) -> torch.Tensor:

@@ -11,35 +11,42 @@ MAX_UNALIGNED_CHANNELS = 2048  # of a number that is no multiple of 16: each ele
 MAX_BACKWARD_ROWS = 2**30  # a sample's last program may count on beyond its tokens
 
 
-def _why_not(x, *tensors) -> str:
-    if reason := why_not(x, *tensors):
-        return reason
-    if x.shape[2] > MAX_CHANNELS:
-        return f"x has {x.shape[2]} channels, more than {MAX_CHANNELS}"
-    if x.shape[0] * x.shape[1] > MAX_ROWS:
-        return f"x has more than {MAX_ROWS} rows"
+def too_large(x, channels: int, rows: int) -> str:
+    """Why a kernel whose rows have at most so many channels, and that counts so many rows, cannot serve x; ``""`` where it can."""
+    if x.shape[2] > channels:
+        return f"x has {x.shape[2]} channels, more than {channels}"
+    if x.shape[0] * x.shape[1] > rows:
+        return f"x has more than {rows} rows"
     return ""
 
 
-def why_not_modulate(x, shift, scale, weight, bias, eps, rms, exact) -> str:
-    return _why_not(x, shift, scale, weight, bias)
+def predicates(serves):
+    """(why_not_modulate, why_not_modulate_dual, why_not_gate, why_not_gate_modulate) of a backend that ``serves(x, *tensors)``."""
+    def why_not_modulate(x, shift, scale, weight, bias, eps, rms, exact) -> str:
+        return serves(x, shift, scale, weight, bias)
+
+    def why_not_modulate_dual(x, shift, scale, shift2, scale2, eps, exact) -> str:
+        return serves(x, shift, scale, shift2, scale2)
+
+    def why_not_gate(x, y, gate, exact) -> str:
+        return serves(x, y, gate)
+
+    def why_not_gate_modulate(x, y, gate, y2, gate2, shift, scale, weight, bias, eps, rms, exact) -> str:
+        return serves(x, y, gate, y2, gate2, shift, scale, weight, bias)
+
+    return why_not_modulate, why_not_modulate_dual, why_not_gate, why_not_gate_modulate
 
 
-def why_not_modulate_dual(x, shift, scale, shift2, scale2, eps, exact) -> str:
-    return _why_not(x, shift, scale, shift2, scale2)
+def _serves(x, *tensors) -> str:
+    return why_not(x, *tensors) or too_large(x, MAX_CHANNELS, MAX_ROWS)
 
 
-def why_not_gate(x, y, gate, exact) -> str:
-    return _why_not(x, y, gate)
-
-
-def why_not_gate_modulate(x, y, gate, y2, gate2, shift, scale, weight, bias, eps, rms, exact) -> str:
-    return _why_not(x, y, gate, y2, gate2, shift, scale, weight, bias)
+why_not_modulate, why_not_modulate_dual, why_not_gate, why_not_gate_modulate = predicates(_serves)
 
 
 def _why_not_gradient(x, *tensors) -> str:
     """One dtype throughout: the gradients of others are left to the reference."""
-    if reason := _why_not(x, *tensors):
+    if reason := _serves(x, *tensors):
         return reason
     if x.shape[2] > MAX_BACKWARD_CHANNELS:
         return f"the gradients have {x.shape[2]} channels, more than {MAX_BACKWARD_CHANNELS}"

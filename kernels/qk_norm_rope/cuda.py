@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from fusewire.kernels import cuda_rows
-from fusewire.kernels.qk_norm_rope.reference import HALVES_ROTATION, ROTATION, TORCH_RMS
+from fusewire.kernels.qk_norm_rope.reference import ROTATION, TORCH_RMS
+from fusewire.kernels.qk_norm_rope.triton_limits import beyond, predicates
 
 MAX_DIM = 1024  # a head's row is held in the registers of one warp
 MAX_ROWS = 2**31 - 256  # rows (token, head) are numbered in 32 bits; offsets have 64
@@ -20,20 +21,11 @@ op = cuda_rows.raw("cuda_qk_norm(Tensor q, Tensor k, Tensor? q_weight, Tensor? k
                    "Tensor(b!) k_out, Tensor? cos, Tensor? sin, float eps, int root, bool exact) -> ()")
 
 
-def why_not_rope(q, k, q_weight, k_weight, cos, sin, eps, norm, exact) -> str:
-    if reason := cuda_rows.why_not(q, k, q_weight, k_weight):
-        return reason
-    if norm == HALVES_ROTATION:
-        return "the kernel turns adjacent pairs alone"
-    if q.shape[3] > MAX_DIM:
-        return f"q has heads of {q.shape[3]} dimensions, more than {MAX_DIM}"
-    if max(x.shape[0] * x.shape[1] * x.shape[2] for x in (q, k)) > MAX_ROWS:
-        return f"q or k has more than {MAX_ROWS} rows"
-    return ""
+def _serves(norm, q, k, *weights) -> str:
+    return cuda_rows.why_not(q, k, *weights) or beyond(q, k, norm, MAX_DIM, MAX_ROWS)
 
 
-def why_not_into(q, k, q_weight, k_weight, q_out, k_out, cos, sin, eps, norm, exact) -> str:
-    return why_not_rope(q, k, q_weight, k_weight, cos, sin, eps, norm, exact)
+why_not_rope, why_not_into = predicates(_serves)
 
 
 def _stock_root(x, eps: float) -> torch.Tensor:

@@ -9,17 +9,30 @@ MAX_DIM = 1024  # head dimensions; a head's row is held in registers
 MAX_ROWS = 2**31 - 4096  # rows (token, head) are numbered in 32 bits; offsets have 64
 
 
-def why_not_rope(q, k, q_weight, k_weight, cos, sin, eps, norm, exact) -> str:
-    if reason := why_not(q, k, q_weight, k_weight):
-        return reason
+def beyond(q, k, norm: int, dim: int, rows: int) -> str:
+    """Why a kernel for heads of at most ``dim`` dimensions that counts so many rows cannot serve q and k; ``""`` where it can."""
     if norm == HALVES_ROTATION:
         return "the kernel turns adjacent pairs alone"
-    if q.shape[3] > MAX_DIM:
-        return f"q has heads of {q.shape[3]} dimensions, more than {MAX_DIM}"
-    if max(x.shape[0] * x.shape[1] * x.shape[2] for x in (q, k)) > MAX_ROWS:
-        return f"q or k has more than {MAX_ROWS} rows"
+    if q.shape[3] > dim:
+        return f"q has heads of {q.shape[3]} dimensions, more than {dim}"
+    if max(x.shape[0] * x.shape[1] * x.shape[2] for x in (q, k)) > rows:
+        return f"q or k has more than {rows} rows"
     return ""
 
 
-def why_not_into(q, k, q_weight, k_weight, q_out, k_out, cos, sin, eps, norm, exact) -> str:
-    return why_not_rope(q, k, q_weight, k_weight, cos, sin, eps, norm, exact)
+def predicates(serves):
+    """(why_not_rope, why_not_into) of a backend that ``serves(norm, q, k, q_weight, k_weight)``."""
+    def why_not_rope(q, k, q_weight, k_weight, cos, sin, eps, norm, exact) -> str:
+        return serves(norm, q, k, q_weight, k_weight)
+
+    def why_not_into(q, k, q_weight, k_weight, q_out, k_out, cos, sin, eps, norm, exact) -> str:
+        return serves(norm, q, k, q_weight, k_weight)
+
+    return why_not_rope, why_not_into
+
+
+def _serves(norm, q, k, *weights) -> str:
+    return why_not(q, k, *weights) or beyond(q, k, norm, MAX_DIM, MAX_ROWS)
+
+
+why_not_rope, why_not_into = predicates(_serves)

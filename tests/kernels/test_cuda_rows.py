@@ -75,7 +75,7 @@ def test_a_library_that_lacks_an_op(monkeypatch):
     """Its row stands down with the reason, and doctor says that it is broken."""
     monkeypatch.setattr(CUDA, "loaded", True)
     monkeypatch.setattr(CUDA, "stale", {})
-    monkeypatch.setattr(cuda_rows, "variant", lambda op, suffix, kernel: kernel)
+    monkeypatch.setattr(dispatch, "variant", lambda op, suffix, kernel: kernel)
     with pytest.warns(UserWarning, match="the compiled library lacks fusewire::cuda_adaln: it is older than these sources"):
         row = cuda_rows.row(torch.ops.fusewire.gate_residual.default, adaln.op, adaln.why_not_gate, adaln.gate_residual)
     assert "lacks fusewire::cuda_adaln" in row.why_not(X, X, ROW, True)

@@ -20,6 +20,20 @@ def inputs(batch: int, tokens: int, channels: int, dtype=torch.float32, kind: st
     return {**values, **dict(zip(("gate", "gate2", "shift", "scale", "shift2", "scale2"), chunks))}
 
 
+def repeated(dtype, kind: str) -> dict[str, torch.Tensor]:
+    """Two samples of 6 tokens with the same values, so that an expanded layout of each input exists."""
+    v = inputs(2, 6, 35, dtype, kind)
+    for tensor in v.values():
+        tensor[1] = tensor[0]
+    return v
+
+
+def far_apart() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Three tokens [1, 3, 8] that lie 2^30 elements apart (memory that is never touched in between), to be filled, and inputs of that size."""
+    base = torch.empty(2**31 + 64, dtype=torch.bfloat16)
+    return torch.as_strided(base, (1, 3, 8), (1, 2**30, 1)), inputs(1, 3, 8, torch.bfloat16, "token")
+
+
 def call(name: str, v: dict, **keywords) -> tuple[torch.Tensor, ...]:
     """The op's outputs as a tuple."""
     if name == "adaln_modulate":

@@ -8,7 +8,7 @@ from torch.library import opcheck
 
 from fusewire.kernels.adaln import reference
 from fusewire.kernels.library import CPU
-from tests.kernels.adaln.cases import DTYPES, NAMES, call, gradients, inputs, op_name, served, stock, upstream, used, with_affine
+from tests.kernels.adaln.cases import DTYPES, NAMES, call, far_apart, gradients, inputs, op_name, repeated, served, stock, upstream, used, with_affine
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_exact, assert_within
 
@@ -23,9 +23,7 @@ ALL = 511  # the bits of all gradients of any op
 def test_strided_input(dtype, layout):
     """strided-input, misaligned: the same values in any layout give the same bits, one argument at a time."""
     for kind in ("chunk", "token"):
-        v = inputs(2, 6, 35, dtype, kind)
-        for tensor in v.values():
-            tensor[1] = tensor[0]  # so that an expanded layout exists
+        v = repeated(dtype, kind)
         for name in NAMES:
             grads = upstream(v, name)
             want = gradients(call, name, v, grads, numerics="close")
@@ -55,10 +53,8 @@ def test_strided_grad(dtype, kind):
 
 @needs_library
 def test_int32_stride():
-    """int32-stride: three tokens 2^30 elements apart (memory that is never touched in between), in the gradient and in each argument."""
-    base = torch.empty(2**31 + 64, dtype=torch.bfloat16)
-    far = torch.as_strided(base, (1, 3, 8), (1, 2**30, 1))
-    v = inputs(1, 3, 8, torch.bfloat16, "token")
+    """int32-stride: three tokens 2^30 elements apart, in the gradient and in each argument."""
+    far, v = far_apart()
     for name in NAMES:
         grads = [v["x"]] * len(call(name, v))
         want = gradients(call, name, v, grads, numerics="close")

@@ -9,7 +9,7 @@ from torch.library import opcheck
 from fusewire import ops
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
-from tests.kernels.adaln.cases import DTYPES, NAMES, call, inputs, op_name, served, stock, used
+from tests.kernels.adaln.cases import DTYPES, NAMES, call, far_apart, inputs, op_name, repeated, served, stock, used
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_exact
 
@@ -22,9 +22,7 @@ NUMERICS = ("exact", "close")
 def test_strided_input(dtype, layout):
     """strided-input, misaligned: the same values in any layout give the same bits, one argument at a time."""
     for kind in ("chunk", "token"):
-        v = inputs(2, 6, 35, dtype, kind)
-        for tensor in v.values():
-            tensor[1] = tensor[0]  # so that an expanded layout exists
+        v = repeated(dtype, kind)
         for numerics in NUMERICS:
             for name in NAMES:
                 want = call(name, v, numerics=numerics)
@@ -40,10 +38,8 @@ def test_strided_input(dtype, layout):
 
 @needs_library
 def test_int32_stride():
-    """int32-stride: three tokens 2^30 elements apart (memory that is never touched in between)."""
-    base = torch.empty(2**31 + 64, dtype=torch.bfloat16)
-    far = torch.as_strided(base, (1, 3, 8), (1, 2**30, 1))
-    v = inputs(1, 3, 8, torch.bfloat16, "token")
+    """int32-stride: three tokens 2^30 elements apart."""
+    far, v = far_apart()
     far.copy_(v["x"])
     for name in NAMES:
         for argument in used(name):

@@ -5,7 +5,7 @@ import torch
 
 from fusewire import ops
 from fusewire.kernels.dispatch import forced
-from tests.kernels.adaln.cases import NAMES, call, inputs, op_name, stock, used, wide
+from tests.kernels.adaln.cases import NAMES, call, far_apart, inputs, op_name, stock, used, wide
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact
 
@@ -14,12 +14,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = (1, 7, 63, 72, 129, 300, 1024, 1152, 1536, 2056, 3072, 4104)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_values(in_cuda, dtype, width):
-    """tail: exact gives stock's bits, close keeps the rule; 5 rows are no multiple of a block's 4."""
-    v = inputs(1, 5, width, dtype)
-    before = {name: tensor.clone() for name, tensor in v.items()}
+def assert_values(in_cuda, v) -> None:
+    """exact gives stock's bits, close keeps the rule, contiguously."""
     for name in NAMES:
         with in_cuda(op_name(name), 2):
             exact, close = call(name, v), call(name, v, numerics="close")
@@ -27,6 +23,15 @@ def test_values(in_cuda, dtype, width):
             assert_exact(got, plain, name)
             assert_close(got_close, want, plain, name)
             assert got.is_contiguous() and got_close.is_contiguous()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values(in_cuda, dtype, width):
+    """tail: 5 rows are no multiple of a block's 4."""
+    v = inputs(1, 5, width, dtype)
+    before = {name: tensor.clone() for name, tensor in v.items()}
+    assert_values(in_cuda, v)
     assert all(torch.equal(before[name], v[name]) for name in v)
 
 
@@ -34,12 +39,7 @@ def test_values(in_cuda, dtype, width):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_modulation_shapes(in_cuda, dtype, kind):
     v = inputs(3, 6, 40, dtype, kind)
-    for name in NAMES:
-        with in_cuda(op_name(name), 2):
-            exact, close = call(name, v), call(name, v, numerics="close")
-        for got, got_close, plain, want in zip(exact, close, stock(name, v), stock(name, wide(v)), strict=True):
-            assert_exact(got, plain, name)
-            assert_close(got_close, want, plain, name)
+    assert_values(in_cuda, v)
 
 
 @pytest.mark.parametrize("norm", ("layer", "rms"))
@@ -74,10 +74,8 @@ def test_strided_input(in_cuda, layout, width):
 
 
 def test_int32_stride(in_cuda):
-    """int32-stride: three tokens 2^30 elements apart (memory that is never touched in between)."""
-    base = torch.empty(2**31 + 64, dtype=torch.bfloat16)
-    far = torch.as_strided(base, (1, 3, 8), (1, 2**30, 1))
-    v = inputs(1, 3, 8, torch.bfloat16, "token")
+    """int32-stride: three tokens 2^30 elements apart."""
+    far, v = far_apart()
     for name in NAMES:
         for argument in used(name):
             far.copy_(v[argument])

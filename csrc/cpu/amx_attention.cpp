@@ -301,7 +301,7 @@ class AmxTask : AmxOperands<T> {
         for (int64_t i = 0; i < 16; ++i) vstore(wide[i] + channel, square[i]);
       }
       for (int64_t r = 0; r < std::min<int64_t>(kLanes, rows - g); ++r) {
-        put_softmax(call_, task_, query + g + r, state.highest[g + r], factor_, state.total[g + r]);
+        put_softmax(call_, task_, query + g + r, state.highest[g + r], factor_, static_cast<double>(state.total[g + r]));
         T* out = const_cast<T*>(row_of<T>(call_.out, task_.batch, task_.head, query + g + r).data);
         const float* x = wide[r];
 #pragma omp simd

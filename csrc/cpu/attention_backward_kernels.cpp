@@ -1,5 +1,6 @@
 // Gradients of attention in float32 arithmetic, compiled once per ISA level.
 #include "cpu/attention_backward_task.h"
+#include "cpu/attention_tiles.h"
 #include "common/transpose16.h"
 
 namespace fusewire::FUSEWIRE_ISA {
@@ -34,22 +35,25 @@ class FloatSquares {
   bool splits() const { return true; }
   static vf exp2(vf x) { return vexp2<FloatUnits::exp_degree>(x); }
 
-  // A step is summed on its own before it is added: rounding errors grow with the length of a chain of sums.
+  // What starts a square, the logits, is summed as on the way forward, where they were normalised: then what rounds a query's largest logit rounds
+  // its total too. What is added to a square is summed a step at a time: rounding errors grow with the length of a chain of sums.
   static void multiply(const char* a, const char* b, int64_t steps, float* c, bool first) {
-    for (int64_t s = 0; s < steps; ++s) {
-      multiply_step(reinterpret_cast<const float*>(a + s * kBytes), reinterpret_cast<const float*>(b + s * kBytes), c, first && s == 0);
+    const float *left = reinterpret_cast<const float*>(a), *right = reinterpret_cast<const float*>(b);
+    const int64_t length = steps * kSide, chain = first ? kChain : kSide;
+    for (int64_t k = 0; k < length; k += chain) {
+      multiply_chain(left + k * kSide, right + k * kSide, std::min(chain, length - k), c, first && k == 0);
     }
   }
 
  private:
-  static void multiply_step(const float* a, const float* b, float* c, bool first) {
+  static void multiply_chain(const float* a, const float* b, int64_t length, float* c, bool first) {
     constexpr int64_t rows = kLanes == 16 ? 8 : 4, vectors = 2;  // accumulators that fit into the registers
     for (int64_t r = 0; r < kSide; r += rows) {
       for (int64_t n = 0; n < kSide; n += vectors * kLanes) {
         vf sum[rows][vectors];
         for (int64_t i = 0; i < rows; ++i)
           for (int64_t v = 0; v < vectors; ++v) sum[i][v] = vset(0);
-        for (int64_t k = 0; k < kSide; ++k) {
+        for (int64_t k = 0; k < length; ++k) {
           vf columns[vectors];
           for (int64_t v = 0; v < vectors; ++v) columns[v] = vload(b + k * kSide + n + v * kLanes);
           for (int64_t i = 0; i < rows; ++i) {

@@ -17,6 +17,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "cpu/attention_backward.h"
 #include "cpu/attention_pack.h"
@@ -33,12 +34,12 @@ class AttentionBackward {
   AttentionBackward(const AttentionBackwardCall& call, const AttentionBackwardTask& task)
       : call_(call), task_(task), channel_squares_((call.channels + kSquare - 1) / kSquare), columns_(channel_squares_ * kSquare),
         query_squares_((call.queries + kSquare - 1) / kSquare), key_squares_((call.keys + kSquare - 1) / kSquare),
-        masked_(call.mask.data || call.causal) {}
+        masked_(call.mask.data || call.causal), whole_(std::is_same_v<T, float> && key_squares_ <= kSquares) {}
 
   bool run() {
     const int64_t queries = query_squares_ * kSquare, keys = key_squares_ * kSquare, operand = channel_squares_ * kBytes;
     const auto floats = [](int64_t n) { return Workspace::bytes_of<float>(n); };
-    Workspace space(3 * key_squares_ * operand + 4 * query_squares_ * operand + 3 * kSquares * kSquares * kBytes + Workspace::bytes_of<Pair>(queries) + 2 * floats(queries) +
+    Workspace space(3 * key_squares_ * operand + 4 * query_squares_ * operand + 3 * kSquares * kSquares * kBytes + Workspace::bytes_of<Pair>(queries) + 3 * floats(queries) +
                     floats(queries * columns_) + 2 * floats(keys * columns_) + floats(kSquare * columns_));
     const auto take = [&](int64_t squares) { return space.template take<char>(squares * operand); };
     k_rows_ = take(key_squares_), k_cols_ = take(key_squares_), v_rows_ = take(key_squares_);
@@ -47,7 +48,7 @@ class AttentionBackward {
     slopes_ = space.template take<char>(kSquares * kSquares * kBytes);
     slopes_rows_ = space.template take<char>(kSquares * kSquares * kBytes);
     base_ = space.template take<Pair>(queries);
-    inverse_ = space.template take<float>(queries), delta_ = space.template take<float>(queries);
+    inverse_ = space.template take<float>(queries), delta_ = space.template take<float>(queries), lse_ = space.template take<float>(queries);
     q_grad_ = space.template take<float>(queries * columns_);
     k_grad_ = space.template take<float>(keys * columns_), v_grad_ = space.template take<float>(keys * columns_);
     staged_ = space.template take<float>(kSquare * columns_);
@@ -138,13 +139,16 @@ class AttentionBackward {
     const int64_t at = (task_.batch * call_.heads + head_) * call_.queries;
     for (int64_t t = 0; t < queries; ++t) {
       base_[t] = {0, 0};
-      inverse_[t] = delta_[t] = 0;
+      inverse_[t] = delta_[t] = lse_[t] = 0;
       if (t >= call_.queries || call_.total[at + t] == 0) continue;
       load_row(row(call_.grad, head_, t), call_.channels, grad);
       load_row(row(call_.out, head_, t), call_.channels, out);
       double sum = 0;
       for (int64_t c = 0; c < call_.channels; ++c) sum += static_cast<double>(grad[c]) * static_cast<double>(out[c]);
-      if (call_.lse_grad) sum -= call_.lse_grad[at + t];
+      if (call_.lse_grad) {
+        sum -= call_.lse_grad[at + t];
+        lse_[t] = static_cast<float>(call_.lse_grad[at + t] * static_cast<double>(power_));
+      }
       delta_[t] = static_cast<float>(sum * static_cast<double>(power_));
       inverse_[t] = static_cast<float>(1 / call_.total[at + t]);
       base_[t] = split(call_.highest[at + t] * (masked_ ? 1.0 : kLog2e));
@@ -154,15 +158,24 @@ class AttentionBackward {
   // Up to 4 x 4 squares of queries and keys.
   void meet(int64_t query, int64_t key) {
     const int64_t q_count = std::min(kSquares, query_squares_ - query), k_count = std::min(kSquares, key_squares_ - key);
+    const int64_t at_once = whole_ ? k_count : 1;
     for (int64_t i = 0; i < q_count; ++i) {
-      for (int64_t j = 0; j < k_count; ++j) {
-        const int64_t q_at = (query + i) * channel_squares_ * kBytes, k_at = (key + j) * channel_squares_ * kBytes;
-        Policy::multiply(q_rows_ + q_at, k_rows_ + k_at, channel_squares_, logits_, true);
-        Policy::multiply(grad_rows_ + q_at, v_rows_ + k_at, channel_squares_, slopes_wide_, true);
-        slope((query + i) * kSquare, (key + j) * kSquare);
-        policy_.cols_right(logits_, kSquare, weights_ + (j * kSquares + i) * kBytes);
-        policy_.cols_right(slopes_wide_, kSquare, slopes_ + (j * kSquares + i) * kBytes);
-        policy_.rows(slopes_wide_, kSquare, slopes_rows_ + (i * kSquares + j) * kBytes);
+      for (int64_t first = 0; first < k_count; first += at_once) {
+        for (int64_t j = first; j < first + at_once; ++j) {
+          const int64_t q_at = (query + i) * channel_squares_ * kBytes, k_at = (key + j) * channel_squares_ * kBytes;
+          Policy::multiply(q_rows_ + q_at, k_rows_ + k_at, channel_squares_, square(logits_, j), true);
+          Policy::multiply(grad_rows_ + q_at, v_rows_ + k_at, channel_squares_, square(slopes_wide_, j), true);
+          weigh((query + i) * kSquare, (key + j) * kSquare, square(logits_, j), square(slopes_wide_, j));
+        }
+        if (whole_) normalise((query + i) * kSquare, k_count);
+        for (int64_t j = first; j < first + at_once; ++j) {
+          const float* weights = square(logits_, j);
+          float* slopes = square(slopes_wide_, j);
+          slope((query + i) * kSquare, weights, slopes);
+          policy_.cols_right(weights, kSquare, weights_ + (j * kSquares + i) * kBytes);
+          policy_.cols_right(slopes, kSquare, slopes_ + (j * kSquares + i) * kBytes);
+          policy_.rows(slopes, kSquare, slopes_rows_ + (i * kSquares + j) * kBytes);
+        }
       }
     }
     const auto add = [](const char* a, const char* b, int64_t steps, float* c) { Policy::multiply(a, b, steps, c, false); };
@@ -180,15 +193,18 @@ class AttentionBackward {
     }
   }
 
-  // From S and dP of a square to P and dS, in place.
-  void slope(int64_t query, int64_t key) {
+  // What `whole_` keeps of all keys, otherwise of the one square in hand.
+  float* square(float* all, int64_t j) const { return all + (whole_ ? j : 0) * kSquare * kSquare; }
+
+  // From S of a square to P, in place; dP is 0 where a key is hidden or is not there.
+  void weigh(int64_t query, int64_t key, float* logits, float* slopes) {
     const bool plain = !masked_ || (!call_.mask.data && key + kSquare - 1 <= query);
     const int64_t keys = std::min(kSquare, call_.keys - key);
     const Pair factor = split(masked_ ? call_.scale : call_.scale * kLog2e);
     alignas(64) float bias[kSquare];
     for (int64_t r = 0; r < kSquare; ++r) {
-      float *s = logits_ + r * kSquare, *d = slopes_wide_ + r * kSquare;
-      const vf high = vset(base_[query + r].high), low = vset(base_[query + r].low), delta = vset(delta_[query + r]);
+      float *s = logits + r * kSquare, *d = slopes + r * kSquare;
+      const vf high = vset(base_[query + r].high), low = vset(base_[query + r].low);
       const vf inverse = vset(inverse_[query + r]), log2e = vset(static_cast<float>(kLog2e));
       if (plain) {
         for (int64_t i = 0; i < kSquare; i += kLanes) {  // s * factor - base, rounded once where it is near zero, that is where it counts
@@ -207,8 +223,40 @@ class AttentionBackward {
         for (int64_t j = 0; j < kSquare; ++j) d[j] = bias[j] == -INFINITY ? 0.0f : d[j];  // hidden: even NaN does not matter
       }
       std::fill(s + keys, s + kSquare, 0.0f);  // no key there
-      for (int64_t i = 0; i < kSquare; i += kLanes) vstore(d + i, vmul(vload(s + i), vsub(vload(d + i), delta)));
       std::fill(d + keys, d + kSquare, 0.0f);
+    }
+  }
+
+  // With all keys of a query in hand: its weights sum to 1, and delta = sum(P dP), from the numbers that they meet here. The sums of the way
+  // forward are of other roundings, which do not cancel where one key has nearly all the weight.
+  void normalise(int64_t query, int64_t squares) {
+    for (int64_t r = 0; r < kSquare; ++r) {
+      if (inverse_[query + r] == 0) continue;
+      vf weights = vset(0), products = vset(0);
+      for (int64_t j = 0; j < squares; ++j) {
+        for (int64_t i = 0; i < kSquare; i += kLanes) {
+          const vf p = vload(square(logits_, j) + r * kSquare + i);
+          weights = vadd(weights, p);
+          products = vfma(p, vload(square(slopes_wide_, j) + r * kSquare + i), products);
+        }
+      }
+      const double total = sum_of(weights);
+      delta_[query + r] = static_cast<float>(sum_of(products) / total - lse_[query + r]);
+      const vf inverse = vset(static_cast<float>(1 / total));
+      for (int64_t j = 0; j < squares; ++j) {
+        for (int64_t i = 0; i < kSquare; i += kLanes) {
+          float* p = square(logits_, j) + r * kSquare + i;
+          vstore(p, vmul(vload(p), inverse));
+        }
+      }
+    }
+  }
+
+  // From dP of a square to dS, in place.
+  void slope(int64_t query, const float* weights, float* slopes) const {
+    for (int64_t r = 0; r < kSquare; ++r) {
+      const vf delta = vset(delta_[query + r]);
+      for (int64_t i = r * kSquare; i < (r + 1) * kSquare; i += kLanes) vstore(slopes + i, vmul(vload(weights + i), vsub(vload(slopes + i), delta)));
     }
   }
 
@@ -227,15 +275,15 @@ class AttentionBackward {
   const AttentionBackwardCall& call_;
   const AttentionBackwardTask& task_;
   const int64_t channel_squares_, columns_, query_squares_, key_squares_;
-  const bool masked_;
+  const bool masked_, whole_;  // whole: a block has all keys
   int64_t head_ = 0;
   float power_ = 1;
   Policy policy_;
   char *k_rows_, *k_cols_, *v_rows_, *q_rows_, *q_cols_, *grad_rows_, *grad_cols_;
   char *weights_, *slopes_, *slopes_rows_;  // of a block: P and dS as right operands, dS as a left one
   Pair* base_;
-  float *inverse_, *delta_, *q_grad_, *k_grad_, *v_grad_, *staged_;
-  alignas(64) float logits_[kSquare * kSquare], slopes_wide_[kSquare * kSquare];
+  float *inverse_, *delta_, *lse_, *q_grad_, *k_grad_, *v_grad_, *staged_;
+  alignas(64) float logits_[kSquares * kSquare * kSquare], slopes_wide_[kSquares * kSquare * kSquare];
 };
 
 }  // namespace fusewire::FUSEWIRE_ISA

@@ -180,8 +180,8 @@ class Task {
 
   void write(const State& state, int64_t query, int64_t rows) {
     for (int64_t r = 0; r < rows; ++r) {
-      const float total = vsum_of(vload(state.total + r * kLanes));
-      const float inverse = total == 0 ? 0.0f : 1.0f / total;  // no key attended: 0
+      const double total = sum_of(vload(state.total + r * kLanes));
+      const float inverse = total == 0 ? 0.0f : static_cast<float>(1 / total);  // no key attended: 0
       put_softmax(call_, task_, query + r, state.highest[r], factor_, total);
       float* x = state.out + r * columns_;
       for (int64_t c = 0; c < columns_; ++c) x[c] *= inverse;

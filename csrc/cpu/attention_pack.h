@@ -22,11 +22,11 @@ constexpr int64_t kPadded = kAttentionMaxChannels + kLanes;
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // What the softmax of a query was, where it is asked for: weights 2^((logit - highest) * factor) that sum to `total`.
-inline void put_softmax(const AttentionCall& call, const AttentionTask& task, int64_t query, float highest, float factor, float total) {
+inline void put_softmax(const AttentionCall& call, const AttentionTask& task, int64_t query, float highest, float factor, double total) {
   if (!call.total) return;
   const int64_t at = (task.batch * call.heads + task.head) * call.queries + query;
   call.highest[at] = static_cast<double>(highest) * (static_cast<double>(factor) / kLog2e);
-  call.total[at] = static_cast<double>(total);
+  call.total[at] = total;
 }
 
 // Scratch memory of one thread: grows to the largest size asked for (a few MiB, whatever the sequence), and stays.

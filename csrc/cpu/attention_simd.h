@@ -30,7 +30,6 @@ inline vf vmul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 inline vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 inline vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }  // b where a is NaN
 inline float vmax_of(vf a) { return _mm512_reduce_max_ps(a); }
-inline float vsum_of(vf a) { return _mm512_reduce_add_ps(a); }
 inline vf vkeep(vf a, vf bias) {  // -inf where bias is -inf, even if a is NaN
   const vf low = vset(-INFINITY);
   return _mm512_mask_mov_ps(a, _mm512_cmp_ps_mask(bias, low, _CMP_EQ_OQ), low);
@@ -64,11 +63,6 @@ inline float vmax_of(vf a) {
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
-inline float vsum_of(vf a) {
-  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
-  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
-}
 inline vf vkeep(vf a, vf bias) {
   const vf low = vset(-INFINITY);
   return _mm256_blendv_ps(a, low, _mm256_cmp_ps(bias, low, _CMP_EQ_OQ));
@@ -101,7 +95,6 @@ inline vf vmul(vf a, vf b) { return a * b; }
 inline vf vfma(vf a, vf b, vf c) { return a * b + c; }
 inline vf vmax(vf a, vf b) { return a > b ? a : b; }
 inline float vmax_of(vf a) { return std::fmax(std::fmax(a[0], a[2]), std::fmax(a[1], a[3])); }
-inline float vsum_of(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 inline vf vkeep(vf a, vf bias) { return bias == vset(-INFINITY) ? vset(-INFINITY) : a; }
 template <int degree>
 inline vf vexp2(vf x) {
@@ -121,6 +114,15 @@ inline void load_f16(const float16* p, float* out) { for (int i = 0; i < kLanes;
 inline void store_f16(float16* p, const float* x) { for (int i = 0; i < kLanes; ++i) p[i] = from_float<float16>(x[i]); }
 
 #endif
+
+// The sum of the lanes without rounding: an error here would be an error of a whole row.
+inline double sum_of(vf a) {
+  alignas(64) float lanes[kLanes];
+  vstore(lanes, a);
+  double sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += static_cast<double>(lanes[i]);
+  return sum;
+}
 
 // An operand of a tile is made of 32-bit units along the summed dimension: one float, or a pair of bf16.
 struct FloatUnits {

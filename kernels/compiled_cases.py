@@ -239,16 +239,26 @@ for _dim, _dtype in itertools.product((64, 128), SHORT):
         q = meta(2, 1024, 24, dim, dtype=dtype)
         attention.attention(q, q, q, None, None, None, True, None, 1e-6)
 
+    @case(f"attention_varlen {_dim} {SHORT[_dtype]}")
+    def _(dim=_dim, dtype=_dtype):
+        q, cu_seqlens = meta(2048, 24, dim, dtype=dtype), meta(9, dtype=torch.int32)
+        attention.attention_varlen(q, q, q, cu_seqlens, cu_seqlens, False, None)
+
+    @case(f"attention_varlen {_dim} {SHORT[_dtype]} causal")
+    def _(dim=_dim, dtype=_dtype):
+        q, cu_seqlens = meta(2048, 24, dim, dtype=dtype), meta(9, dtype=torch.int32)
+        attention.attention_varlen_softmax(q, q, q, cu_seqlens, cu_seqlens, True, None)
+
     @case(f"joint_attention {_dim} {SHORT[_dtype]}")
     def _(dim=_dim, dtype=_dtype):
         q, q2, w = meta(2, 1024, 24, dim, dtype=dtype), meta(2, 154, 24, dim, dtype=dtype), meta(dim, dtype=dtype)
         attention.joint_attention(q, q, q, q2, q2, q2, w, None, w, None, None, 1e-6)
 
 QUICK = ("adaln_modulate 1536 bf16", "gate_residual_adaln two gates 3072 f32", "gate_residual exact 1536 f32", "linear gate residual 1536 bf16",
-         "qk_norm_into joint buffer 64 bf16", "flow_euler_step guided bf16", "attention 64 bf16", "joint_attention 128 bf16", "attention 72 bf16 bool",
+         "qk_norm_into joint buffer 64 bf16", "flow_euler_step guided bf16", "attention 64 bf16", "joint_attention 128 bf16", "attention 72 bf16 bool", "attention 128 bf16 causal",
          "layer_norm 1536 bf16", "rms_norm_backward 4096 bf16", "geglu 5120 bf16", "geglu_backward bias 5120 f32",
          "gate_residual_backward 1536 bf16", "gate_residual_adaln_backward two gates 1536 bf16")
 DOCUMENTED = (*QUICK, "adaln_modulate_backward 1536 bf16", "adaln_modulate_backward affine 3072 f32", "adaln_modulate 3072 bf16", "adaln_modulate_dual 1536 bf16", "gate_residual_adaln two gates 1536 bf16",
               "gate_residual_adaln two gates 16384 f32", "adaln_modulate exact 1536 bf16", "linear bias gelu_tanh 1536 bf16", "qk_norm_rope 64 bf16",
               "qk_norm_rope 128 f32", "attention 64 f32", "attention 128 bf16", "attention 128 bf16 additive", "attention 128 f32",
-              "attention 256 bf16", "attention 512 bf16", "joint_attention 64 bf16")
+              "attention 256 bf16", "attention 512 bf16", "joint_attention 64 bf16", "attention_varlen 64 bf16", "attention_varlen 128 bf16 causal")

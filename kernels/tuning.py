@@ -92,7 +92,7 @@ class AttentionTile(NamedTuple):
     precision: str
 
 
-def attention_tile(dim: int, itemsize: int, masked: bool, arch: Arch) -> AttentionTile:
+def attention_tile(dim: int, itemsize: int, masked: bool, causal: bool, arch: Arch) -> AttentionTile:
     """``dim``: the head dimension; ``itemsize``: bytes of an element. The key blocks in flight and the queries must fit into shared memory."""
     padded = max(power_of_2(dim), 16)
     large = arch.shared >= 160 * KIB
@@ -107,10 +107,13 @@ def attention_tile(dim: int, itemsize: int, masked: bool, arch: Arch) -> Attenti
     elif arch.kind == "hip":
         queries, keys, warps, stages = (128, 64, 4, 1) if padded <= 64 else (64, 32, 4, 1)
     elif padded <= 64:
-        queries, keys, warps, stages = (128, 128 if hopper and not masked else 64, 8, 3 if large else 2)
+        keys = 128 if hopper and not masked and not (causal and arch.name != "sm_90") else 64
+        if (masked or causal) and not hopper:
+            keys = 32  # hidden keys take more registers
+        queries, keys, warps, stages = 128, keys, 8, 3 if large else 2
     elif padded <= 128:
         queries, keys, warps, stages = (64, 32, 8, 3) if large else (64, 32, 4, 2)
-        if large and (hopper or not masked):
+        if large and (hopper or not (masked or causal)):
             queries, keys, warps, stages = (128, 32 if masked else 64, 8, 3)
     else:
         queries, keys, warps, stages = (128, 32, 8, 2) if arch.name == "sm_90" and not masked else (64, 32, 8, 2) if large else (64, 16, 8, 2)

@@ -23,8 +23,8 @@ static const double* weight_of(const std::optional<Tensor>& weight, std::vector<
   return keep.back().data();
 }
 
-// Cuts the queries into tasks and runs them. Threads take tasks as they become free; results do not depend on which thread ran what.
-static void run(const AttentionCall& call, int64_t batch, int64_t heads) {
+// Cuts the queries of all calls into tasks and runs them. Threads take tasks as they become free; results do not depend on which thread ran what.
+void run_attention(const AttentionCall* calls, int64_t count, int64_t batch) {
   auto kernel = FUSEWIRE_PICK(void (*)(const AttentionCall&, const AttentionTask&), attention_task);
   int64_t block = kAttentionQueryBlock;
 #if defined(FUSEWIRE_HAS_AMX)
@@ -33,46 +33,37 @@ static void run(const AttentionCall& call, int64_t batch, int64_t heads) {
     block = kAttentionAmxQueryBlock;
   }
 #endif
-  const int64_t blocks = (call.queries + block - 1) / block;
-  if (batch * heads * blocks == 0) return;
+  const auto blocks_of = [&](const AttentionCall& call) { return (call.queries + block - 1) / block; };
+  int64_t blocks = 0, products = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    blocks += batch * calls[i].heads * blocks_of(calls[i]);
+    products += batch * calls[i].heads * calls[i].queries * calls[i].keys * calls[i].channels;
+  }
+  if (blocks == 0) return;
   // Waking a second thread takes longer than a hundred thousand products.
-  const bool small = batch * heads * call.queries * call.keys * call.channels < 100'000;
+  const bool small = products < 100'000;
   const int64_t threads = small ? 1 : torch::stable::get_num_threads();
   // A task packs the keys and values of its head again: at least 8 blocks where there is enough work for all threads, at most kAttentionMaxBlocks.
-  const int64_t wanted = batch * heads * blocks / (4 * threads);
-  const int64_t size = std::clamp<int64_t>(wanted, std::min<int64_t>(8, 1 + batch * heads * blocks / (2 * threads)), kAttentionMaxBlocks);
-  const int64_t pieces = (blocks + size - 1) / size;
-  const int64_t length = (blocks + pieces - 1) / pieces * block;  // as equal as can be
-  const int64_t tasks = batch * heads * pieces;
+  const int64_t size = std::clamp<int64_t>(blocks / (4 * threads), std::min<int64_t>(8, 1 + blocks / (2 * threads)), kAttentionMaxBlocks);
+  const auto pieces_of = [&](const AttentionCall& call) { return (blocks_of(call) + size - 1) / size; };  // of a head
+  std::vector<int64_t> ends(count);  // the tasks of a call end where the next one's begin
+  for (int64_t i = 0; i < count; ++i) ends[i] = (i ? ends[i - 1] : 0) + batch * calls[i].heads * pieces_of(calls[i]);
+  const int64_t tasks = ends.back();
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, std::min(threads, tasks), 1, [&](int64_t, int64_t) {
     for (int64_t i = next++; i < tasks; i = next++) {
-      const int64_t piece = i % pieces, head = i / pieces % heads, b = i / pieces / heads;
+      const int64_t at = std::upper_bound(ends.begin(), ends.end(), i) - ends.begin(), task = i - (at ? ends[at - 1] : 0);
+      const AttentionCall& call = calls[at];
+      const int64_t pieces = pieces_of(call), length = (blocks_of(call) + pieces - 1) / pieces * block;  // as equal as can be
+      const int64_t piece = task % pieces, head = task / pieces % call.heads, b = task / pieces / call.heads;
       kernel(call, {b, head, piece * length, std::min(call.queries, (piece + 1) * length)});
     }
   });
 }
 
-static AttentionCall begin_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, std::optional<double> scale, double eps) {
-  AttentionCall call{};
-  call.q[0] = attention_view(q);
-  call.k[0] = attention_view(k);
-  call.v[0] = attention_view(v);
-  call.out[0] = attention_view(out);
-  call.type = attention_type(q.scalar_type());
-  call.queries = q.size(1);
-  call.keys = k.size(1);
-  call.channels = q.size(3);
-  call.heads = q.size(2);
-  call.group = k.size(2) ? q.size(2) / k.size(2) : 1;
-  call.scale = attention_scale(q, scale);
-  call.eps = eps;
-  return call;
-}
-
 static AttentionCall whole_call(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask, const Tensor& out, bool causal,
                                 std::optional<double> scale, double eps) {
-  AttentionCall call = begin_call(q, k, v, out, scale, eps);
+  AttentionCall call = attention_call(q, k, v, out, scale, eps);
   call.causal = causal;
   if (mask) call.mask = attention_mask(*mask, q, k);
   return call;
@@ -85,7 +76,7 @@ static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   std::vector<std::vector<double>> keep;
   call.q[0].weight = weight_of(q_weight, keep);
   call.k[0].weight = weight_of(k_weight, keep);
-  run(call, q.size(0), q.size(2));
+  run_attention(&call, 1, q.size(0));
   return out;
 }
 
@@ -98,7 +89,7 @@ static std::tuple<Tensor, Tensor, Tensor> attention_softmax(const Tensor& q, con
   AttentionCall call = whole_call(q, k, v, mask, out, causal, scale, 1.0);
   call.highest = static_cast<double*>(highest.data_ptr());
   call.total = static_cast<double*>(total.data_ptr());
-  run(call, q.size(0), q.size(2));
+  run_attention(&call, 1, q.size(0));
   return {out, highest, total};
 }
 
@@ -107,7 +98,7 @@ static std::tuple<Tensor, Tensor> joint_attention(const Tensor& q, const Tensor&
                                                   const std::optional<Tensor>& q2_weight, const std::optional<Tensor>& k2_weight,
                                                   std::optional<double> scale, double eps) {
   Tensor out = empty_contiguous(q), out2 = empty_contiguous(q2);
-  AttentionCall call = begin_call(q, k, v, out, scale, eps);
+  AttentionCall call = attention_call(q, k, v, out, scale, eps);
   std::vector<std::vector<double>> keep;
   call.q[1] = attention_view(q2);
   call.k[1] = attention_view(k2);
@@ -119,7 +110,7 @@ static std::tuple<Tensor, Tensor> joint_attention(const Tensor& q, const Tensor&
   call.k[1].weight = weight_of(k2_weight, keep);
   call.queries += q2.size(1);
   call.keys += k2.size(1);
-  run(call, q.size(0), q.size(2));
+  run_attention(&call, 1, q.size(0));
   return {out, out2};
 }
 

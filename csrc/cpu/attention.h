@@ -34,8 +34,8 @@ struct AttentionCall {
   int64_t group;  // query heads for each key head
   double scale, eps;
   bool causal;
-  double *highest, *total;  // null, or [B, H, Tq] for each query's highest logit, and the sum of exp(logit - highest)
-  int64_t heads;
+  double *highest, *total;  // null, or [B, H, softmax_rows] for each query's highest logit, and the sum of exp(logit - highest)
+  int64_t heads, softmax_rows;
 };
 
 // Queries [begin, end) of one head of one sample.

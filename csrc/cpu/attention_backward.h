@@ -13,8 +13,10 @@ struct AttentionBackwardCall {
   int64_t group;  // query heads for each key head
   double scale;
   bool causal;
-  const double *highest, *total;  // [B, H, Tq]: each query's highest logit, and the sum of exp(logit - highest): 0 where it attends to no key
-  const double* lse_grad;         // [B, H, Tq], or null
+  // [B, H, softmax_rows]: each query's highest logit, and the sum of exp(logit - highest): 0 where it attends to no key
+  const double *highest, *total;
+  const double* lse_grad;  // of the same shape, or null
+  int64_t softmax_rows;
   void *q_grad, *k_grad, *v_grad;
 };
 

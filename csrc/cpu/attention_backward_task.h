@@ -136,7 +136,7 @@ class AttentionBackward {
   void prepare_rows() {
     const int64_t queries = query_squares_ * kSquare;
     float *grad = staged_, *out = staged_ + columns_;
-    const int64_t at = (task_.batch * call_.heads + head_) * call_.queries;
+    const int64_t at = (task_.batch * call_.heads + head_) * call_.softmax_rows;
     for (int64_t t = 0; t < queries; ++t) {
       base_[t] = {0, 0};
       inverse_[t] = delta_[t] = lse_[t] = 0;

@@ -32,7 +32,7 @@ class DoubleTask {
         double* out = const_cast<double*>(row_of<double>(call_.out, task_.batch, task_.head, query + r).data);
         for (int64_t c = 0; c < channels_; ++c) out[c] = total_[r] == 0 ? 0.0 : out_[r * channels_ + c] / total_[r];
         if (call_.total) {
-          const int64_t at = (task_.batch * call_.heads + task_.head) * call_.queries + query + r;
+          const int64_t at = (task_.batch * call_.heads + task_.head) * call_.softmax_rows + query + r;
           call_.highest[at] = highest_[r], call_.total[at] = total_[r];
         }
       }

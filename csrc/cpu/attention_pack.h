@@ -24,7 +24,7 @@ inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1)
 // What the softmax of a query was, where it is asked for: weights 2^((logit - highest) * factor) that sum to `total`.
 inline void put_softmax(const AttentionCall& call, const AttentionTask& task, int64_t query, float highest, float factor, double total) {
   if (!call.total) return;
-  const int64_t at = (task.batch * call.heads + task.head) * call.queries + query;
+  const int64_t at = (task.batch * call.heads + task.head) * call.softmax_rows + query;
   call.highest[at] = static_cast<double>(highest) * (static_cast<double>(factor) / kLog2e);
   call.total[at] = total;
 }

@@ -4,7 +4,7 @@
 #include <optional>
 
 #include "common/empty.h"
-#include "cpu/attention.h"
+#include "cpu/attention_backward.h"
 
 namespace fusewire {
 
@@ -19,9 +19,10 @@ inline AttentionType attention_type(ScalarType type) {
   }
 }
 
-// x [B, T, H, D].
+// x [B, T, H, D] or, of one sample, [T, H, D].
 inline AttentionTensor attention_view(const Tensor& x) {
-  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3), x.size(1), nullptr};
+  const int64_t t = x.dim() - 3;
+  return {x.data_ptr(), t ? x.stride(0) : 0, x.stride(t), x.stride(t + 1), x.stride(t + 2), x.size(t), nullptr};
 }
 
 // mask [B or 1, H or 1, Tq or 1, Tk].
@@ -32,8 +33,45 @@ inline AttentionMask attention_mask(const Tensor& mask, const Tensor& q, const T
   return {mask.data_ptr(), attention_type(mask.scalar_type()), strides[0], strides[1], strides[2], strides[3]};
 }
 
-inline double attention_scale(const Tensor& q, std::optional<double> scale) {
-  return scale ? *scale : 1.0 / std::sqrt(static_cast<double>(q.size(3)));
+inline double attention_scale(int64_t channels, std::optional<double> scale) {
+  return scale ? *scale : 1.0 / std::sqrt(static_cast<double>(channels));
 }
+
+inline AttentionCall attention_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, std::optional<double> scale, double eps) {
+  const int64_t t = q.dim() - 3;
+  AttentionCall call{};
+  call.q[0] = attention_view(q);
+  call.k[0] = attention_view(k);
+  call.v[0] = attention_view(v);
+  call.out[0] = attention_view(out);
+  call.type = attention_type(q.scalar_type());
+  call.queries = call.softmax_rows = q.size(t);
+  call.keys = k.size(t);
+  call.channels = q.size(t + 2);
+  call.heads = q.size(t + 1);
+  call.group = k.size(t + 1) ? call.heads / k.size(t + 1) : 1;
+  call.scale = attention_scale(call.channels, scale);
+  call.eps = eps;
+  return call;
+}
+
+inline AttentionBackwardCall attention_backward_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& grad,
+                                                     std::optional<double> scale) {
+  STD_TORCH_CHECK(q.scalar_type() != ScalarType::Double, "attention_backward: float64 is the reference's");
+  const int64_t t = q.dim() - 3;
+  AttentionBackwardCall call{};
+  call.q = attention_view(q), call.k = attention_view(k), call.v = attention_view(v);
+  call.out = attention_view(out), call.grad = attention_view(grad);
+  call.type = attention_type(q.scalar_type());
+  call.batches = t ? q.size(0) : 1;
+  call.queries = call.softmax_rows = q.size(t), call.heads = q.size(t + 1), call.channels = q.size(t + 2);
+  call.keys = k.size(t), call.group = call.heads / k.size(t + 1);
+  call.scale = attention_scale(call.channels, scale);
+  return call;
+}
+
+// Run all calls, `batch` samples of each, on all threads.
+void run_attention(const AttentionCall* calls, int64_t count, int64_t batch);
+void run_attention_backward(const AttentionBackwardCall* calls, int64_t count);
 
 }  // namespace fusewire

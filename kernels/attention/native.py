@@ -11,16 +11,26 @@ FEW_QUERIES = 16
 MAX_CHANNELS = 512  # rows are staged in buffers of this size
 
 
-def _why_not(q) -> str:
+def _why_not_this(q) -> str:
     if not CPU.loaded:
         return CPU.reason
     if not q.is_cpu:
         return f"q is on {q.device}"
-    if q.shape[1] == 1 and forced_backend() != "cpu":
-        return "one query: packing the keys would take longer than attending to them"
-    if not 0 < q.shape[3] <= MAX_CHANNELS:
-        return f"the head dimension is {q.shape[3]}; 1 to {MAX_CHANNELS} are served"
+    if not 0 < q.shape[-1] <= MAX_CHANNELS:
+        return f"the head dimension is {q.shape[-1]}; 1 to {MAX_CHANNELS} are served"
     return ""
+
+
+def _why_not(q) -> str:
+    if q.shape[1] == 1 and q.is_cpu and forced_backend() != "cpu":
+        return CPU.reason or "one query: packing the keys would take longer than attending to them"
+    return _why_not_this(q)
+
+
+def why_not_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale) -> str:
+    if q.shape[0] < cu_seqlens_q.shape[0] and q.is_cpu and forced_backend() != "cpu":
+        return CPU.reason or "one query a sequence: packing the keys would take longer than attending to them"
+    return _why_not_this(q)
 
 
 def why_not_attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps) -> str:
@@ -35,9 +45,17 @@ def why_not_softmax(q, k, v, mask, causal, scale) -> str:
     return _why_not(q)
 
 
-def why_not_backward(grad, lse_grad, q, k, v, out, highest, total, mask, causal, scale) -> str:
+def _why_no_gradient(q, k) -> str:
     if q.dtype is torch.float64:
         return "q has dtype torch.float64"
     if q.numel() == 0 or k.numel() == 0:
         return "a tensor is empty"
-    return _why_not(q)
+    return ""
+
+
+def why_not_backward(grad, lse_grad, q, k, v, out, highest, total, mask, causal, scale) -> str:
+    return _why_no_gradient(q, k) or _why_not(q)
+
+
+def why_not_varlen_backward(grad, lse_grad, q, k, v, out, highest, total, cu_seqlens_q, cu_seqlens_k, causal, scale) -> str:
+    return _why_no_gradient(q, k) or _why_not_this(q)

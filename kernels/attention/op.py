@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -60,12 +61,16 @@ _gradients = Table("attention_backward", [
 ])
 
 
-def _gradients_of(needed, grads, q, k, v, mask, causal, scale, out, highest, total):
-    grad, _, total_grad = grads
-    # With the highest logit as a constant, the gradient of the total is that of the log-sum-exp over the total.
-    lse_grad = None if total_grad is None else (total_grad * total).masked_fill(total == 0, 0)
-    grad = torch.zeros_like(out) if grad is None else grad
-    return *_gradients(grad, lse_grad, q, k, v, out, highest, total, mask, causal, scale), None, None, None
+def gradients_by(table: Table) -> Callable:
+    """The gradients of an op (q, k, v, *rest) -> (out, highest, total), by a table (grad, lse_grad, q, k, v, out, highest, total, *rest)."""
+    def gradients_of(needed, grads, q, k, v, *others):
+        *rest, out, highest, total = others
+        grad, _, total_grad = grads
+        # With the highest logit as a constant, the gradient of the total is that of the log-sum-exp over the total.
+        lse_grad = None if total_grad is None else (total_grad * total).masked_fill(total == 0, 0)
+        grad = torch.zeros_like(out) if grad is None else grad
+        return *table(grad, lse_grad, q, k, v, out, highest, total, *rest), *(None for _ in rest)
+    return gradients_of
 
 
 def _recomputed(q, k, v, mask, causal, scale) -> bool:
@@ -73,7 +78,7 @@ def _recomputed(q, k, v, mask, causal, scale) -> bool:
     return mask is not None and mask.requires_grad or q.is_cpu and q.dtype is torch.float32 and q.shape[1] < native.FEW_QUERIES
 
 
-_backward, _setup = fused(reference.attention_softmax, _gradients_of, _recomputed, with_outputs=True)
+_backward, _setup = fused(reference.attention_softmax, gradients_by(_gradients), _recomputed, with_outputs=True)
 _softmax_op = define("attention_softmax(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float? scale) -> (Tensor, Tensor, Tensor)",
                      fallback=reference.attention_softmax, fake=_fake_softmax, backward=_backward, setup_context=_setup)
 _softmax = Table("attention_softmax", [
@@ -159,7 +164,7 @@ def _full_mask(mask, q, k) -> torch.Tensor:
     return mask
 
 
-def _cast(tensors: tuple) -> tuple:
+def cast(tensors: tuple) -> tuple:
     """What autocast makes of the arguments of PyTorch's attention: all in its dtype (float64 stays)."""
     if not all(isinstance(x, torch.Tensor) for x in tensors):
         return tensors  # for _check to refuse
@@ -170,7 +175,7 @@ def _cast(tensors: tuple) -> tuple:
     return tuple(x.to(dtype) if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x for x in tensors)
 
 
-def _learns(*tensors) -> bool:
+def learns(*tensors) -> bool:
     """Whether a gradient of any of them is wanted."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
@@ -197,18 +202,18 @@ def attention(q, k, v, *, mask=None, causal: bool = False, scale: float | None =
     Source: Dao et al. (2022), "FlashAttention"; Vaswani et al. (2017).
     """
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        q, k, v = _cast((q, k, v))
+        q, k, v = cast((q, k, v))
     _check(("q", "k", "v"), q, k, v)
     _check_rest(q, _WEIGHTS, (q_weight, k_weight), scale, eps)
     if mask is not None:
         mask = _full_mask(mask, q, k)
-    if return_lse or _learns(q, k, v, mask, q_weight, k_weight):
+    if return_lse or learns(q, k, v, mask, q_weight, k_weight):
         out, highest, total = _softmax(_normalised(q, q_weight, eps), _normalised(k, k_weight, eps), v, mask, causal, scale)
-        return (out, _log_sum_exp(highest, total).to(compute_dtype(q.dtype))) if return_lse else out
+        return (out, log_sum_exp(highest, total).to(compute_dtype(q.dtype))) if return_lse else out
     return _attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps)
 
 
-def _log_sum_exp(highest, total) -> torch.Tensor:
+def log_sum_exp(highest, total) -> torch.Tensor:
     empty = total == 0
     return (highest.detach() + torch.log(total.masked_fill(empty, 1))).masked_fill(empty, -torch.inf)
 
@@ -234,12 +239,12 @@ def joint_attention(q, k, v, q2, k2, v2, *, q_weight=None, k_weight=None, q2_wei
     Source: Esser et al. (2024), "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", the joint attention of MMDiT.
     """
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        q, k, v, q2, k2, v2 = _cast((q, k, v, q2, k2, v2))
+        q, k, v, q2, k2, v2 = cast((q, k, v, q2, k2, v2))
     _check(("q", "k", "v"), q, k, v)
     _check(("q2", "k2", "v2"), q2, k2, v2)
     _check_streams(q, k, q2, k2)
     _check_rest(q, _WEIGHTS, (q_weight, k_weight, q2_weight, k2_weight), scale, eps)
-    if _learns(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight):
+    if learns(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight):
         pairs = ((_normalised(q, q_weight, eps), _normalised(q2, q2_weight, eps)), (_normalised(k, k_weight, eps), _normalised(k2, k2_weight, eps)), (v, v2))
         out, _, _ = _softmax(*(torch.cat(pair, dim=1) for pair in pairs), None, False, scale)
         return tuple(part.contiguous() for part in out.split((q.shape[1], q2.shape[1]), dim=1))

@@ -48,7 +48,7 @@ def attend(q, k, v, mask, causal: bool, scale: float | None) -> tuple[torch.Tens
     """
     if k.shape[1] == 0:
         rows = q.new_zeros((q.shape[0], q.shape[2], q.shape[1]))
-        return torch.zeros_like(q), rows, rows.clone()
+        return q.masked_fill(torch.ones_like(q, dtype=torch.bool), 0), rows, rows.clone()  # whose gradient is 0, not none
     q, k, v = _heads_first(q, k, v)
     hidden = _hidden(q, k, mask, causal)
     # Keys that no query attends to may hold anything, even NaN
@@ -102,6 +102,54 @@ def attention_backward(grad, lse_grad, q, k, v, out, highest, total, mask, causa
     slopes = weights * (grad @ v.mT - delta).masked_fill(hidden, 0) * (q.shape[-1] ** -0.5 if scale is None else scale)
     k_grad, v_grad = (x.unflatten(1, (-1, groups)).sum(2) for x in (slopes.mT @ q, weights.mT @ grad))
     return tuple(x.transpose(1, 2).to(dtype).contiguous() for x, dtype in zip((slopes @ k, k_grad, v_grad), dtypes))
+
+
+def _sequences(cu_seqlens_q, cu_seqlens_k) -> list[tuple[slice, slice]] | None:
+    """The queries and the keys of each packed sequence (at least one, if it is empty); None where reading them would wait for a device, or cannot
+    be traced."""
+    if not cu_seqlens_q.is_cpu or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return None
+    ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    return [(slice(a, b), slice(c, d)) for a, b, c, d in zip(ends[0], ends[0][1:], ends[1], ends[1][1:])] or [(slice(0), slice(0))]
+
+
+def _same_sequence(q, k, cu_seqlens_q, cu_seqlens_k, causal: bool) -> torch.Tensor:
+    """The mask [1, 1, Tq, Tk] for packed sequences as one: each query sees the keys of its own. (A NaN among the values then reaches them all.)"""
+    places = []
+    for x, cu_seqlens in ((q, cu_seqlens_q), (k, cu_seqlens_k)):
+        token = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
+        sequence = torch.searchsorted(cu_seqlens.contiguous(), token, right=True) - 1
+        places.append((sequence, token - cu_seqlens[sequence]))
+    (q_sequence, q_token), (k_sequence, k_token) = places
+    mask = q_sequence[:, None] == k_sequence
+    return (mask & (k_token <= q_token[:, None]) if causal else mask)[None, None]
+
+
+def attention_varlen_softmax(q, k, v, cu_seqlens_q, cu_seqlens_k, causal: bool,
+                             scale: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``attention_softmax`` within each packed sequence: [Tq, H, D] -> [Tq, H, D] in q's dtype, twice [H, Tq] in float64."""
+    sequences = _sequences(cu_seqlens_q, cu_seqlens_k)
+    if sequences is None:
+        mask = _same_sequence(q, k, cu_seqlens_q, cu_seqlens_k, causal)
+        return tuple(x[0] for x in attention_softmax(q[None], k[None], v[None], mask, False, scale))
+    parts = [attention_softmax(q[None, i], k[None, j], v[None, j], None, causal, scale) for i, j in sequences]
+    return tuple(torch.cat([x[0] for x in each], dim=dim) for each, dim in zip(zip(*parts), (0, 1, 1)))
+
+
+def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal: bool, scale: float | None) -> torch.Tensor:
+    return attention_varlen_softmax(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale)[0]
+
+
+def attention_varlen_backward(grad, lse_grad, q, k, v, out, highest, total, cu_seqlens_q, cu_seqlens_k, causal: bool,
+                              scale: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    sequences = _sequences(cu_seqlens_q, cu_seqlens_k)
+    if sequences is None:
+        mask = _same_sequence(q, k, cu_seqlens_q, cu_seqlens_k, causal)
+        tensors = (None if x is None else x[None] for x in (grad, lse_grad, q, k, v, out, highest, total))
+        return tuple(x[0] for x in attention_backward(*tensors, mask, False, scale))
+    parts = [attention_backward(grad[None, i], None if lse_grad is None else lse_grad[None, :, i], q[None, i], k[None, j], v[None, j], out[None, i],
+                                highest[None, :, i], total[None, :, i], None, causal, scale) for i, j in sequences]
+    return tuple(torch.cat([x[0] for x in each]) for each in zip(*parts))
 
 
 def joint_attention(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale: float | None, eps: float) -> tuple[torch.Tensor, torch.Tensor]:

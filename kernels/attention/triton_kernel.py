@@ -121,6 +121,23 @@ def _attend_segment(
 
 
 @triton.jit
+def _sequence_at(slot, cu_seqlens, sequences, BLOCK_M: tl.constexpr):
+    """The packed sequence that a program's block of queries belongs to, and the block's number in it, perhaps beyond its last.
+
+    Sequence i has the slots from cu_seqlens[i] // BLOCK_M + i on: at least as many as it has blocks of queries, and known without a pass over
+    the lengths before it.
+    """
+    low, high = tl.full([], 0, tl.int64), sequences.to(tl.int64) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tl.load(cu_seqlens + middle) // BLOCK_M + middle <= slot:
+            low = middle
+        else:
+            high = middle - 1
+    return low, slot - tl.load(cu_seqlens + low) // BLOCK_M - low.to(tl.int32)
+
+
+@triton.jit
 def _finish(out, highest, total, o_row, b_acc, b_max, b_sum, i_q, i_b, i_h, tokens, heads, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """A query that saw no key gives 0, and a total of 0. ``out``: contiguous [B, T, H, D]; ``highest``, in natural units, and ``total`` [B, H, T]."""
     b_acc = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
@@ -128,27 +145,39 @@ def _finish(out, highest, total, o_row, b_acc, b_max, b_sum, i_q, i_b, i_h, toke
     o_out = (((i_b * tokens + i_q) * heads + i_h) * DIM)[:, None] + o_d[None, :]
     tl.store(out + o_out, narrow(b_acc, out.dtype.element_ty), mask=(i_q < tokens)[:, None] & (o_d < DIM)[None, :])
     if total is not None:
-        tl.store(highest + o_row + i_q, b_max / LOG2E, mask=i_q < tokens)
-        tl.store(total + o_row + i_q, b_sum, mask=i_q < tokens)
+        tl.store(highest + (o_row + i_q), b_max / LOG2E, mask=i_q < tokens)
+        tl.store(total + (o_row + i_q), b_sum, mask=i_q < tokens)
 
 
 # Numbers of tokens are not specialised on: no recompilation for each picture size
-@triton.jit(do_not_specialize=["tiles", "tiles2", "q_tokens", "q2_tokens", "k_tokens", "k2_tokens", "heads", "group"])
+@triton.jit(do_not_specialize=["tiles", "tiles2", "q_tokens", "q2_tokens", "k_tokens", "k2_tokens", "heads", "group", "sequences"])
 def attention_kernel(
     q, q_b, q_t, q_h, q_d, q_weight, q_weight_d, k, k_b, k_t, k_h, k_d, v, v_b, v_t, v_h, v_d, out,
     q2, q2_b, q2_t, q2_h, q2_d, q2_weight, q2_weight_d, k2, k2_b, k2_t, k2_h, k2_d, v2, v2_b, v2_t, v2_h, v2_d, out2,
-    mask, mask_b, mask_h, mask_q, mask_k, highest, total, tiles, tiles2, q_tokens, q2_tokens, k_tokens, k2_tokens, heads, group, scale, eps,
+    mask, mask_b, mask_h, mask_q, mask_k, highest, total, tiles, tiles2, q_tokens, q2_tokens, k_tokens, k2_tokens, heads, group, scale, eps, cu_seqlens_q, cu_seqlens_k, sequences,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):
     """softmax(q k^T * scale + mask) v; ``scale`` is in base 2, strides of q, k and v other than the last are in UNIT elements. Programs: blocks of queries fastest, then heads, then samples.
 
-    The second segment (q2, ...) is None where there is one only; mask and causal go with one segment.
+    The second segment (q2, ...) is None where there is one only; mask and causal go with one segment. Where there is cu_seqlens_q, that segment is
+    packed sequences: a program then sees one of them, as if it were all.
     """
     program = tl.program_id(0)
     i_tile, i_bh = program % (tiles + tiles2), (program // (tiles + tiles2)).to(tl.int64)
     i_b, i_h = i_bh // heads, i_bh % heads
     i_kv = i_h // group
+    o_row = i_bh * (q_tokens + q2_tokens)
+    if cu_seqlens_q is not None:
+        i_s, i_tile = _sequence_at(i_tile, cu_seqlens_q, sequences, BLOCK_M)
+        q_start, k_start = tl.load(cu_seqlens_q + i_s).to(tl.int64), tl.load(cu_seqlens_k + i_s).to(tl.int64)
+        q_tokens, k_tokens = tl.load(cu_seqlens_q + (i_s + 1)) - q_start.to(tl.int32), tl.load(cu_seqlens_k + (i_s + 1)) - k_start.to(tl.int32)
+        k_tokens = tl.where(i_tile * BLOCK_M < q_tokens, k_tokens, 0)  # a slot without queries: nothing to do
+        o_row += q_start
+        q += q_start * q_t * UNIT
+        k += k_start * k_t * UNIT
+        v += k_start * v_t * UNIT
+        out += q_start * heads * DIM
     if q2 is None:
         tokens = q_tokens
         b_q, i_q = _queries(q + (i_b * q_b + i_h * q_h) * UNIT, q_t * UNIT, q_d, q_weight, q_weight_d, i_tile, q_tokens, eps, DIM, BLOCK_M, BLOCK_D)
@@ -177,7 +206,6 @@ def attention_kernel(
             b_acc, b_max, b_sum, b_q, i_q, tokens, k2 + (i_b * k2_b + i_kv * k2_h) * UNIT, k2_t * UNIT, k2_d, v2 + (i_b * v2_b + i_kv * v2_h) * UNIT, v2_t * UNIT, v2_d, k2_tokens,
             p_mask, mask_k, scale, MASK, CAUSAL, PRECISION, BLOCK_M, BLOCK_N, DIM, BLOCK_D)
 
-    o_row = i_bh * (q_tokens + q2_tokens)
     if q2 is None:
         _finish(out, highest, total, o_row, b_acc, b_max, b_sum, i_q, i_b, i_h, q_tokens, heads, DIM, BLOCK_D)
     else:
@@ -201,17 +229,21 @@ def _in_units(tensor: torch.Tensor | None, unit: int) -> tuple:
     return (pointer, *(stride // unit for stride in strides), last)
 
 
-def _launch(first, second, mask, weights, softmax, causal: bool, scale: float | None, eps: float) -> None:
+def _launch(first, second, mask, weights, softmax, causal: bool, scale: float | None, eps: float, cu_seqlens=(None, None)) -> None:
     """``first``, ``second``: (q, k, v, out) of a segment, the second of None where there is one only; ``weights``: those of q and q2;
-    ``softmax``: None twice, or float32 [B, H, T] for each query's highest logit and total."""
+    ``softmax``: None twice, or float32 [B, H, T] for each query's highest logit and total; ``cu_seqlens``: of packed sequences, q's and k's."""
     # The norm sums over the head dimension of the queries
     first, second = ((q if weight is None else inner_contiguous(q), *rest) for (q, *rest), weight in zip((first, second), weights))
     q, k = first[:2]
     q2, k2 = second[:2]
     batch, q_tokens, heads, dim = q.shape
     q2_tokens, k2_tokens = (0 if x is None else x.shape[1] for x in (q2, k2))
-    tile = attention_tile(dim, q.dtype.itemsize, mask is not None, arch_of(q.device))
+    tile = attention_tile(dim, q.dtype.itemsize, mask is not None, causal, arch_of(q.device))
     tiles, tiles2 = triton.cdiv(q_tokens, tile.queries), triton.cdiv(q2_tokens, tile.queries)
+    sequences = 0 if cu_seqlens[0] is None else cu_seqlens[0].shape[0] - 1
+    if cu_seqlens[0] is not None:  # see _sequence_at
+        tiles = q_tokens // tile.queries + sequences if q_tokens else 0
+        cu_seqlens = tuple(x.contiguous() for x in cu_seqlens)
     kind = NO_MASK if mask is None else BOOL if mask.dtype is torch.bool else ADDITIVE
     segments = []
     unit = _unit(*first[:3], *second[:3])
@@ -220,7 +252,7 @@ def _launch(first, second, mask, weights, softmax, causal: bool, scale: float | 
     launch(
         attention_kernel, batch * heads * (tiles + tiles2), q, *segments,
         *strided(mask.view(torch.uint8) if kind == BOOL else mask, 4), *softmax, tiles, tiles2, q_tokens, q2_tokens, k.shape[1], k2_tokens,
-        heads, heads // max(k.shape[2], 1), default_scale(scale, dim) * LOG2E.value, eps,
+        heads, heads // max(k.shape[2], 1), default_scale(scale, dim) * LOG2E.value, eps, *cu_seqlens, sequences,
         MASK=kind, CAUSAL=causal, PRECISION=tile.precision, BLOCK_M=tile.queries, BLOCK_N=tile.keys, DIM=dim, BLOCK_D=tile.dim, UNIT=unit,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,  # fused where the code says so: equal bits for any layout
     )
@@ -251,6 +283,20 @@ def attention(q, k, v, mask, q_weight, k_weight, causal: bool, scale: float | No
 def attention_softmax(q, k, v, mask, causal: bool, scale: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     softmax = tuple(torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device) for _ in range(2))
     return attention(q, k, v, mask, None, None, causal, scale, 1.0, softmax), *(x.double() for x in softmax)
+
+
+def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal: bool, scale: float | None, softmax=(None, None)) -> torch.Tensor:
+    """``softmax``: None twice, or float32 [H, Tq], as ``attention`` has it."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    segment = tuple(x.unsqueeze(0) for x in (q, k, v, out))
+    _launch(segment, (None,) * 4, None, (None, None), softmax, causal, scale, 1.0, (cu_seqlens_q, cu_seqlens_k))
+    return out
+
+
+def attention_varlen_softmax(q, k, v, cu_seqlens_q, cu_seqlens_k, causal: bool,
+                             scale: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    softmax = tuple(torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device) for _ in range(2))
+    return attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, softmax), *(x.double() for x in softmax)
 
 
 def joint_attention(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale: float | None, eps: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,8 +17,8 @@ def _why_not(q, scale, *tensors) -> str:
     if reason := why_not(q, *tensors):
         return reason
     limit = MAX_DIM if q.dtype.itemsize == 2 else MAX_DIM // 2
-    if not 0 < q.shape[3] <= limit:
-        return f"the head dimension is {q.shape[3]}; 1 to {limit} are served in {q.dtype}"
+    if not 0 < q.shape[-1] <= limit:
+        return f"the head dimension is {q.shape[-1]}; 1 to {limit} are served in {q.dtype}"
     if scale is not None and scale <= 0:
         return "scale is not positive"
     return ""
@@ -35,3 +35,7 @@ def why_not_joint(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight,
 
 def why_not_softmax(q, k, v, mask, causal, scale) -> str:
     return why_not_attention(q, k, v, mask, None, None, causal, scale, 0.0)
+
+
+def why_not_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale) -> str:
+    return _why_not(q, scale, k, v)

@@ -2,6 +2,7 @@
 
 from fusewire.kernels.adaln.op import adaln_modulate, adaln_modulate_dual, gate_residual, gate_residual_adaln
 from fusewire.kernels.attention.op import attention, joint_attention
+from fusewire.kernels.attention.varlen import attention_varlen
 from fusewire.kernels.dispatch import Choice as _Choice
 from fusewire.kernels.dispatch import choices as _choices
 from fusewire.kernels.dispatch import reset_stats, stats
@@ -17,6 +18,7 @@ __all__ = [
     "adaln_modulate",
     "adaln_modulate_dual",
     "attention",
+    "attention_varlen",
     "backends",
     "flow_euler_table",
     "gate_residual",
@@ -39,7 +41,7 @@ __all__ = [
 ]
 
 
-_OPS = (adaln_modulate, adaln_modulate_dual, attention, gate_residual, gate_residual_adaln, geglu, global_response_norm, group_norm_silu,
+_OPS = (adaln_modulate, adaln_modulate_dual, attention, attention_varlen, gate_residual, gate_residual_adaln, geglu, global_response_norm, group_norm_silu,
         joint_attention, layer_norm, layer_norm_2d, linear, qk_norm_into, qk_norm_rope, quick_gelu, rms_norm, sampler_step, swiglu)
 
 

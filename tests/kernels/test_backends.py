@@ -16,6 +16,7 @@ CALLS = {
     "adaln_modulate": ((X, ROW, ROW), dict(norm="rms"), "adaln_modulate"),
     "adaln_modulate_dual": ((X, ROW, ROW, ROW, ROW), dict(eps=1e-5), "adaln_modulate_dual"),
     "attention": ((HEADS, HEADS, HEADS), dict(causal=True), "attention"),
+    "attention_varlen": ((HEADS[0], HEADS[0], HEADS[0], torch.tensor([0, 2, 5], dtype=torch.int32)), {}, "attention_varlen"),
     "gate_residual": ((X, X, ROW), {}, "gate_residual"),
     "gate_residual_adaln": ((X, X, ROW, ROW, ROW), dict(y2=X, gate2=ROW), "gate_residual_adaln"),
     "geglu": ((X,), dict(gate=X, numerics="close"), "geglu"),
@@ -35,7 +36,7 @@ CALLS = {
 # Reached where gradients are wanted, from no public op of that name
 _WITH_BACKWARD = ("adaln_modulate", "adaln_modulate_dual", "attention", "gate_residual", "gate_residual_adaln", "geglu", "global_response_norm",
                   "group_norm_silu", "layer_norm", "qk_norm_rope", "quick_gelu", "rms_norm", "swiglu")
-BACKWARD = {f"{op}_backward" for op in _WITH_BACKWARD} | {"attention_softmax", "bias_activation_backward"}
+BACKWARD = {f"{op}_backward" for op in _WITH_BACKWARD} | {"attention_softmax", "attention_varlen_backward", "attention_varlen_softmax", "bias_activation_backward"}
 
 
 def test_every_op_is_here():

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from fusewire import ops
 from fusewire.kernels.attention import reference
-from tests.kernels.interpreted import DTYPES, in_triton, needs_interpreter, unchanged
+from tests.kernels.attention.test_varlen import one_by_one, packed
+from tests.kernels.interpreted import DTYPES, in_triton, needs_interpreter, on_reference, unchanged
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact
 
@@ -158,3 +159,40 @@ def test_fp16_overflow():
         got = ops.attention(q, k, v)
     assert got.isfinite().all()
     assert_close(got, reference.attend(q.double(), k.double(), v.double(), None, False, None)[0], sdpa(q, k, v))
+
+
+# Empty sequences of each kind; blocks that end within a sequence and with one; one sequence alone
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [([5, 0, 70, 130, 1], [7, 3, 70, 0, 40]), ([128, 128, 3], None), ([200], None), ([1] * 9, [2] * 9)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_varlen(dtype, lengths, causal):
+    q, k, v, *cu = packed(lengths, (4, 2, 40), dtype)
+    same = unchanged(q, k, v, *cu)
+    with in_triton("attention_varlen"):
+        got = ops.attention_varlen(q, k, v, *cu, causal=causal)
+    assert_close(got, one_by_one(q, k, v, *cu, causal), one_by_one(q, k, v, *cu, causal, dtype=dtype))
+    with in_triton("attention_varlen_softmax"):
+        again, lse = ops.attention_varlen(q, k, v, *cu, causal=causal, return_lse=True)
+    assert_exact(again, got)
+    want = on_reference(lambda: ops.attention_varlen(*(x.double() for x in (q, k, v)), *cu, causal=causal, return_lse=True))[1]
+    assert torch.equal(lse == -torch.inf, want == -torch.inf) and torch.allclose(lse.double().clamp(min=-1e3), want.clamp(min=-1e3), atol=1e-5)
+    same()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+def test_varlen_strided_input(layout):
+    """strided-input, batch-coupling: any layout gives the same bits, and so does a sequence alone."""
+    q, k, v, *cu = packed(([9, 30], [40, 7]), (2, 2, 24), torch.bfloat16)
+    with in_triton("attention_varlen", 2):
+        plain = ops.attention_varlen(q, k, v, *cu)
+        assert_exact(ops.attention_varlen(layout(q), layout(k), layout(v), *cu), plain)
+    with in_triton("attention"):
+        assert_exact(ops.attention(q[None, 9:], k[None, 40:], v[None, 40:])[0], plain[9:])
+
+
+@pytest.mark.parametrize("lengths", [([0], [0]), ([], []), ([0, 3], [0, 0]), ([0, 0], [3, 2])], ids=str)
+def test_varlen_empty(lengths):
+    q, k, v, *cu = packed(lengths, (2, 1, 8))
+    with in_triton("attention_varlen"):
+        out = ops.attention_varlen(q, k, v, *cu)
+    assert out.shape == q.shape and (out == 0).all()

@@ -1,17 +1,47 @@
-"""The CUDA rows on the CPU: built once for a test run, for all its processes."""
+"""What the rooms' tests share: none passes on the reference unmeant; the CUDA rows on the CPU, built once for a test run, for all its processes."""
 
 import contextlib
 import fcntl
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from fusewire import ops
 from fusewire.kernels import cuda_rows
-from fusewire.kernels.dispatch import forced
-from fusewire.kernels.library import CUDA
+from fusewire.kernels.dispatch import forced, forced_backend
+from fusewire.kernels.library import CPU, CUDA
 from tests.kernels.cuda_on_cpu import build
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A test of a room that means to test a kernel must not pass where the reference served all that it called."""
+    result = yield
+    if not meant_for_reference(pyfuncitem) and (calls := only_reference_served()):
+        pytest.fail(f"the reference served every call ({calls}), so that no kernel was tested; `ops.backends` says why. Where that is meant, mark the "
+                    "test: @pytest.mark.on_reference(reason=..., when=...)", pytrace=False)
+    return result
+
+
+def meant_for_reference(item) -> bool:
+    """By the mark ``on_reference``, for all parameters or those that its ``when`` takes; by a parameter or a forced backend "reference"; for want of a
+    compiled library; or outside the rooms, where dispatch itself is tested."""
+    if not CPU.loaded or forced_backend() == "reference" or item.path.parent.parent != Path(__file__).parent:
+        return True
+    values = item.callspec.params if hasattr(item, "callspec") else {}
+    conditions = [mark.kwargs.get("when", lambda **_: True) for mark in item.iter_markers("on_reference")]
+    return any(isinstance(value, str) and value == "reference" for value in values.values()) or any(holds(**values) for holds in conditions)
+
+
+def only_reference_served() -> str:
+    """"op: calls, ..." where fused ops were called since the test began and the reference served them all; ``""`` otherwise. (Calls that a test makes of
+    registered ops directly, in compiled graphs and in other processes are not counted.)"""
+    called = {op: counts for op, counts in ops.stats().items() if any(counts.values())}
+    if any(sum(counts.values()) > counts["reference"] for counts in called.values()):
+        return ""
+    return ", ".join(f"{op}: {counts['reference']}" for op, counts in called.items())
 
 
 @pytest.fixture(scope="session")

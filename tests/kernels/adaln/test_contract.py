@@ -10,6 +10,7 @@ from fusewire import ops
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
 from tests.kernels.adaln.cases import DTYPES, NAMES, call, far_apart, inputs, op_name, repeated, served, stock, used
+from tests.kernels.on_reference import MIXED_DTYPES
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_exact
 
@@ -161,6 +162,7 @@ def test_compile(numerics):
         assert all(map(torch.equal, *grads))
 
 
+@MIXED_DTYPES
 @pytest.mark.parametrize("dtypes", [(x, m) for x in DTYPES for m in DTYPES], ids=lambda d: "-".join(str(t)[6:] for t in d))
 @pytest.mark.parametrize("autocast", (False, True))
 def test_autocast(autocast, dtypes):
@@ -178,6 +180,7 @@ def test_autocast(autocast, dtypes):
                 assert a.dtype is b.dtype and torch.allclose(a, b, equal_nan=True, rtol=2e-2, atol=1e-2)
 
 
+@pytest.mark.on_reference
 def test_mixed_dtypes_are_counted_on_the_reference():
     """silent-off: what the CPU row does not serve runs on the reference, visibly; forcing the row is an error that says why."""
     v = inputs(1, 2, 8, torch.bfloat16)

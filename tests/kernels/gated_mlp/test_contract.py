@@ -10,6 +10,7 @@ from fusewire import ops
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
 from tests.kernels.gated_mlp.cases import DTYPES, GATED, KINDS, call, inputs, leaves, served, stock
+from tests.kernels.on_reference import EXACT, MIXED_DTYPES
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_exact
 
@@ -109,6 +110,7 @@ def test_nondeterminism(kind):
         torch.set_num_threads(threads)
 
 
+@EXACT
 @pytest.mark.parametrize("numerics", NUMERICS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", ((0, 3, 8), (2, 0, 8), (2, 3, 0)), ids=str)
@@ -122,6 +124,7 @@ def test_empty(sizes, kind, numerics):
         assert grad.shape == t.shape and not grad.any()
 
 
+@pytest.mark.on_reference(when=lambda shape: len(shape) > 9, reason="the kernel takes nine dimensions")
 @pytest.mark.parametrize("shape", ((6,), (1, 6), (2, 1, 3, 1, 6), (1,) * 9 + (6,)), ids=str)
 def test_any_rank(shape):
     """One dimension up to ten; beyond nine the reference serves."""
@@ -133,6 +136,7 @@ def test_any_rank(shape):
     assert ops.stats()["quick_gelu"]["reference"] == (not CPU.loaded or len(shape) > 9)
 
 
+@EXACT
 @pytest.mark.parametrize("numerics", NUMERICS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_alias(kind, numerics):
@@ -144,6 +148,7 @@ def test_alias(kind, numerics):
     assert all(torch.equal(v[name], before[name]) for name in before)
 
 
+@EXACT
 @pytest.mark.parametrize("numerics", NUMERICS)
 @pytest.mark.parametrize("bias", (False, True), ids=("plain", "bias"))
 @pytest.mark.parametrize("kind", KINDS)
@@ -194,6 +199,7 @@ def test_fake_mismatch(exact, permuted):
             opcheck(fusewire.swiglu_backward.default, (grad, *plain, False, of_bias))
 
 
+@EXACT
 @pytest.mark.parametrize("numerics", NUMERICS)
 @needs_library
 def test_compile(numerics):
@@ -212,6 +218,7 @@ def test_compile(numerics):
         assert all(map(torch.equal, *grads))
 
 
+@MIXED_DTYPES
 @pytest.mark.parametrize("dtypes", [(x, b) for x in DTYPES for b in DTYPES], ids=lambda d: "-".join(str(t)[6:] for t in d))
 @pytest.mark.parametrize("autocast", (False, True))
 def test_autocast(autocast, dtypes):
@@ -228,6 +235,7 @@ def test_autocast(autocast, dtypes):
             assert_exact(a, b, kind)
 
 
+@pytest.mark.on_reference
 def test_mixed_dtypes_are_counted_on_the_reference():
     """silent-off: what the CPU row does not serve runs on the reference, visibly; forcing the row is an error that says why."""
     v = inputs(2, 8, torch.bfloat16)

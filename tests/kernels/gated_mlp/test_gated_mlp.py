@@ -13,6 +13,7 @@ from fusewire.kernels.library import CPU
 from tests.effort import examples
 from tests.kernels.gated_mlp.cases import DTYPES, GATED, KINDS, call, inputs, leaves, served, stock, wide
 from tests.kernels.isa_levels import run_at
+from tests.kernels.on_reference import EXACT
 from tests.tolerance import assert_close, assert_exact
 
 needs_library = pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
@@ -21,6 +22,7 @@ BACKENDS = [pytest.param("cpu", marks=needs_library), "reference"]
 WIDTHS = (1, 3, 7, 17, 31, 63, 65, 130, 300, 2560)
 
 
+@pytest.mark.on_reference
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,6 +113,7 @@ def test_left_tail_keeps_its_digits(kind):
     assert ((got - want) / want).abs().max() <= 1e-5
 
 
+@EXACT
 @pytest.mark.parametrize("numerics", ("exact", "close"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_fp16_overflow(kind, numerics):
@@ -169,6 +172,7 @@ def test_every_isa_level(level):
     run_at(level, __file__, "(test_close and (65 or 300)) or test_whole_range or test_left_tail")
 
 
+@pytest.mark.on_reference(reason="exact keeps PyTorch's own activation")
 def test_stock_modules():
     """The modules themselves: diffusers' GEGLU, SwiGLU, Flux2SwiGLU and ApproximateGELU, whose projection the ops follow."""
     activations = pytest.importorskip("diffusers.models.activations")

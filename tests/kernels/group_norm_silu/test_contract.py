@@ -11,6 +11,7 @@ from fusewire.kernels.dispatch import forced
 from fusewire.kernels.group_norm_silu.reference import suggest_memory_format
 from fusewire.kernels.library import CPU
 from tests.kernels.group_norm_silu.cases import DTYPES, FORMATS, OPTIONS, call, in_format, inputs, leaves, served, stock
+from tests.kernels.on_reference import MIXED_DTYPES
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_exact
 
@@ -167,6 +168,7 @@ def test_compile(numerics, memory_format):
         assert all(map(torch.equal, *grads))
 
 
+@MIXED_DTYPES
 @pytest.mark.parametrize("dtypes", [(x, m) for x in DTYPES for m in DTYPES], ids=lambda d: "-".join(str(t)[6:] for t in d))
 @pytest.mark.parametrize("autocast", (False, True))
 def test_autocast(autocast, dtypes):
@@ -181,6 +183,7 @@ def test_autocast(autocast, dtypes):
             assert_exact(a, b)
 
 
+@pytest.mark.on_reference
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_mixed_dtypes_are_counted_on_the_reference(dtype):
     """silent-off: what the CPU row does not serve runs on the reference, visibly; forcing the row is an error that says why."""

@@ -14,9 +14,11 @@ from fusewire.kernels.library import CPU, cpu_isa
 from fusewire.kernels.linear import native, reference
 from tests.effort import examples
 from tests.kernels.isa_levels import run_at
+from tests.kernels.linear.served import BELOW_AVX2, FLOAT64, close, linear
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact, assert_within
 
+pytestmark = BELOW_AVX2
 needs_native = pytest.mark.skipif(not CPU.loaded or cpu_isa() == "base", reason="the compiled library does not serve linear here")
 FAST = [torch.float32, torch.bfloat16, torch.float16]
 DTYPES = [*FAST, torch.float64]
@@ -33,21 +35,22 @@ def inputs(batch: int, tokens: int, k: int, n: int, dtype=torch.float32, gate: t
     return {name: t if t is None else t.to(dtype) for name, t in v.items()}
 
 
-def gradients(v: dict, activation: str | None = None, call=None, names=NAMES, numerics: str = "close", create_graph=False) -> dict:
-    """``call``: stock code in the place of the op."""
+def gradients(v: dict, activation: str | None = None, call=None, names=NAMES, numerics: str = "close", create_graph=False,
+              dispatched: bool = False) -> dict:
+    """``call``: stock code in the place of the op. ``dispatched``: by what the dispatcher prefers, not by the library wherever it can."""
     these = {k: t if t is None else t.detach().requires_grad_(k in names) for k, t in v.items() if k != "grad"}
     rest = {"gate": these["gate"], "residual": these["residual"]}
     if call is None:
-        out = ops.linear(these["x"], these["weight"], these["bias"], activation=activation, **rest, numerics=numerics)
+        out = (ops.linear if dispatched else linear)(these["x"], these["weight"], these["bias"], activation=activation, **rest, numerics=numerics)
     else:
         out = call(these["x"], these["weight"], these["bias"], activation or "none", **rest, exact=True)
     names = [k for k in names if v[k] is not None]
     return dict(zip(names, torch.autograd.grad(out, [these[k] for k in names], v["grad"], create_graph=create_graph)))
 
 
-def check(v: dict, activation: str | None = None, context: str = "") -> None:
+def check(v: dict, activation: str | None = None, context: str = "", dispatched: bool = False) -> None:
     """Every gradient keeps the rule of close; sums over few elements, where its statistics say little, are within 4 units."""
-    got, plain = gradients(v, activation), gradients(v, activation, reference.linear)
+    got, plain = gradients(v, activation, dispatched=dispatched), gradients(v, activation, reference.linear)
     for name, want in gradients({k: t if t is None else t.double() for k, t in v.items()}, activation, reference.linear).items():
         if want.numel() >= 1000:
             assert_close(got[name], want, plain[name], f"{context} {name}")
@@ -71,33 +74,41 @@ def test_silent_off(dtype, ours, monkeypatch):
     assert len(calls) == ours
 
 
+@FLOAT64
 @pytest.mark.parametrize("bias", (True, False), ids=("bias", "no bias"))
 @pytest.mark.parametrize("shape", ((2, 77, 40, 65), (1, 300, 200, 256), (3, 50, 193, 300)), ids=str)
 @pytest.mark.parametrize("activation", (None, *ACTIVATIONS))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients(dtype, activation, shape, bias):
     """tail, silent-off: with each activation; the second shape is large enough for every product of ours."""
-    check(inputs(*shape, dtype, bias=bias), activation)
-    long = dtype is not torch.float64 and activation is not None and not native.why_not_cpu(*inputs_of(dtype, shape), "gelu_tanh", None, None, False)
-    assert served() == ((1, 0) if long else (0, 0))
+    expected = 0
+    for dispatched in (True, False):
+        check(inputs(*shape, dtype, bias=bias), activation, dispatched=dispatched)
+        expected += activation is not None and serves(inputs(*shape, dtype), None if dispatched else "cpu")
+        assert served() == (expected, 0)
 
 
-def inputs_of(dtype, shape):
-    v = inputs(*shape, dtype)
-    return v["x"], v["weight"], v["bias"]
+def serves(v: dict, backend: str | None) -> bool:
+    """Whether the library takes a layer of these tensors."""
+    with forced(backend):
+        return not native.why_not_cpu(v["x"], v["weight"], v["bias"], "gelu_tanh", None, None, False)
 
 
+@FLOAT64
 @pytest.mark.parametrize("gate", ((2, 80), (2, 1, 80), (2, 77, 80), (80,), (1, 77, 80)), ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gate_and_residual(dtype, gate):
     """Where ``gate_residual`` takes the gate its own gradients serve; the reference is recomputed for other shapes."""
-    check(inputs(2, 77, 96, 80, dtype, gate))
+    for dispatched in (True, False):
+        check(inputs(2, 77, 96, 80, dtype, gate), dispatched=dispatched)
 
 
+@FLOAT64
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_residual_alone(dtype):
     v = inputs(2, 77, 96, 80, dtype, (80,)) | {"gate": None}
-    check(v)
+    for dispatched in (True, False):
+        check(v, dispatched=dispatched)
 
 
 @needs_native
@@ -150,10 +161,10 @@ def test_strided_grad(dtype):
         strided, packed = {**v, "grad": grad}, {**v, "grad": grad.contiguous()}
         with forced("cpu"):
             same(gradients(strided, "silu"), gradients(packed, "silu"))
-        ops.reset_stats()
-        found = gradients(strided, "silu")
-        by_reference = ops.stats()["linear"]["reference"] == 1
-        same(found, gradients(strided, "silu", reference.linear) if by_reference else gradients(packed, "silu"))
+        before = ops.stats()["linear"]["reference"]
+        found = gradients(strided, "silu", dispatched=True)
+        by_reference = ops.stats()["linear"]["reference"] == before + 1
+        same(found, gradients(strided, "silu", reference.linear) if by_reference else gradients(packed, "silu", dispatched=True))
 
 
 def same(found: dict, want: dict) -> None:
@@ -185,6 +196,7 @@ def test_nondeterminism():
         torch.set_num_threads(threads)
 
 
+@pytest.mark.on_reference(reason="what is empty is left to PyTorch")
 @pytest.mark.parametrize("shape", ((0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0)), ids=str)
 @pytest.mark.parametrize("activation", (None, *ACTIVATIONS))
 def test_empty(activation, shape):
@@ -217,6 +229,7 @@ def test_far_tails(dtype, activation):
     assert_within(slope, torch.tensor([0.0, 0, 0, 0, 0.5, 1, 1, 1, 1], dtype=torch.float64)[None], 1)
 
 
+@pytest.mark.on_reference
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_exact_keeps_the_gradients_of_stock(activation, dtype):
@@ -235,7 +248,7 @@ def test_second_derivatives(activation):
     v = inputs(1, 50, 40, 200)
     leaves = [v[k].requires_grad_() for k in ("x", "weight", "bias")]
     wide = [t.detach().double().requires_grad_() for t in leaves]
-    out = ops.linear(*leaves, activation=activation, numerics="close"), reference.linear(*wide, activation or "none", None, None, True)
+    out = close(*leaves, activation=activation), reference.linear(*wide, activation or "none", None, None, True)
     first = [torch.autograd.grad((o * v["grad"]).sum(), these, create_graph=True) for o, these in zip(out, (leaves, wide))]
     second = [torch.autograd.grad(sum(g.square().sum() for g in grads), these[:2]) for grads, these in zip(first, (leaves, wide))]
     for got, want in zip(second[0], second[1]):
@@ -260,8 +273,10 @@ def test_fake_mismatch(bias, permuted):
         opcheck(torch.ops.fusewire.linear_activated.default, (x, weight, b if b is None else b.float(), "silu"))
 
 
+@pytest.mark.on_reference(when=lambda backend: backend is None and cpu_isa() != "amx", reason="as dispatched, float32 may be PyTorch's product")
 @needs_native
-def test_compiled_training_step():
+@pytest.mark.parametrize("backend", (None, "cpu"))
+def test_compiled_training_step(backend):
     """A feed-forward's training step compiles without a graph break, and gives the same gradients."""
     def step(x, w, b, w2, gate, residual):
         hidden = ops.linear(x, w, b, activation="gelu_tanh", numerics="close")
@@ -270,8 +285,9 @@ def test_compiled_training_step():
     given = inputs(2, 50, 96, 256), inputs(2, 50, 256, 96, gate=(2, 1, 96))
     leaves = [t.requires_grad_() for t in (given[0]["x"], given[0]["weight"], given[0]["bias"], given[1]["weight"], given[1]["gate"], given[1]["residual"])]
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for got, want in zip(*(torch.autograd.grad(f(*leaves), leaves) for f in (compiled, step)), strict=True):
-        assert_exact(got, want)
+    with forced(backend):
+        for got, want in zip(*(torch.autograd.grad(f(*leaves), leaves) for f in (compiled, step)), strict=True):
+            assert_exact(got, want)
 
 
 @pytest.mark.parametrize("level", ("avx2", "avx512"))

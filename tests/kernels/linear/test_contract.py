@@ -8,10 +8,12 @@ import torch
 from fusewire import ops
 from fusewire.kernels.library import CPU, cpu_isa
 from fusewire.kernels.linear import reference
-from tests.kernels.linear.served import close
+from tests.kernels.linear.served import BELOW_AVX2, close, linear
+from tests.kernels.on_reference import EXACT
 from tests.tolerance import assert_close, assert_exact
 
 FAST = [torch.float32, torch.bfloat16, torch.float16]
+pytestmark = BELOW_AVX2
 needs_native = pytest.mark.skipif(not CPU.loaded or cpu_isa() == "base", reason="the compiled library does not serve linear here")
 
 
@@ -57,14 +59,16 @@ def test_biased_cast(gated):
     assert abs((got.double() - want).mean().item()) <= 0.02 * torch.finfo(torch.bfloat16).eps
 
 
+@EXACT
 @pytest.mark.parametrize("numerics", ["exact", "close"])
 @pytest.mark.parametrize("dtype", FAST)
 def test_nondeterminism(dtype, numerics):
     x, weight, bias = layer(77, 300, 129, dtype)
     rest = {"gate": torch.randn(129).to(dtype), "residual": torch.randn(77, 129).to(dtype)}
-    want = ops.linear(x, weight, bias, **rest, numerics=numerics)
-    for _ in range(20):
-        assert_exact(ops.linear(x, weight, bias, **rest, numerics=numerics), want)
+    for run in (ops.linear, linear):  # as dispatched, and by the library
+        want = run(x, weight, bias, **rest, numerics=numerics)
+        for _ in range(20):
+            assert_exact(run(x, weight, bias, **rest, numerics=numerics), want)
 
 
 @needs_native
@@ -83,6 +87,7 @@ def test_nondeterminism_over_threads(dtype):
     assert ops.stats()["linear"]["cpu"] == 4
 
 
+@pytest.mark.on_reference
 def test_autocast_against_reference():
     """autocast: with gate and residual, too, what stock's calls give under it."""
     x, weight, bias = layer(5, 24, 16, torch.float32)

@@ -9,7 +9,8 @@ from torch.library import opcheck
 from fusewire import ops
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
-from tests.kernels.norm.cases import DTYPES, KINDS, call, inputs, leaves, served, stock
+from tests.kernels.norm.cases import DTYPES, KINDS, NARROWED, call, inputs, leaves, served, stock
+from tests.kernels.on_reference import MIXED_DTYPES_OF_A_NORM
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_exact
 
@@ -76,6 +77,7 @@ def test_int32_stride():
     assert_exact(ops.layer_norm_2d(picture), ops.layer_norm_2d(picture.contiguous()))
 
 
+@NARROWED
 @pytest.mark.parametrize("numerics", NUMERICS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -225,6 +227,7 @@ def test_compile(numerics):
         assert all(map(torch.equal, *grads))
 
 
+@MIXED_DTYPES_OF_A_NORM
 @pytest.mark.parametrize("dtypes", [(x, w) for x in DTYPES for w in DTYPES], ids=lambda d: "-".join(str(t)[6:] for t in d))
 @pytest.mark.parametrize("autocast", (False, True))
 def test_autocast(autocast, dtypes):
@@ -248,6 +251,7 @@ def test_autocast(autocast, dtypes):
                 assert a.dtype is b.dtype and torch.allclose(a, b, equal_nan=True, rtol=2e-2, atol=1e-2)
 
 
+@pytest.mark.on_reference
 def test_mixed_dtypes_are_counted_on_the_reference():
     """silent-off: what the CPU row does not serve runs on the reference, visibly; forcing the row is an error that says why."""
     v = inputs(2, 8, torch.bfloat16)

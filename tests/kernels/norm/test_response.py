@@ -11,6 +11,7 @@ from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
 from tests.kernels.isa_levels import run_at
 from tests.kernels.norm.cases import DTYPES, leaves, wide
+from tests.kernels.on_reference import EXACT, MIXED_DTYPES
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact, assert_within
 
@@ -175,6 +176,7 @@ def test_nondeterminism():
         torch.set_num_threads(threads)
 
 
+@EXACT
 @pytest.mark.parametrize("numerics", NUMERICS)
 @pytest.mark.parametrize("shape", ((0, 3, 2, 8), (2, 0, 3, 8), (2, 3, 0, 8), (2, 3, 2, 0)), ids=str)
 def test_empty(shape, numerics):
@@ -226,6 +228,7 @@ def test_biased_cast():
     assert ((got.double() - want) / ulp).mean().abs() <= 0.02
 
 
+@EXACT
 @pytest.mark.parametrize("numerics", NUMERICS)
 def test_alias(numerics):
     """alias: inputs keep their bits; outputs and gradients share no storage with them or each other."""
@@ -236,6 +239,7 @@ def test_alias(numerics):
     assert all(torch.equal(v[name], before[name]) for name in v)
 
 
+@EXACT
 @pytest.mark.parametrize("numerics", NUMERICS)
 def test_gradcheck(numerics):
     """First and second derivatives in float64; one that is not wanted changes nothing in the rest."""
@@ -262,6 +266,7 @@ def test_fake_mismatch(permuted):
         opcheck(torch.ops.fusewire.global_response_norm_backward.default, (grad, x, weight.detach(), 1e-6, of_x))
 
 
+@EXACT
 @pytest.mark.parametrize("numerics", NUMERICS)
 def test_compile(numerics):
     """No graph break, the same bits forward, the same gradients; a second shape compiles too."""
@@ -273,6 +278,7 @@ def test_compile(numerics):
         assert all(map(torch.equal, *(torch.autograd.grad(out.square().sum(), wanted) for out in (got, want))))
 
 
+@MIXED_DTYPES
 @pytest.mark.parametrize("dtypes", [(x, w) for x in DTYPES for w in DTYPES], ids=lambda d: "-".join(str(t)[6:] for t in d))
 def test_autocast(dtypes):
     """autocast: every pair of dtypes gives what it gives without autocast, forward and backward."""

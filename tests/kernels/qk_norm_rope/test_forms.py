@@ -108,6 +108,8 @@ def true_rotate(kind: str, x, rope):
     return torch.cat([(y.mT if halves else y).flatten(-2), rest], -1)
 
 
+@pytest.mark.on_reference(when=lambda form, dtype: form == "fp32_layer_norm" and dtype is torch.float64,
+                          reason="FP32LayerNorm computes float64 in float32")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", STOCK)
 def test_exact_stock_norms(form, dtype):

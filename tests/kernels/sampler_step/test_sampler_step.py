@@ -112,6 +112,7 @@ def test_alias_empty_and_batch():
         assert ops.sampler_step(draw(*shape), draw(*shape), table, 0).shape == shape
 
 
+@pytest.mark.on_reference
 def test_mixed_dtypes_fall_to_the_reference():
     scheduler, table = schedule()
     sample, output = draw(1, 40), draw(1, 40, dtype=torch.bfloat16)
@@ -119,6 +120,7 @@ def test_mixed_dtypes_fall_to_the_reference():
     assert ops.stats()["flow_euler_step"]["reference"] == 1
 
 
+@pytest.mark.on_reference
 def test_exact_stands_down_where_torch_differs(monkeypatch):
     _, table = schedule()
     monkeypatch.setattr(native, "_differs", "torch differs")

@@ -145,17 +145,21 @@ class MLPEmbedder(nn.Module):
 
 
 class TimeTextEmbed(nn.Module):
-    """(timestep [B], pooled text [B, P]) -> conditioning [B, C]."""
+    """(timestep [B], pooled text [B, P]) -> conditioning [B, C]; with ``guidance`` (models distilled from guidance) also of its scale [B]."""
 
     WAVES = 256
 
-    def __init__(self, channels: int, pooled_channels: int):
+    def __init__(self, channels: int, pooled_channels: int, guidance: bool = False):
         super().__init__()
         self.timestep_embedder = MLPEmbedder(self.WAVES, channels)
+        self.guidance_embedder = MLPEmbedder(self.WAVES, channels) if guidance else None
         self.text_embedder = MLPEmbedder(pooled_channels, channels)
 
-    def forward(self, timestep: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-        return self.timestep_embedder(timestep_waves(timestep, self.WAVES, pooled.dtype)) + self.text_embedder(pooled)
+    def forward(self, timestep: torch.Tensor, pooled: torch.Tensor, guidance: torch.Tensor | None = None) -> torch.Tensor:
+        time = self.timestep_embedder(timestep_waves(timestep, self.WAVES, pooled.dtype))
+        if guidance is not None:
+            time = time + self.guidance_embedder(timestep_waves(guidance, self.WAVES, pooled.dtype))
+        return time + self.text_embedder(pooled)
 
 
 class RMSNorm(nn.Module):
@@ -178,7 +182,8 @@ RMS_NORMS.add(RMSNorm)
 
 
 class AdaLayerNormZero(nn.Module):
-    """adaLN-Zero (Peebles and Xie, 2023): ``parts`` chunks of one projection; with 9 chunks (SD3.5) one norm feeds two modulations."""
+    """adaLN-Zero (Peebles and Xie, 2023): ``parts`` chunks of one projection. With 3 (Flux's single blocks) there is one gate and no second
+    modulation; with 9 (SD3.5) one norm feeds two modulations."""
 
     def __init__(self, channels: int, parts: int = 6, how: How = How()):
         super().__init__()
@@ -188,7 +193,7 @@ class AdaLayerNormZero(nn.Module):
         self.norm = nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor):
-        return (ada_layer_norm_zero_x if self.parts == 9 else ada_layer_norm_zero)(self, x, emb, self.how)
+        return {3: ada_layer_norm_zero_single, 6: ada_layer_norm_zero, 9: ada_layer_norm_zero_x}[self.parts](self, x, emb, self.how)
 
 
 def ada_layer_norm_zero(module, x, emb, how: How):
@@ -204,6 +209,12 @@ def ada_layer_norm_zero_x(module, x, emb, how: How):
      shift_msa2, scale_msa2, gate_msa2) = linear(module.linear, module.silu(emb), how).chunk(9, dim=1)
     y, y2 = ops.adaln_modulate_dual(norm_input(x), shift_msa, scale_msa, shift_msa2, scale_msa2, eps=module.norm.eps, numerics=how.numerics)
     return y, gate_msa, shift_mlp, scale_mlp, gate_mlp, y2, gate_msa2
+
+
+def ada_layer_norm_zero_single(module, x, emb, how: How):
+    """-> (modulated x, gate): of Flux's single blocks."""
+    shift, scale, gate = linear(module.linear, module.silu(emb), how).chunk(3, dim=1)
+    return ops.adaln_modulate(norm_input(x), shift, scale, eps=module.norm.eps, numerics=how.numerics), gate
 
 
 class AdaLayerNormContinuous(nn.Module):

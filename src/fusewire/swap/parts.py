@@ -1,0 +1,150 @@
+"""Parts of diffusers that several families are built of: modulating norms, feed-forwards, linears. What carries an op, and what stays and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward
+from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle, RMSNorm
+from torch import nn
+
+from fusewire.models import layers
+from fusewire.models.layers import How, plain_layer_norm, plain_linear
+from fusewire.swap.families import Candidate
+from fusewire.swap.fused import MAKERS, fused_class, stock_of, unknown_forward
+
+# The stock methods that our forwards stand for, as diffusers 0.40 to 0.42 has them.
+ADALN_ZERO = {AdaLayerNormZero.forward: ("690b44401a6e",)}
+ADALN_ZERO_SINGLE = {AdaLayerNormZeroSingle.forward: ("ff138e112a4f",)}
+ADALN_CONTINUOUS = {AdaLayerNormContinuous.forward: ("55cf4ec15e80",)}
+RMS_NORM = {RMSNorm.forward: ("692c06909233", "fa67df9e7dd9")}
+FEED_FORWARD = {FeedForward.forward: ("1c9cc6e8159c",)}
+GELU_PROJECTION = {GELU.forward: ("1e920b8c9a7d", "87ac7265011e"), GELU.gelu: ("c95d6b6161e5",)}
+
+KEEPS_ATTENTION = "exact keeps PyTorch's attention, whose bits no other kernel gives; numerics='close' puts the fused attention here"
+KEEPS_LINEAR = "exact keeps the stock matrix products; numerics='close' puts the fused linears with their epilogues here"
+
+if not unknown_forward(RMS_NORM):
+    layers.RMS_NORMS.add(RMSNorm)
+if not unknown_forward(GELU_PROJECTION):
+    layers.GELU_PROJECTIONS.add(GELU)
+
+
+def _adaln_zero(how: How) -> dict:
+    def forward(self, x, timestep=None, class_labels=None, hidden_dtype=None, emb=None):
+        if self.emb is not None or not plain_layer_norm(self.norm):
+            return AdaLayerNormZero.forward(self, x, timestep, class_labels, hidden_dtype, emb)
+        return layers.ada_layer_norm_zero(self, x, emb, how)
+
+    return {"forward": forward}
+
+
+def _adaln_zero_single(how: How) -> dict:
+    def forward(self, x, emb=None):
+        if not plain_layer_norm(self.norm):
+            return AdaLayerNormZeroSingle.forward(self, x, emb)
+        return layers.ada_layer_norm_zero_single(self, x, emb, how)
+
+    return {"forward": forward}
+
+
+def _adaln_continuous(how: How) -> dict:
+    def forward(self, x, conditioning_embedding):
+        if not plain_layer_norm(self.norm):
+            return AdaLayerNormContinuous.forward(self, x, conditioning_embedding)
+        return layers.ada_layer_norm_continuous(self, x, conditioning_embedding, how)
+
+    return {"forward": forward}
+
+
+def _feed_forward(how: How) -> dict:
+    def forward(self, hidden_states, *args, **kwargs):
+        if args or kwargs:
+            return FeedForward.forward(self, hidden_states, *args, **kwargs)
+        hidden, output = layers.feed_forward_hidden(self, hidden_states, how)
+        return layers.linear(output, hidden, how)
+
+    return {"forward": forward, "takes_gate": True}
+
+
+MAKERS.update({AdaLayerNormZero: _adaln_zero, AdaLayerNormZeroSingle: _adaln_zero_single, AdaLayerNormContinuous: _adaln_continuous,
+               FeedForward: _feed_forward})
+# Norm class -> (what was verified of it, the op it carries); families add their own.
+NORMS = {AdaLayerNormZero: (ADALN_ZERO, "adaln_modulate"), AdaLayerNormZeroSingle: (ADALN_ZERO_SINGLE, "adaln_modulate"),
+         AdaLayerNormContinuous: (ADALN_CONTINUOUS, "adaln_modulate")}
+
+
+def candidate(name: str, instance, ops: tuple[str, ...], how: How, reason: str) -> Candidate:
+    """An instance that carries ``ops``, unless there is a reason why not."""
+    stock = stock_of(instance) or type(instance)
+    return Candidate(name, instance, ops, None if reason else fused_class(stock, how), reason)
+
+
+def norm_candidates(name: str, norm: nn.Module, how: How) -> Iterator[Candidate]:
+    """A modulating norm: a LayerNorm without weight, and the linear that gives its modulation."""
+    known, op = NORMS.get(stock_of(norm) or type(norm), (None, "adaln_modulate"))
+    if known is None:
+        yield Candidate(name, norm, (op,), None, f"{type(norm).__name__} is not a norm that we know")
+        return
+    reason = unknown_forward(known)
+    if not reason and not (type(norm.norm) is nn.LayerNorm and norm.norm.weight is None):
+        reason = f"its norm is {described(norm.norm)}, not a LayerNorm without weight"
+    if not reason and getattr(norm, "emb", None) is not None:
+        reason = "it embeds class labels itself"
+    yield candidate(name, norm, (op,), how, reason)
+
+
+def feed_forward_candidates(name: str, module: nn.Module, how: How) -> Iterator[Candidate]:
+    """A feed-forward of GELU-tanh, Dropout, Linear."""
+    stock = stock_of(module) or type(module)
+    if how.numerics == "exact":
+        yield Candidate(name, module, ("linear",), None, KEEPS_LINEAR, by_choice=True)
+        return
+    if not how.linear:
+        return
+    if stock is not FeedForward:
+        reason = f"{type(module).__name__} is not a feed-forward that we know"
+    elif [type(part) for part in module.net[:2]] != [GELU, nn.Dropout] or len(module.net) != 3 or module.net[0].approximate != "tanh":
+        reason = f"its layers are {', '.join(type(part).__name__ for part in module.net)}, not GELU-tanh, Dropout, Linear"
+    else:
+        reason = unknown_forward(FEED_FORWARD) or unknown_forward(GELU_PROJECTION)
+    yield candidate(name, module, ("linear",), how, reason)
+    if not reason:
+        yield from called_linear(f"{name}.net.0.proj", module.net[0].proj)
+        yield from called_linear(f"{name}.net.2", module.net[2])
+
+
+def called_linear(name: str, module: nn.Module | None) -> Iterator[Candidate]:
+    """A linear that is called as it is: LoRA-wrapped, quantised, offloaded or observed."""
+    if module is not None and not plain_linear(module):
+        yield Candidate(name, module, ("linear",), None, f"{described(module)} is called as it is", by_choice=True)
+
+
+def attention_candidates(name: str, module: nn.Module, how: How, stock: type, has_norm: bool, reason: str, projections: tuple[str, ...]) -> Iterator[Candidate]:
+    """An attention layer of class ``stock`` that stays for ``reason``, or carries the fused attention, or in exact its QK norm.
+
+    ``projections``: names of the linears that it would read.
+    """
+    ops = (("attention",) if how.attention else ("qk_norm_rope",) if has_norm else ()) + (("linear",) if how.linear else ())
+    if reason:
+        yield Candidate(name, module, ops or ("attention",), None, reason)
+        return
+    if ops:
+        yield candidate(name, module, ops, how, "")
+    if how.numerics == "exact":
+        yield Candidate(name, module, ("attention",), None, KEEPS_ATTENTION, by_choice=True)
+        yield Candidate(name, module, ("linear",), None, KEEPS_LINEAR, by_choice=True)
+    if how.linear:
+        for part in projections:
+            yield from called_linear(f"{name}.{part}", getattr(module, part, None))
+        if getattr(module, "to_out", None) is not None:
+            yield from called_linear(f"{name}.to_out.0", module.to_out[0])
+
+
+def described(module: nn.Module) -> str:
+    """A module's class with its package, and what sets the instance apart from a plain one."""
+    cls = stock_of(module) or type(module)
+    weight = getattr(module, "weight", None)
+    extra = f" with a {type(weight).__name__} weight" if weight is not None and type(weight) is not nn.Parameter else ""
+    return f"{cls.__module__.split('.')[0]}'s {cls.__name__}{extra}{'' if layers.untouched(module) else ' with hooks'}"

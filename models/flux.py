@@ -14,9 +14,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
+from fusewire.models.feed_forward import FeedForward, feed_forward_residual
 from fusewire.models.flux_attention import FluxAttention
-from fusewire.models.layers import (AdaLayerNormContinuous, AdaLayerNormZero, FeedForward, How, TimeTextEmbed, feed_forward_residual, gate_residual_norm,
-                                    gated_linear, linear, untouched)
+from fusewire.models.layers import (AdaLayerNormContinuous, AdaLayerNormZero, How, TimeTextEmbed, gate_residual_norm, gated_linear, linear,
+                                    untouched)
 
 FLOAT16_LIMIT = 65504  # float16 residuals are kept finite, as stock keeps them
 

@@ -33,9 +33,8 @@ class How(NamedTuple):
         return cls(numerics, attention=close, linear=close)
 
 
-# What a fused forward may read instead of calling. Both grow by the stock classes whose forwards ``fusewire.swap`` has verified.
+# What a fused forward may read instead of calling. It grows by the stock classes whose forwards ``fusewire.swap`` has verified.
 RMS_NORMS: set[type] = set()
-GELU_PROJECTIONS: set[type] = set()
 
 
 def untouched(module: nn.Module) -> bool:
@@ -73,12 +72,17 @@ def norm_input(x: torch.Tensor) -> torch.Tensor:
     return x.float() if autocasts_norms(x) else x
 
 
-def gated_linear(module: nn.Module, x: torch.Tensor, gate: torch.Tensor, residual: torch.Tensor, how: How) -> torch.Tensor:
-    """``residual + gate * module(x)``."""
+def gated_linear(module: nn.Module, x: torch.Tensor, gate: torch.Tensor | None, residual: torch.Tensor, how: How) -> torch.Tensor:
+    """``residual + gate * module(x)``; without a gate where it is None."""
     if how.linear and plain_linear(module):
         parameters = module._parameters
         return ops.linear(x, parameters["weight"], parameters["bias"], gate=gate, residual=residual, numerics=how.numerics)
-    return ops.gate_residual(residual, module(x), gate, numerics=how.numerics)
+    return gated_sum(residual, module(x), gate, how)
+
+
+def gated_sum(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None, how: How) -> torch.Tensor:
+    """``x + gate * y``; without a gate where it is None."""
+    return x + y if gate is None else ops.gate_residual(x, y, gate, numerics=how.numerics)
 
 
 def sincos_table(channels: int, grid: int, base: int) -> torch.Tensor:
@@ -245,52 +249,3 @@ def gate_residual_norm(norm: nn.Module, x, y, gate, shift, scale, how: How, y2=N
     if y2 is not None:
         r = ops.gate_residual(r, y2, gate2, numerics=how.numerics)
     return r, norm(r) * (1 + scale[:, None]) + shift[:, None]
-
-
-class GELUProjection(nn.Module):
-    """Linear, then GELU in its tanh form."""
-
-    approximate = "tanh"
-
-    def __init__(self, channels: int, hidden: int):
-        super().__init__()
-        self.proj = nn.Linear(channels, hidden)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
-
-
-GELU_PROJECTIONS.add(GELUProjection)
-
-
-class FeedForward(nn.Module):
-    """[B, T, C] -> [B, T, C] through ``hidden`` channels; ``net`` as in diffusers: projection with GELU, dropout, projection."""
-
-    takes_gate = True  # feed_forward_residual may run it together with the gate behind it
-
-    def __init__(self, channels: int, hidden: int, how: How = How()):
-        super().__init__()
-        self.how = how
-        self.net = nn.ModuleList([GELUProjection(channels, hidden), nn.Dropout(0.0), nn.Linear(hidden, channels)])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden, output = feed_forward_hidden(self, x, self.how)
-        return linear(output, hidden, self.how)
-
-
-def feed_forward_hidden(module, x, how: How) -> tuple[torch.Tensor, nn.Module]:
-    """-> (the input of the last projection, the last projection)."""
-    projection, dropout, output = module.net
-    if type(projection) in GELU_PROJECTIONS and projection.approximate == "tanh" and untouched(projection):
-        x = linear(projection.proj, x, how, activation="gelu_tanh")
-    else:
-        x = projection(x)
-    return (x if dropout.p == 0 and untouched(dropout) else dropout(x)), output
-
-
-def feed_forward_residual(module, x, gate, residual, how: How) -> torch.Tensor:
-    """``residual + gate * module(x)``; the gate goes into the last projection where the feed-forward is ours and not observed."""
-    if how.linear and getattr(type(module), "takes_gate", False) and untouched(module):
-        hidden, output = feed_forward_hidden(module, x, how)
-        return gated_linear(output, hidden, gate, residual, how)
-    return ops.gate_residual(residual, module(x), gate, numerics=how.numerics)

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from fusewire.models.attention import Attention
-from fusewire.models.layers import (AdaLayerNormContinuous, AdaLayerNormZero, FeedForward, How, PatchEmbed, TimeTextEmbed, feed_forward_residual,
-                                    gate_residual_norm, linear)
+from fusewire.models.feed_forward import FeedForward, feed_forward_residual
+from fusewire.models.layers import AdaLayerNormContinuous, AdaLayerNormZero, How, PatchEmbed, TimeTextEmbed, gate_residual_norm, linear
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ def randomise(model: nn.Module) -> nn.Module:
     """Every parameter random, so that no bias and no gain is invisible."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.rsplit(".", 2)[-2].startswith("norm_"):
+            if f".{name}".rsplit(".", 2)[-2].startswith("norm_"):
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(std=0.15)

@@ -18,7 +18,7 @@ from fusewire.models.flux_attention import flux_attention
 from fusewire.models.layers import How
 from fusewire.swap.families import Candidate, Family
 from fusewire.swap.fused import ANNOUNCE, MAKERS, announce_block, stock_of, unknown_forward
-from fusewire.swap.parts import attention_candidates, candidate, described, feed_forward_candidates, norm_candidates
+from fusewire.swap.parts import attention_layer, candidate, described, feed_forward_candidates, norm_candidates
 
 OPS = ("adaln_modulate", "gate_residual", "gate_residual_adaln", "qk_norm_rope", "attention", "linear")
 
@@ -104,8 +104,8 @@ def _attention_candidates(name: str, module: nn.Module, how: How) -> Iterator[Ca
         reason = f"its processor {type(module.processor).__name__} is kept"
     else:
         reason = unknown_forward(ATTENTION) or _unusual_norm(module)
-    yield from attention_candidates(name, module, how, stock, True, reason,
-                                    ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"))
+    yield from attention_layer(name, module, how, True, reason,
+                               ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"))
 
 
 def _unusual_norm(module: nn.Module) -> str:

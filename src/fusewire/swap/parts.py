@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from diffusers.models.activations import GELU
+from diffusers.models.activations import GEGLU, GELU
 from diffusers.models.attention import FeedForward
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle, RMSNorm
 from torch import nn
 
-from fusewire.models import layers
+from fusewire.models import feed_forward, layers
 from fusewire.models.layers import How, plain_layer_norm, plain_linear
 from fusewire.swap.families import Candidate
 from fusewire.swap.fused import MAKERS, fused_class, stock_of, unknown_forward
@@ -20,6 +20,7 @@ ADALN_ZERO_SINGLE = {AdaLayerNormZeroSingle.forward: ("ff138e112a4f",)}
 ADALN_CONTINUOUS = {AdaLayerNormContinuous.forward: ("55cf4ec15e80",)}
 RMS_NORM = {RMSNorm.forward: ("692c06909233", "fa67df9e7dd9")}
 FEED_FORWARD = {FeedForward.forward: ("1c9cc6e8159c",)}
+GEGLU_PROJECTION = {GEGLU.forward: ("bea068926b45", "9eec700025e2"), GEGLU.gelu: ("093eb05e6d9e",)}
 GELU_PROJECTION = {GELU.forward: ("1e920b8c9a7d", "87ac7265011e"), GELU.gelu: ("c95d6b6161e5",)}
 
 KEEPS_ATTENTION = "exact keeps PyTorch's attention, whose bits no other kernel gives; numerics='close' puts the fused attention here"
@@ -28,13 +29,17 @@ KEEPS_LINEAR = "exact keeps the stock matrix products; numerics='close' puts the
 if not unknown_forward(RMS_NORM):
     layers.RMS_NORMS.add(RMSNorm)
 if not unknown_forward(GELU_PROJECTION):
-    layers.GELU_PROJECTIONS.add(GELU)
+    feed_forward.GELU_PROJECTIONS.add(GELU)
+if not unknown_forward(GEGLU_PROJECTION):
+    feed_forward.GEGLU_PROJECTIONS.add(GEGLU)
 
 
 def _adaln_zero(how: How) -> dict:
     def forward(self, x, timestep=None, class_labels=None, hidden_dtype=None, emb=None):
-        if self.emb is not None or not plain_layer_norm(self.norm):
+        if not plain_layer_norm(self.norm):
             return AdaLayerNormZero.forward(self, x, timestep, class_labels, hidden_dtype, emb)
+        if self.emb is not None:
+            emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
         return layers.ada_layer_norm_zero(self, x, emb, how)
 
     return {"forward": forward}
@@ -62,7 +67,7 @@ def _feed_forward(how: How) -> dict:
     def forward(self, hidden_states, *args, **kwargs):
         if args or kwargs:
             return FeedForward.forward(self, hidden_states, *args, **kwargs)
-        hidden, output = layers.feed_forward_hidden(self, hidden_states, how)
+        hidden, output = feed_forward.feed_forward_hidden(self, hidden_states, how)
         return layers.linear(output, hidden, how)
 
     return {"forward": forward, "takes_gate": True}
@@ -90,13 +95,11 @@ def norm_candidates(name: str, norm: nn.Module, how: How) -> Iterator[Candidate]
     reason = unknown_forward(known)
     if not reason and not (type(norm.norm) is nn.LayerNorm and norm.norm.weight is None):
         reason = f"its norm is {described(norm.norm)}, not a LayerNorm without weight"
-    if not reason and getattr(norm, "emb", None) is not None:
-        reason = "it embeds class labels itself"
     yield candidate(name, norm, (op,), how, reason)
 
 
 def feed_forward_candidates(name: str, module: nn.Module, how: How) -> Iterator[Candidate]:
-    """A feed-forward of GELU-tanh, Dropout, Linear."""
+    """A feed-forward of GELU-tanh or GEGLU, Dropout, Linear."""
     stock = stock_of(module) or type(module)
     if how.numerics == "exact":
         yield Candidate(name, module, ("linear",), None, KEEPS_LINEAR, by_choice=True)
@@ -105,14 +108,19 @@ def feed_forward_candidates(name: str, module: nn.Module, how: How) -> Iterator[
         return
     if stock is not FeedForward:
         reason = f"{type(module).__name__} is not a feed-forward that we know"
-    elif [type(part) for part in module.net[:2]] != [GELU, nn.Dropout] or len(module.net) != 3 or module.net[0].approximate != "tanh":
-        reason = f"its layers are {', '.join(type(part).__name__ for part in module.net)}, not GELU-tanh, Dropout, Linear"
+    elif not _is_known(module.net):
+        reason = f"its layers are {', '.join(type(part).__name__ for part in module.net)}, not GELU-tanh or GEGLU, Dropout, Linear"
     else:
-        reason = unknown_forward(FEED_FORWARD) or unknown_forward(GELU_PROJECTION)
-    yield candidate(name, module, ("linear",), how, reason)
+        reason = unknown_forward(FEED_FORWARD) or unknown_forward(GEGLU_PROJECTION if type(module.net[0]) is GEGLU else GELU_PROJECTION)
+    yield candidate(name, module, ("geglu", "linear") if not reason and type(module.net[0]) is GEGLU else ("linear",), how, reason)
     if not reason:
         yield from called_linear(f"{name}.net.0.proj", module.net[0].proj)
         yield from called_linear(f"{name}.net.2", module.net[2])
+
+
+def _is_known(net: nn.ModuleList) -> bool:
+    known = len(net) == 3 and type(net[1]) is nn.Dropout
+    return known and (type(net[0]) is GEGLU or type(net[0]) is GELU and net[0].approximate == "tanh")
 
 
 def called_linear(name: str, module: nn.Module | None) -> Iterator[Candidate]:
@@ -121,8 +129,8 @@ def called_linear(name: str, module: nn.Module | None) -> Iterator[Candidate]:
         yield Candidate(name, module, ("linear",), None, f"{described(module)} is called as it is", by_choice=True)
 
 
-def attention_candidates(name: str, module: nn.Module, how: How, stock: type, has_norm: bool, reason: str, projections: tuple[str, ...]) -> Iterator[Candidate]:
-    """An attention layer of class ``stock`` that stays for ``reason``, or carries the fused attention, or in exact its QK norm.
+def attention_layer(name: str, module: nn.Module, how: How, has_norm: bool, reason: str, projections: tuple[str, ...]) -> Iterator[Candidate]:
+    """An attention layer that stays for ``reason``, or carries the fused attention, or in exact its QK norm, if it has one.
 
     ``projections``: names of the linears that it would read.
     """

@@ -1,0 +1,79 @@
+"""Self- and cross-attention of U-Nets, DiT and autoencoders over diffusers' attribute names: no QK norm; of tokens or of pictures."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fusewire import ops
+from fusewire.models.layers import How, linear, untouched
+
+
+class CrossAttention(nn.Module):
+    """One attention layer: of tokens to themselves, or to a context of ``context_channels``."""
+
+    spatial_norm = group_norm = None
+    residual_connection, rescale_output_factor = False, 1.0
+
+    def __init__(self, channels: int, heads: int, head_dim: int, context_channels: int | None = None, bias: bool = False, how: How = How()):
+        super().__init__()
+        self.heads, self.how, inner = heads, how, heads * head_dim
+        self.to_q = nn.Linear(channels, inner, bias=bias)
+        self.to_k, self.to_v = (nn.Linear(context_channels or channels, inner, bias=bias) for _ in range(2))
+        self.to_out = nn.ModuleList([nn.Linear(inner, channels), nn.Dropout(0.0)])
+
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None):
+        """[B, T, C], [B, L, C'] or None, a mask added to the logits [B, H or 1, T or 1, L] or None -> [B, T, C]."""
+        return cross_attention(self, hidden_states, encoder_hidden_states, attention_mask, self.how)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}"
+
+
+class PictureAttention(CrossAttention):
+    """Self-attention of the positions of a picture, behind a GroupNorm and with a residual: of autoencoders and of ADM's U-Net."""
+
+    residual_connection = True
+
+    def __init__(self, channels: int, heads: int, groups: int, eps: float, how: How = How()):
+        super().__init__(channels, heads, channels // heads, bias=True, how=how)
+        self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor | None = None):
+        """[B, C, H, W] -> [B, C, H, W]."""
+        return cross_attention(self, hidden_states, None, None, self.how)
+
+
+def cross_attention(module, x, context, mask, how: How, temb=None):
+    """The whole layer: x [B, T, C] or a picture [B, C, H, W], which is taken as H * W tokens; context [B, L, C'] or None for x itself.
+
+    ``mask``: [B, heads or 1, T or 1, L], added to the logits, or None. ``temb``: what a spatial norm looks at.
+    """
+    residual = x
+    if module.spatial_norm is not None:
+        x = module.spatial_norm(x, temb)
+    picture = x.shape if x.dim() == 4 else None
+    if picture is not None:
+        x = x.flatten(2).transpose(1, 2)
+    if module.group_norm is not None:
+        x = module.group_norm(x.transpose(1, 2)).transpose(1, 2)
+    context = x if context is None else context
+    q, k, v = linear(module.to_q, x, how), linear(module.to_k, context, how), linear(module.to_v, context, how)
+    q, k, v = (part.unflatten(-1, (module.heads, -1)) for part in (q, k, v))
+    out = ops.attention(q, k, v, mask=mask) if how.attention else _sdpa(q, k, v, mask)
+    projection, dropout = module.to_out
+    out = linear(projection, out.flatten(2), how)
+    if dropout.p != 0 or not untouched(dropout):
+        out = dropout(out)
+    if picture is not None:
+        out = out.transpose(1, 2).reshape(picture)
+    if module.residual_connection:
+        out = out + residual
+    return out if module.rescale_output_factor == 1 else out / module.rescale_output_factor
+
+
+def _sdpa(q, k, v, mask) -> torch.Tensor:
+    """PyTorch's attention on [B, T, H, D]."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    return out.transpose(1, 2).to(q.dtype)

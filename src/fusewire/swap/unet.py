@@ -1,0 +1,110 @@
+"""U-Nets, their ControlNets and adapters, DiT, PixArt and autoencoders: what is swapped in the blocks that diffusers builds them of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.autoencoders.vae import Decoder, Encoder
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import nn
+
+from fusewire import ops
+from fusewire.models.layers import How
+from fusewire.models.resnet import resnet_block
+from fusewire.models.transformer_block import affine_block, single_block, zero_block
+from fusewire.swap.attention import attention_candidates
+from fusewire.swap.families import Candidate, Family
+from fusewire.swap.fused import ANNOUNCE, MAKERS, announce_block, stock_of, unknown_forward
+from fusewire.swap.parts import candidate, described, feed_forward_candidates, norm_candidates
+
+OPS = ("group_norm_silu", "adaln_modulate", "gate_residual", "gate_residual_adaln", "attention", "geglu", "linear")
+
+# As diffusers 0.40 to 0.42 has them.
+RESNET = {ResnetBlock2D.forward: ("40d2e36e0db5",)}
+BLOCK = {BasicTransformerBlock.forward: ("fe4764e16c58",)}
+BLOCKS = {"layer_norm": affine_block, "ada_norm_zero": zero_block, "ada_norm_single": single_block}
+# Where a plain GroupNorm lies, by the class that has it.
+GROUP_NORMS = {UNet2DConditionModel: "conv_norm_out", UNet2DModel: "conv_norm_out", Decoder: "conv_norm_out", Encoder: "conv_norm_out",
+               Transformer2DModel: "norm"}
+
+
+def _resnet(how: How) -> dict:
+    def forward(self, input_tensor, temb, *args, **kwargs):
+        if args or kwargs:  # of a scale that stock warns of
+            return ResnetBlock2D.forward(self, input_tensor, temb, *args, **kwargs)
+        return resnet_block(self, input_tensor, temb, how)
+
+    return {"forward": forward}
+
+
+def _group_norm(how: How) -> dict:
+    def forward(self, input):
+        if torch.is_autocast_enabled(input.device.type) or self.weight is not None and self.weight.dtype is not input.dtype:
+            return nn.GroupNorm.forward(self, input)
+        return ops.group_norm_silu(input, self.num_groups, self.weight, self.bias, eps=self.eps, silu=False, numerics=how.numerics)
+
+    return {"forward": forward}
+
+
+def _block(how: How) -> dict:
+    def forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, timestep=None,
+                cross_attention_kwargs=None, class_labels=None, added_cond_kwargs=None):
+        kwargs, kind = cross_attention_kwargs or {}, self.norm_type
+        if self._chunk_size is not None or hidden_states.dim() != 3 or kwargs.get("gligen") is not None or kwargs.get("scale") is not None:
+            return BasicTransformerBlock.forward(self, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
+                                                 cross_attention_kwargs, class_labels, added_cond_kwargs)
+        kwargs = {key: value for key, value in kwargs.items() if key != "gligen"}
+        if kind == "ada_norm_zero":
+            return zero_block(self, hidden_states, how, timestep, class_labels, attention_mask, kwargs)
+        streams = dict(context=encoder_hidden_states, mask=attention_mask, context_mask=encoder_attention_mask, attention_kwargs=kwargs)
+        return affine_block(self, hidden_states, how, **streams) if kind == "layer_norm" else single_block(self, hidden_states, how, timestep, **streams)
+
+    return {"forward": forward}
+
+
+MAKERS.update({ResnetBlock2D: _resnet, nn.GroupNorm: _group_norm, BasicTransformerBlock: _block})
+ANNOUNCE[BasicTransformerBlock] = announce_block
+
+
+def candidates(name: str, instance, how: How) -> Iterator[Candidate]:
+    """A residual block, a transformer block with its parts, the attention of a block without one, or a GroupNorm between blocks."""
+    stock = stock_of(instance) or type(instance)
+    dot = f"{name}." if name else ""
+    if stock is ResnetBlock2D:
+        yield candidate(name or "block", instance, ("group_norm_silu",), how, unknown_forward(RESNET))
+    elif stock is BasicTransformerBlock:
+        yield from _block_candidates(name or "block", dot, instance, how)
+    elif stock in GROUP_NORMS:
+        norm = getattr(instance, GROUP_NORMS[stock], None)
+        if norm is not None:
+            reason = "" if (stock_of(norm) or type(norm)) is nn.GroupNorm else f"{described(norm)} is not a GroupNorm"
+            yield candidate(f"{dot}{GROUP_NORMS[stock]}", norm, ("group_norm_silu",), how, reason)
+    elif isinstance(instance, nn.Module) and stock.__module__ in (UNetMidBlock2D.__module__, Decoder.__module__):
+        for index, layer in enumerate(getattr(instance, "attentions", None) or ()):
+            if layer is not None and not hasattr(layer, "transformer_blocks"):
+                yield from attention_candidates(f"{dot}attentions.{index}", layer, how)
+
+
+def _block_candidates(name: str, dot: str, block: BasicTransformerBlock, how: How) -> Iterator[Candidate]:
+    carried, reason = {"layer_norm": ("gate_residual_adaln",), "ada_norm_zero": ("gate_residual", "gate_residual_adaln"),
+                       "ada_norm_single": ("adaln_modulate", "gate_residual")}.get(block.norm_type), unknown_forward(BLOCK)
+    if carried is None:
+        carried, reason = ("gate_residual_adaln",), f"its norm_type {block.norm_type!r} is not one that we know"
+    elif block.pos_embed is not None or block.norm_type == "ada_norm_zero" and block.attn2 is not None:
+        reason = "its position embedding, or its second attention, is not part of a block that we know"
+    yield candidate(name, block, carried, how, reason)
+    if block.norm_type == "ada_norm_zero":
+        yield from norm_candidates(f"{dot}norm1", block.norm1, how)
+    for part in ("attn1", "attn2"):
+        if getattr(block, part) is not None:
+            yield from attention_candidates(dot + part, getattr(block, part), how)
+    yield from feed_forward_candidates(f"{dot}ff", block.ff, how)
+
+
+FAMILY = Family("unet", OPS, candidates)

@@ -24,7 +24,8 @@ needs_library = pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
 BACKENDS = [pytest.param("cpu", marks=needs_library), "reference"]
 # Odd ones first: tails beside vectors in channels and pixels, one channel a group, one group; then the kinds of U-Nets and VAEs. More than 1024
 # pixels are where PyTorch sums channels-last pictures by threads, more than 32768 elements where its silu does.
-SHAPES = [((1, 3, 5, 7), 1), ((2, 30, 9, 7), 5), ((3, 17, 4, 4), 17), ((1, 8, 1, 3), 2), ((2, 24, 31, 33), 1), ((3, 40, 33, 37), 4),
+# Eight samples of the smallest: each rounds three factors and offsets once, and the mean error of so few says little.
+SHAPES = [((8, 3, 5, 7), 1), ((2, 30, 9, 7), 5), ((3, 17, 4, 4), 17), ((1, 8, 1, 3), 2), ((2, 24, 31, 33), 1), ((3, 40, 33, 37), 4),
           ((2, 320, 8, 8), 32), ((1, 128, 32, 32), 32), ((2, 12, 67), 3), ((2, 12, 3, 9, 11), 4), ((1, 20, 5, 17, 19), 4)]
 
 

@@ -143,7 +143,7 @@ def test_an_unknown_option_exits_2():
 
 
 def test_nothing_to_do_exits_3(tmp_path):
-    from diffusers import AutoencoderKL, UNet2DModel
+    from diffusers import AutoencoderTiny, UNet1DModel
 
     UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownBlock2D",) * 2,
                 up_block_types=("UpBlock2D",) * 2, layers_per_block=1).save_pretrained(tmp_path / "unet")

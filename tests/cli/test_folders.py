@@ -155,4 +155,4 @@ def test_the_full_shape_is_that_of_the_published_model():
     config = targets.PRESETS["sd3.5-medium"].config
     assert config["num_attention_heads"] * config["attention_head_dim"] == 1536 == config["caption_projection_dim"]
     preset = targets.PRESETS["sd3.5-medium"]
-    assert (preset.size // 16) ** 2 == 1024 and preset.text_tokens == 154 and round(preset.layers * preset.full_dual / preset.full_layers) == 2
+    assert (preset.size // 16) ** 2 == 1024 and preset.text_tokens == 154 and preset.depth(preset.layers)["dual_attention_layers"] == (0, 1)

@@ -18,9 +18,9 @@ from fusewire.machine import describe
 from fusewire.parity import blocks, ops, pictures
 from fusewire.parity.result import LEVELS, ParityResult, Pictures, Row, name_of
 from fusewire.parity.verdict import measure
+from fusewire.presets import inputs_for
 from fusewire.targets import check_finite
 from fusewire.targets import describe as describe_model
-from fusewire.targets import sd3_inputs
 
 __all__ = ["LEVELS", "ParityResult", "Pictures", "Row", "measure", "parity"]
 
@@ -36,7 +36,7 @@ def parity(pipe_or_module, *, numerics: str = "both", levels: Sequence[str] = LE
         pipe_or_module: a diffusers pipeline or denoiser, not swapped; it is left as it is. Its dtype is the dtype of the comparison.
         numerics: ``"exact"``, ``"close"`` or ``"both"``.
         levels: which of ``("op", "block", "model", "picture")`` to judge. Pictures need a pipeline.
-        inputs: keyword arguments of one call of a denoiser; random ones for an ``SD3Transformer2DModel`` unless given.
+        inputs: keyword arguments of one call of a denoiser; random ones unless given, for the classes that presets have.
         prompts: taken in turn, one for each seed. seeds: one picture each. steps: denoising steps. guidance: classifier-free guidance scale.
         size: picture width and height, pixels. call: more keyword arguments of the pipeline's call.
         name: of the target, in the result. progress: called with (what, done, total).
@@ -144,12 +144,8 @@ def swap_copies(value, variants: Sequence[str], took: dict[str, float] | None = 
 
 
 def inputs_of(model: nn.Module, inputs: dict | None, size: int | None) -> dict:
-    """The keyword arguments of one call of a denoiser: ``inputs``, or random ones for an SD3Transformer2DModel. BadInput otherwise."""
-    if inputs is not None:
-        return inputs
-    if type(model).__name__ == "SD3Transformer2DModel":
-        return sd3_inputs(model, size=size)
-    raise BadInput(f"inputs is None; for a {type(model).__name__} it should hold the keyword arguments of one call")
+    """The keyword arguments of one call of a denoiser: ``inputs``, or random ones for a class that a preset has. BadInput otherwise."""
+    return inputs_for(model, size=size) if inputs is None else inputs
 
 
 def ticker(tell: Progress, what: str, total: int) -> Callable[[], None]:

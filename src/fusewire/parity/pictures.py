@@ -18,7 +18,7 @@ PROMPTS = ("a handwritten red seven on white paper", "a handwritten blue three o
 
 @dataclass
 class Run:
-    """What every run of a comparison shares. noise: [N, C, h, w], one row per seed, in the denoiser's dtype."""
+    """What every run of a comparison shares. noise: [N, C, h, w] (Flux: [N, tokens, C]), one row per seed, in the denoiser's dtype."""
 
     prompts: list[str]
     seeds: list[int]
@@ -40,8 +40,12 @@ class Trajectory:
 def plan(pipe, prompts, seeds, steps: int, guidance: float, size: int | None, call: dict | None) -> Run:
     """Prompts and noise for ``pipe``: one picture per seed, the prompts taken in turn. The noise of a seed is the same in every dtype."""
     _, model = denoiser_of(pipe)
-    side = model.config.sample_size if size is None else size // pipe.vae_scale_factor
-    shape = (model.config.in_channels, side, side)
+    if type(model).__name__ == "FluxTransformer2DModel":  # 2 x 2 latents are a token
+        side = pipe.default_sample_size // 2 if size is None else size // (2 * pipe.vae_scale_factor)
+        shape = (side * side, model.config.in_channels)
+    else:
+        side = model.config.sample_size if size is None else size // pipe.vae_scale_factor
+        shape = (model.config.in_channels, side, side)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     prompts = list(prompts or PROMPTS)
     return Run([prompts[i % len(prompts)] for i in range(len(seeds))], list(seeds), steps, guidance, size,

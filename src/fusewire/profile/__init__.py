@@ -42,7 +42,7 @@ def profile(pipe_or_module, *, numerics: str = "both", compile: bool = False, ro
         numerics: ``"exact"``, ``"close"`` or ``"both"``.
         compile: time ``torch.compile`` of the denoiser too (its compilation takes a minute or so; it needs a C++ compiler).
         rounds: timed calls of each side, after one that warms up.
-        inputs: keyword arguments of one call of a denoiser; random ones for an ``SD3Transformer2DModel`` unless given.
+        inputs: keyword arguments of one call of a denoiser; random ones unless given, for the classes that presets have.
         prompts, seeds, steps, guidance, size, call, name, progress: as for ``fusewire.parity``.
 
     Returns: ProfileResult; ``.ok``, ``.rows``, ``.verdicts``, ``.kinds``, ``.stages``, ``.floor``, ``.to_dict()``.

@@ -143,12 +143,13 @@ def test_an_unknown_option_exits_2():
 
 
 def test_nothing_to_do_exits_3(tmp_path):
+    """Models without a norm, an attention or a scheduler that we know."""
     from diffusers import AutoencoderTiny, UNet1DModel
 
-    UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownBlock2D",) * 2,
-                up_block_types=("UpBlock2D",) * 2, layers_per_block=1).save_pretrained(tmp_path / "unet")
-    AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "vae")
-    for name in ("unet", "vae"):
+    AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
+                    latent_channels=4).save_pretrained(tmp_path / "vae")
+    UNet1DModel(sample_size=8, block_out_channels=(8, 8, 16), norm_num_groups=4, layers_per_block=1).save_pretrained(tmp_path / "unet")
+    for name in ("vae", "unet"):
         result = run("swap", "--dry-run", str(tmp_path / name))
         assert result.exit_code == 3 and result.stderr.count("\n") == 1 and "nothing" in result.stderr, result.output
 

@@ -5,7 +5,7 @@ import torch
 
 from fusewire import ops
 from fusewire.kernels.dispatch import forced
-from fusewire.kernels.library import cpu_isa
+from fusewire.kernels.library import CPU, cpu_isa
 from fusewire.kernels.linear import native
 
 BELOW_AVX2 = pytest.mark.on_reference(when=lambda **_: cpu_isa() == "base", reason="the library has no linear for processors without AVX2")
@@ -23,7 +23,7 @@ def close(x, weight, bias, **options):
     """Wherever the library can serve the call, also where the dispatcher would prefer PyTorch's own product; as dispatched elsewhere."""
     with forced("cpu"):
         why_not = native.why_not_cpu(x, weight, bias, options.get("activation") or "none", options.get("gate"), options.get("residual"), False)
-    with forced(None if why_not else "cpu"):
+    with forced(None if why_not or not CPU.loaded else "cpu"):  # without the library oneDNN serves some calls, but no kernel their gates
         return ops.linear(x, weight, bias, numerics="close", **options)
 
 

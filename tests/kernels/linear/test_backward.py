@@ -85,7 +85,7 @@ def test_gradients(dtype, activation, shape, bias):
     for dispatched in (True, False):
         check(inputs(*shape, dtype, bias=bias), activation, dispatched=dispatched)
         expected += activation is not None and serves(inputs(*shape, dtype), None if dispatched else "cpu")
-        assert served() == (expected, 0)
+        assert served() == ((expected, 0) if CPU.loaded else (0, expected))  # without the library oneDNN serves bfloat16 forwards alone
 
 
 def serves(v: dict, backend: str | None) -> bool:

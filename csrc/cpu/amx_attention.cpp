@@ -7,15 +7,17 @@
 #include <type_traits>
 
 #include "cpu/amx_attention_operands.h"
+#include "cpu/attention_pattern.h"
 #include "cpu/attention_tiles.h"
 
 namespace fusewire::FUSEWIRE_ISA {
 
 constexpr int64_t kKeyBlock = 128;             // two blocks of logits: 32 KiB
+constexpr int64_t kBlockSteps = kKeyBlock / kStep;
 constexpr int64_t kBoundedKeyBlock = 256;      // weights: 16 KiB for each part
 constexpr int64_t kPackedKeyBytes = 3 << 19;   // keys and values packed at a time, in the second-level cache
 constexpr float kWidestBound = 100, kLeastTotal = 0x1p-64f;  // see attend_bounded
-static_assert(kAttentionMaxBlocks < 64);
+static_assert(kAttentionMaxBlocks < 64 && kStep == kPatternBlock && kQueryBlock == kPatternBlock);
 
 // What a block of 32 queries carries from one block of keys to the next: lanes are queries.
 struct State {
@@ -34,7 +36,7 @@ class AmxTask : AmxOperands<T> {
     block_keys_ = std::min(round_up(call.keys, kStep), std::max<int64_t>(kPackedKeyBytes / this->bytes_for(2) / kKeyBlock, 1) * kKeyBlock);
     states_ = block_keys_ >= call.keys ? kQueryBlock : round_up(task.end - task.begin, kQueryBlock);
     transform_ = call.mask.data || call.scale <= 0;
-    guard_ = call.mask.data || call.causal;
+    guard_ = call.mask.data || call.causal || call.pattern.blocks;
     factor_ = static_cast<float>(transform_ ? kLog2e : call.scale * kLog2e);
   }
 
@@ -42,20 +44,22 @@ class AmxTask : AmxOperands<T> {
     const int64_t operand = this->bytes_for(block_keys_), weights = kBoundedKeyBlock / kStep * parts * kPartBytes;
     Workspace space(2 * Workspace::bytes_of<char>(operand) + Workspace::bytes_of<char>(steps_ * parts * kPartBytes) +
                     Workspace::bytes_of<char>(weights) + 3 * Workspace::bytes_of<float>(kKeyBlock * kQueryBlock) +
-                    Workspace::bytes_of<float>(states_ * columns_) + 2 * Workspace::bytes_of<float>(states_));
+                    Workspace::bytes_of<float>(states_ * columns_) + 2 * Workspace::bytes_of<float>(states_) +
+                    Workspace::bytes_of<int32_t>(block_keys_ / kStep));
     k_ = space.take<char>(operand);
     v_ = space.take<char>(operand);
     q_ = space.take<char>(steps_ * parts * kPartBytes);
     weights_ = space.take<char>(weights);
     logits_ = space.take<float>(2 * kKeyBlock * kQueryBlock);
     bias_ = space.take<float>(kKeyBlock * kQueryBlock);
+    seen_ = space.take<int32_t>(block_keys_ / kStep);
     State all;
     all.out = space.take<float>(states_ * columns_);
     all.highest = space.take<float>(states_);
     all.total = space.take<float>(states_);
-    const int64_t keys = call_.causal ? std::min(call_.keys, task_.end) : call_.keys;
+    const auto [start, keys] = visible_keys(call_, task_, kKeyBlock);
     const TileScope tiles;
-    int64_t first_key = 0;
+    int64_t first_key = start;
     uint64_t left = 0, bounded = 0;  // blocks of queries, one bit each: those left to AVX-512, and those that attend_bounded had a part in
     do {  // at least once, so that rows without any key are written as zeros
       const int64_t count = std::min(block_keys_, keys - first_key);
@@ -71,12 +75,12 @@ class AmxTask : AmxOperands<T> {
           left |= uint64_t{1} << index;
           continue;
         }
-        if (first_key == 0) begin(state);
+        if (first_key == start) begin(state);
         if (attend_bounded(state, count)) bounded |= uint64_t{1} << index;
         else attend(state, query, rows, first_key, count);
         if (!last) continue;
         if (bounded >> index & 1 && !weighed(state, rows)) {
-          if (first_key > 0) {
+          if (first_key > start) {
             left |= uint64_t{1} << index;
             continue;
           }
@@ -140,7 +144,7 @@ class AmxTask : AmxOperands<T> {
         if (key + kStep < count) multiply(key + kStep);
         weigh<true, true>(now, s, weights_ + (key - block) / kStep * parts * kPartBytes);
       }
-      add_values(state, v_ + block / kStep * parts * kPartBytes, key_steps, (end - block + kStep - 1) / kStep);
+      add_values(state, v_ + block / kStep * parts * kPartBytes, key_steps, weights_, (end - block + kStep - 1) / kStep);
     }
     for (int g = 0; g < 2; ++g) vstore(state.total + g * kLanes, now.total[g]);
     return true;
@@ -172,51 +176,76 @@ class AmxTask : AmxOperands<T> {
   }
 
   // out^T += V^T weights^T over `steps` steps of keys; `v`: those of the first channels.
-  void add_values(const State& state, const char* v, int64_t key_steps, int64_t steps) const {
+  void add_values(const State& state, const char* v, int64_t key_steps, const char* weights, int64_t steps) const {
     for (int64_t c = 0; c < steps_; ++c, v += key_steps * parts * kPartBytes) {
       float* out = state.out + c * kSide * kQueryBlock;
       if constexpr (parts == 3) {  // sums on their own first: rounding errors grow with the length of a chain, and show in float32
         alignas(64) float fresh[kSide * kQueryBlock];
-        multiply_block<parts>(v, weights_, steps, fresh, kQueryBlock, true);
+        multiply_block<parts>(v, weights, steps, fresh, kQueryBlock, true);
 #pragma omp simd
         for (int64_t i = 0; i < kSide * kQueryBlock; ++i) out[i] += fresh[i];
       } else {
-        multiply_block<parts>(v, weights_, steps, out, kQueryBlock, false);
+        multiply_block<parts>(v, weights, steps, out, kQueryBlock, false);
       }
     }
   }
 
-  // One block of queries meets one super-block of keys.
+  // One block of queries meets one super-block of keys: the steps of 32 keys that some query may see, one after another, wherever they lie.
   void attend(const State& state, int64_t query, int64_t rows, int64_t first_key, int64_t count) {
     const int64_t key_steps = (count + kStep - 1) / kStep;
     if (call_.causal) count = std::min(count, query + rows - first_key);
-    const auto multiply = [&](int64_t key, int64_t block) {  // logits of 32 keys
-      const char* k = k_ + key / kSide * steps_ * parts * kPartBytes;
-      multiply_block<parts, true>(k, q_, steps_, logits(block) + (key - block) * kQueryBlock, kQueryBlock, true);
+    int64_t steps = 0;
+    for (int64_t key = 0; key < count; key += kStep) {
+      const int64_t end = first_key + std::min(key + kStep, count);
+      if (call_.pattern.blocks && !pattern_sees(call_.pattern, task_, query, query + rows, first_key + key, end)) continue;
+      seen_[steps++] = static_cast<int32_t>(key / kStep);
+    }
+    const auto multiply = [&](int64_t step) {  // logits of 32 keys
+      multiply_block<parts, true>(k_ + seen_[step] * steps_ * parts * kPartBytes, q_, steps_, logits(step), kQueryBlock, true);
     };
-    for (int64_t key = 0; key < std::min(kKeyBlock, count); key += kSide) multiply(key, 0);
-    for (int64_t block = 0; block < count; block += kKeyBlock) {
-      const int64_t keys = std::min(kKeyBlock, count - block), padded = round_up(keys, kStep), next = block + kKeyBlock;
-      float* const s = logits(block);
-      if (transform_) apply_mask(s, query, rows, first_key + block, keys);
-      if (call_.causal) apply_causal(s, query, first_key + block, keys);
-      std::fill(s + keys * kQueryBlock, s + padded * kQueryBlock, -INFINITY);
-      Softmax now = begin_softmax(state, s, padded);
+    for (int64_t step = 0; step < std::min(kBlockSteps, steps); ++step) multiply(step);
+    for (int64_t block = 0; block < steps; block += kBlockSteps) {
+      const int64_t now_steps = std::min(kBlockSteps, steps - block), next = block + kBlockSteps;
+      for_runs(block, block + now_steps, [&](int64_t step, int64_t run) {
+        const int64_t key = seen_[step] * kStep;
+        hide(logits(step), query, rows, first_key + key, std::min(run * kStep, count - key), run * kStep);
+      });
+      Softmax now = begin_softmax(state, logits(block), now_steps * kStep);
       // The tiles multiply the next block while the vector units work on this one.
-      for (int64_t key = 0; key < kKeyBlock; key += kSide) {
-        if (next + key < count) multiply(next + key, next);
-        if (key >= padded) continue;
-        char* to = weights_ + key / kStep * parts * kPartBytes;
-        if (parts == 1 && now.moderate) weigh<true, false>(now, s + key * kQueryBlock, to);
-        else weigh<false, false>(now, s + key * kQueryBlock, to);
+      for (int64_t i = 0; i < kBlockSteps; ++i) {
+        if (next + i < steps) multiply(next + i);
+        if (i >= now_steps) continue;
+        char* to = weights_ + i * parts * kPartBytes;
+        if (parts == 1 && now.moderate) weigh<true, false>(now, logits(block + i), to);
+        else weigh<false, false>(now, logits(block + i), to);
       }
       for (int g = 0; g < 2; ++g) vstore(state.total + g * kLanes, now.total[g]);
-      add_values(state, v_ + block / kStep * parts * kPartBytes, key_steps, padded / kStep);
+      for_runs(block, block + now_steps, [&](int64_t step, int64_t run) {
+        add_values(state, v_ + seen_[step] * parts * kPartBytes, key_steps, weights_ + (step - block) * parts * kPartBytes, run);
+      });
     }
   }
 
   // Two blocks of logits take turns.
-  float* logits(int64_t block) const { return logits_ + block / kKeyBlock % 2 * kKeyBlock * kQueryBlock; }
+  float* logits(int64_t step) const { return logits_ + step % (2 * kBlockSteps) * kStep * kQueryBlock; }
+
+  // Calls f(first, number) for the steps [begin, end), those that are neighbours in memory together.
+  template <typename F>
+  void for_runs(int64_t begin, int64_t end, F&& f) const {
+    for (int64_t run; begin < end; begin += run) {
+      run = 1;
+      while (begin + run < end && seen_[begin + run] == seen_[begin] + run) ++run;
+      f(begin, run);
+    }
+  }
+
+  // The logits of some neighbouring keys as the softmax takes them: scaled and -inf for those that a query does not see, or that are not there.
+  void hide(float* s, int64_t query, int64_t rows, int64_t key, int64_t keys, int64_t padded) {
+    if (transform_) apply_mask(s, query, rows, key, keys);
+    if (call_.causal) apply_causal(s, query, key, keys);
+    if (call_.pattern.blocks) apply_pattern(s, query, rows, key, keys);
+    std::fill(s + keys * kQueryBlock, s + padded * kQueryBlock, -INFINITY);
+  }
 
   // Scales the logits and adds the mask to them; -inf where the mask is, whatever the logit.
   void apply_mask(float* logits, int64_t query, int64_t rows, int64_t key, int64_t keys) {
@@ -244,6 +273,22 @@ class AmxTask : AmxOperands<T> {
         const int behind = static_cast<int>(key + j - query - lane);  // lanes before it lie before the key
         float* s = logits + j * kQueryBlock + lane;
         vstore(s, _mm512_mask_mov_ps(vload(s), _mm512_cmplt_epi32_mask(lanes, _mm512_set1_epi32(behind)), vset(-INFINITY)));
+      }
+    }
+  }
+
+  void apply_pattern(float* logits, int64_t query, int64_t rows, int64_t key, int64_t keys) {
+    const int32_t* row = pattern_row(call_.pattern, task_.batch, task_.head, query) + key / kPatternBlock;  // blocks of queries are the pattern's
+    for (int64_t first = 0; first < keys; first += kPatternBlock, ++row) {
+      if (*row == kFullBlock) continue;
+      alignas(64) uint32_t words[kQueryBlock] = {};
+      for (int64_t r = 0; r < rows; ++r) words[r] = pattern_word(call_.pattern, *row, query + r);
+      for (int64_t j = first; j < std::min(first + kPatternBlock, keys); ++j) {
+        for (int64_t lane = 0; lane < kQueryBlock; lane += kLanes) {
+          float* s = logits + j * kQueryBlock + lane;
+          const __m512i bit = _mm512_set1_epi32(static_cast<int>(1u << (j - first)));
+          vstore(s, _mm512_mask_mov_ps(vset(-INFINITY), _mm512_test_epi32_mask(_mm512_load_si512(words + lane), bit), vload(s)));
+        }
       }
     }
   }
@@ -316,6 +361,7 @@ class AmxTask : AmxOperands<T> {
   alignas(64) float lengths_[kQueryBlock];  // the sums of squares of the queries
   char *k_, *v_, *q_, *weights_;
   float *logits_, *bias_;
+  int32_t* seen_;  // the steps of 32 keys of a super-block that a block of queries attends to
 };
 
 void attention_task(const AttentionCall& call, const AttentionTask& task) {

@@ -62,17 +62,19 @@ void run_attention(const AttentionCall* calls, int64_t count, int64_t batch) {
 }
 
 static AttentionCall whole_call(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask, const Tensor& out, bool causal,
-                                std::optional<double> scale, double eps) {
+                                std::optional<double> scale, double eps, const std::optional<Tensor>& blocks, const std::optional<Tensor>& words) {
   AttentionCall call = attention_call(q, k, v, out, scale, eps);
   call.causal = causal;
   if (mask) call.mask = attention_mask(*mask, q, k);
+  call.pattern = attention_pattern(blocks, words, call.queries, call.keys);
   return call;
 }
 
 static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask, const std::optional<Tensor>& q_weight,
-                        const std::optional<Tensor>& k_weight, bool causal, std::optional<double> scale, double eps) {
+                        const std::optional<Tensor>& k_weight, bool causal, std::optional<double> scale, double eps,
+                        const std::optional<Tensor>& blocks, const std::optional<Tensor>& words) {
   Tensor out = empty_contiguous(q);
-  AttentionCall call = whole_call(q, k, v, mask, out, causal, scale, eps);
+  AttentionCall call = whole_call(q, k, v, mask, out, causal, scale, eps, blocks, words);
   std::vector<std::vector<double>> keep;
   call.q[0].weight = weight_of(q_weight, keep);
   call.k[0].weight = weight_of(k_weight, keep);
@@ -82,11 +84,12 @@ static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const
 
 // Also each query's highest logit, and the sum of exp(logit - highest), in float64 [B, H, Tq]: what the gradients and the log-sum-exp need.
 static std::tuple<Tensor, Tensor, Tensor> attention_softmax(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
-                                                            bool causal, std::optional<double> scale) {
+                                                            bool causal, std::optional<double> scale, const std::optional<Tensor>& blocks,
+                                                            const std::optional<Tensor>& words) {
   Tensor out = empty_contiguous(q);
   Tensor highest = torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Double);
   Tensor total = torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Double);
-  AttentionCall call = whole_call(q, k, v, mask, out, causal, scale, 1.0);
+  AttentionCall call = whole_call(q, k, v, mask, out, causal, scale, 1.0, blocks, words);
   call.highest = static_cast<double*>(highest.data_ptr());
   call.total = static_cast<double*>(total.data_ptr());
   run_attention(&call, 1, q.size(0));

@@ -24,11 +24,21 @@ struct AttentionMask {
   int64_t batch, head, query, key;
 };
 
+// Which keys a query sees, as blocks of 32 x 32: kEmptyBlock, kFullBlock, or the number of 32 words, one for each query, bit j for key j.
+constexpr int64_t kPatternBlock = 32;
+constexpr int32_t kEmptyBlock = -2, kFullBlock = -1;
+struct AttentionPattern {
+  const int32_t* blocks;  // null: no pattern. [B, H, blocks of queries, blocks of keys]: broadcast dimensions have stride 0, the last has 1
+  const int32_t* words;   // [number][32]
+  int64_t batch, head, query;
+};
+
 // Queries, keys and values are each one or two pieces along the sequence (the second may have no tokens): joint attention over
 // image and text tokens needs no concatenated copy, because every operand is packed into tiles anyway.
 struct AttentionCall {
   AttentionTensor q[2], k[2], v[2], out[2];
   AttentionMask mask;
+  AttentionPattern pattern;
   AttentionType type;
   int64_t queries, keys, channels;
   int64_t group;  // query heads for each key head

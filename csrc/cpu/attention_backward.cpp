@@ -27,7 +27,8 @@ void run_attention_backward(const AttentionBackwardCall* calls, int64_t count) {
 static std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const std::optional<Tensor>& lse_grad, const Tensor& q,
                                                              const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& highest,
                                                              const Tensor& total, const std::optional<Tensor>& mask, bool causal,
-                                                             std::optional<double> scale) {
+                                                             std::optional<double> scale, const std::optional<Tensor>& blocks,
+                                                             const std::optional<Tensor>& words) {
   Tensor q_grad = empty_contiguous(q), k_grad = empty_contiguous(k), v_grad = empty_contiguous(v);
   const Tensor highest_rows = torch::stable::contiguous(highest), total_rows = torch::stable::contiguous(total);
   const Tensor lse_rows = torch::stable::contiguous(lse_grad ? *lse_grad : total);
@@ -37,6 +38,7 @@ static std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad,
   call.highest = rows(highest_rows), call.total = rows(total_rows), call.lse_grad = lse_grad ? rows(lse_rows) : nullptr;
   call.q_grad = q_grad.data_ptr(), call.k_grad = k_grad.data_ptr(), call.v_grad = v_grad.data_ptr();
   if (mask) call.mask = attention_mask(*mask, q, k);
+  call.pattern = attention_pattern(blocks, words, call.queries, call.keys);
   run_attention_backward(&call, 1);
   return {q_grad, k_grad, v_grad};
 }

@@ -8,6 +8,7 @@ namespace fusewire {
 struct AttentionBackwardCall {
   AttentionTensor q, k, v, out, grad;
   AttentionMask mask;
+  AttentionPattern pattern;
   AttentionType type;
   int64_t batches, heads, queries, keys, channels;
   int64_t group;  // query heads for each key head

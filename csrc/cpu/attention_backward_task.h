@@ -21,20 +21,21 @@
 
 #include "cpu/attention_backward.h"
 #include "cpu/attention_pack.h"
+#include "cpu/attention_pattern.h"
 #include "cpu/attention_tiles.h"
 
 namespace fusewire::FUSEWIRE_ISA {
 
 template <typename T, typename Policy>
 class AttentionBackward {
-  static constexpr int64_t kSquare = 32, kBlock = 128, kSquares = kBlock / kSquare;  // of a block of queries, or of keys
+  static constexpr int64_t kSquare = kPatternBlock, kBlock = 128, kSquares = kBlock / kSquare;  // of a block of queries, or of keys
   static constexpr int64_t kBytes = Policy::kBytes;
 
  public:
   AttentionBackward(const AttentionBackwardCall& call, const AttentionBackwardTask& task)
       : call_(call), task_(task), channel_squares_((call.channels + kSquare - 1) / kSquare), columns_(channel_squares_ * kSquare),
         query_squares_((call.queries + kSquare - 1) / kSquare), key_squares_((call.keys + kSquare - 1) / kSquare),
-        masked_(call.mask.data || call.causal), whole_(std::is_same_v<T, float> && key_squares_ <= kSquares) {}
+        masked_(call.mask.data || call.causal || call.pattern.blocks), whole_(std::is_same_v<T, float> && key_squares_ <= kSquares) {}
 
   bool run() {
     const int64_t queries = query_squares_ * kSquare, keys = key_squares_ * kSquare, operand = channel_squares_ * kBytes;
@@ -69,7 +70,7 @@ class AttentionBackward {
       std::fill_n(q_grad_, queries * columns_, 0.0f);
       for (int64_t key = 0; key < key_squares_; key += kSquares) {
         for (int64_t query = 0; query < query_squares_; query += kSquares) {
-          if (!call_.causal || (std::min(query + kSquares, query_squares_)) * kSquare > key * kSquare) meet(query, key);
+          if (sees(query, std::min(query + kSquares, query_squares_), key, std::min(key + kSquares, key_squares_))) meet(query, key);
         }
       }
       write(q_grad_, false, head_, call_.heads, call_.queries, static_cast<float>(call_.scale) / power_, static_cast<T*>(call_.q_grad));
@@ -155,6 +156,13 @@ class AttentionBackward {
     }
   }
 
+  // Whether some of these squares of queries may see some of these squares of keys.
+  bool sees(int64_t query, int64_t query_end, int64_t key, int64_t key_end) const {
+    if (call_.causal && query_end <= key) return false;
+    if (!call_.pattern.blocks) return true;
+    return pattern_sees(call_.pattern, {task_.batch, head_, 0, 0}, query * kSquare, query_end * kSquare, key * kSquare, key_end * kSquare);
+  }
+
   // Up to 4 x 4 squares of queries and keys.
   void meet(int64_t query, int64_t key) {
     const int64_t q_count = std::min(kSquares, query_squares_ - query), k_count = std::min(kSquares, key_squares_ - key);
@@ -162,6 +170,11 @@ class AttentionBackward {
     for (int64_t i = 0; i < q_count; ++i) {
       for (int64_t first = 0; first < k_count; first += at_once) {
         for (int64_t j = first; j < first + at_once; ++j) {
+          if (!sees(query + i, query + i + 1, key + j, key + j + 1)) {
+            std::fill_n(square(logits_, j), kSquare * kSquare, 0.0f);
+            std::fill_n(square(slopes_wide_, j), kSquare * kSquare, 0.0f);
+            continue;
+          }
           const int64_t q_at = (query + i) * channel_squares_ * kBytes, k_at = (key + j) * channel_squares_ * kBytes;
           Policy::multiply(q_rows_ + q_at, k_rows_ + k_at, channel_squares_, square(logits_, j), true);
           Policy::multiply(grad_rows_ + q_at, v_rows_ + k_at, channel_squares_, square(slopes_wide_, j), true);
@@ -198,7 +211,8 @@ class AttentionBackward {
 
   // From S of a square to P, in place; dP is 0 where a key is hidden or is not there.
   void weigh(int64_t query, int64_t key, float* logits, float* slopes) {
-    const bool plain = !masked_ || (!call_.mask.data && key + kSquare - 1 <= query);
+    const int32_t pattern = call_.pattern.blocks ? pattern_row(call_.pattern, task_.batch, head_, query)[key / kSquare] : kFullBlock;
+    const bool plain = !masked_ || (!call_.mask.data && pattern == kFullBlock && (!call_.causal || key + kSquare - 1 <= query));
     const int64_t keys = std::min(kSquare, call_.keys - key);
     const Pair factor = split(masked_ ? call_.scale : call_.scale * kLog2e);
     alignas(64) float bias[kSquare];
@@ -216,6 +230,10 @@ class AttentionBackward {
         if (call_.mask.data && query + r < call_.queries) read_bias(call_.mask, {task_.batch, head_, 0, 0}, query + r, key, keys, bias);
         const int64_t visible = call_.causal ? std::clamp<int64_t>(query + r - key + 1, 0, keys) : keys;
         std::fill(bias + visible, bias + kSquare, -INFINITY);
+        if (pattern != kFullBlock && query + r < call_.queries) {
+          const uint32_t word = pattern_word(call_.pattern, pattern, query + r);
+          for (int64_t j = 0; j < keys; ++j) bias[j] = word >> j & 1 ? bias[j] : -INFINITY;
+        }
         for (int64_t i = 0; i < kSquare; i += kLanes) {  // the masked logit rounds as it did on the way forward
           const vf b = vload(bias + i), x = vmul(vsub(vfma(vload(s + i), vset(factor.high), b), high), log2e);
           vstore(s + i, vmul(Policy::exp2(vkeep(x, b)), inverse));

@@ -6,6 +6,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/attention_pack.h"
+#include "cpu/attention_pattern.h"
 
 namespace fusewire::FUSEWIRE_ISA {
 
@@ -57,6 +58,10 @@ class DoubleTask {
   // What the mask adds for one query and key; -inf where it hides the key.
   double bias(int64_t query, int64_t key) const {
     if (call_.causal && key > query) return -kInfinity;
+    if (call_.pattern.blocks) {
+      const int32_t block = pattern_row(call_.pattern, task_.batch, task_.head, query)[key / kPatternBlock];
+      if (block != kFullBlock && !(pattern_word(call_.pattern, block, query) >> key % kPatternBlock & 1)) return -kInfinity;
+    }
     const AttentionMask& m = call_.mask;
     if (!m.data) return 0;
     const int64_t at = task_.batch * m.batch + task_.head * m.head + query * m.query + key * m.key;

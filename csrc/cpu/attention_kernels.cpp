@@ -10,6 +10,7 @@
 #include "cpu/attention.h"
 #include "cpu/attention_double.h"
 #include "cpu/attention_pack.h"
+#include "cpu/attention_pattern.h"
 #include "cpu/attention_tiles.h"
 
 namespace fusewire::FUSEWIRE_ISA {
@@ -35,7 +36,7 @@ class Task {
     // With one super-block a block of queries is finished at once, and all blocks share one state.
     states_ = block_keys_ >= call.keys ? kQueries : round_up(task.end - task.begin, kQueries);
     transform_ = call.mask.data || call.scale <= 0;
-    guard_ = call.mask.data || call.causal;
+    guard_ = call.mask.data || call.causal || call.pattern.blocks;
     factor_ = static_cast<float>(transform_ ? kLog2e : call.scale * kLog2e);
   }
 
@@ -53,8 +54,8 @@ class Task {
     all.out = space.take<float>(states_ * columns_);
     all.highest = space.take<float>(states_);
     all.total = space.take<float>(states_ * kLanes);
-    const int64_t keys = call_.causal ? std::min(call_.keys, task_.end) : call_.keys;
-    int64_t first_key = 0;
+    const auto [begin, keys] = visible_keys(call_, task_, kKeys);
+    int64_t first_key = begin;
     do {  // at least once, so that rows without any key are written as zeros
       const int64_t count = std::min(block_keys_, keys - first_key);
       pack_keys<Units, T>(call_, task_, first_key, count, k_);
@@ -65,6 +66,7 @@ class Task {
         const State state{all.out + at * columns_, all.highest + at, all.total + at * kLanes};
         const int64_t rows = std::min(kQueries, task_.end - query);
         if (last) prefetch_output(query, rows);
+        if (first_key == begin) clear(state, rows);
         attend(state, query, rows, first_key, count);
         if (last) write(state, query, rows);
       }
@@ -73,19 +75,36 @@ class Task {
   }
 
  private:
+  void clear(const State& state, int64_t rows) const {
+    const int64_t padded_rows = round_up(rows, kRows);
+    std::fill_n(state.highest, padded_rows, -INFINITY);
+    std::fill_n(state.total, padded_rows * kLanes, 0.0f);
+    std::fill_n(state.out, padded_rows * columns_, 0.0f);
+  }
+
+  // The next keys for a block of queries, from `at` on: at most kKeys, in whole panels but for the last; without those that a pattern hides from all.
+  KeyRange next_keys(int64_t query, int64_t rows, int64_t first_key, int64_t at, int64_t count) const {
+    constexpr int64_t step = std::max<int64_t>(kPanel, kPatternBlock);
+    if (!call_.pattern.blocks) return {at, std::min(at + kKeys, count)};
+    const auto hidden = [&](int64_t key) {
+      return !pattern_sees(call_.pattern, task_, query, query + rows, first_key + key, first_key + std::min(key + step, count));
+    };
+    while (at < count && hidden(at)) at += step;
+    int64_t end = at;
+    while (end < count && end - at < kKeys && !hidden(end)) end += step;
+    return {at, std::min(end, count)};
+  }
+
   // One block of queries meets one super-block of keys.
   void attend(const State& state, int64_t query, int64_t rows, int64_t first_key, int64_t count) {
     const int64_t padded_rows = round_up(rows, kRows), value_units = (count + Units::pack - 1) / Units::pack;
-    if (first_key == 0) {
-      std::fill_n(state.highest, padded_rows, -INFINITY);
-      std::fill_n(state.total, padded_rows * kLanes, 0.0f);
-      std::fill_n(state.out, padded_rows * columns_, 0.0f);
-    }
     pack_queries<Units, T>(call_, task_, query, rows, q_);
     alignas(64) float decay[kQueries], lane_highest[kQueries * kLanes], ones[kRows];
     std::fill_n(ones, kRows, 1.0f);
-    for (int64_t block = 0; block < count; block += kKeys) {
-      int64_t keys = std::min(kKeys, count - block);
+    for (int64_t at = 0; at < count;) {
+      const auto [block, end] = next_keys(query, rows, first_key, at, count);
+      at = end;
+      int64_t keys = end - block;
       if (call_.causal) keys = std::min(keys, query + rows - (first_key + block));
       if (keys <= 0) break;
       const int64_t vectors = (keys + kLanes - 1) / kLanes;
@@ -104,7 +123,8 @@ class Task {
         });
       }
       // What the tiles saw as the highest logits holds only if every column that they computed counts, as it is.
-      const bool cut = transform_ || keys % kLanes != 0 || (call_.causal && first_key + block + round_up(keys, kPanel) > query + 1);
+      const bool cut = transform_ || keys % kLanes != 0 || (call_.causal && first_key + block + round_up(keys, kPanel) > query + 1) ||
+                       (call_.pattern.blocks && !pattern_is_full(call_.pattern, task_, query, query + rows, first_key + block, first_key + end));
       if (cut) mask_block(query, rows, padded_rows, first_key + block, keys);
       if (cut || units_ > kChain) {
         for (int64_t r = 0; r < padded_rows; ++r) highest_of(logits_ + r * kKeys, vectors, lane_highest + r * kLanes);
@@ -147,6 +167,7 @@ class Task {
       }
       const int64_t visible = call_.causal ? std::clamp<int64_t>(query + r - key + 1, 0, keys) : keys;
       for (int64_t j = visible; j < vectors * kLanes; ++j) s[j] = -INFINITY;
+      if (call_.pattern.blocks && r < rows) hide_by_pattern(call_.pattern, task_, query + r, key, keys, s);
     }
   }
 

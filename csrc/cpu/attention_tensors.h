@@ -33,6 +33,17 @@ inline AttentionMask attention_mask(const Tensor& mask, const Tensor& q, const T
   return {mask.data_ptr(), attention_type(mask.scalar_type()), strides[0], strides[1], strides[2], strides[3]};
 }
 
+// blocks [B or 1, H or 1, blocks of queries, blocks of keys] and words [number, 32], contiguous.
+inline AttentionPattern attention_pattern(const std::optional<Tensor>& blocks, const std::optional<Tensor>& words, int64_t queries, int64_t keys) {
+  if (!blocks) return {};
+  const auto count = [](int64_t tokens) { return (tokens + kPatternBlock - 1) / kPatternBlock; };
+  STD_TORCH_CHECK(words && blocks->dim() == 4 && blocks->size(2) == count(queries) && blocks->size(3) == count(keys) && blocks->is_contiguous() &&
+                      words->is_contiguous(), "attention: the pattern is for other lengths");
+  const auto stride = [&](int64_t i) { return blocks->size(i) == 1 ? 0 : blocks->stride(i); };
+  const auto data = [](const Tensor& x) { return static_cast<const int32_t*>(x.const_data_ptr()); };
+  return {data(*blocks), data(*words), stride(0), stride(1), blocks->stride(2)};
+}
+
 inline double attention_scale(int64_t channels, std::optional<double> scale) {
   return scale ? *scale : 1.0 / std::sqrt(static_cast<double>(channels));
 }

@@ -33,7 +33,7 @@ def why_not_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale) -> str:
     return _why_not_this(q)
 
 
-def why_not_attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps) -> str:
+def why_not_attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps, blocks=None, words=None) -> str:
     return _why_not(q)
 
 
@@ -41,7 +41,7 @@ def why_not_joint(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight,
     return _why_not(q)
 
 
-def why_not_softmax(q, k, v, mask, causal, scale) -> str:
+def why_not_softmax(q, k, v, mask, causal, scale, blocks=None, words=None) -> str:
     return _why_not(q)
 
 
@@ -53,7 +53,7 @@ def _why_no_gradient(q, k) -> str:
     return ""
 
 
-def why_not_backward(grad, lse_grad, q, k, v, out, highest, total, mask, causal, scale) -> str:
+def why_not_backward(grad, lse_grad, q, k, v, out, highest, total, mask, causal, scale, blocks=None, words=None) -> str:
     return _why_no_gradient(q, k) or _why_not(q)
 
 

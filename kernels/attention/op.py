@@ -9,6 +9,7 @@ import torch
 
 from fusewire.kernels import checks
 from fusewire.kernels.attention import native, reference, triton_limits
+from fusewire.kernels.attention.patterns import BlockPattern
 from fusewire.kernels.autograd import fused, recomputing
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import define
@@ -17,7 +18,7 @@ from fusewire.kernels.rounding import compute_dtype
 from fusewire.kernels.triton_rows import row as triton_row
 
 
-def _fake_attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps):
+def _fake_attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps, blocks=None, words=None):
     return q.new_empty(q.shape)
 
 
@@ -27,7 +28,7 @@ def _fake_joint(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, s
 
 _backward, _setup = recomputing(reference.attention)
 _attention_op = define("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? q_weight, Tensor? k_weight, bool causal, float? scale, "
-                       "float eps) -> Tensor",
+                       "float eps, Tensor? blocks=None, Tensor? words=None) -> Tensor",
                        fallback=reference.attention, fake=_fake_attention, backward=_backward, setup_context=_setup)
 _backward, _setup = recomputing(reference.joint_attention)
 _joint_op = define("joint_attention(Tensor q, Tensor k, Tensor v, Tensor q2, Tensor k2, Tensor v2, Tensor? q_weight, Tensor? k_weight, "
@@ -35,24 +36,24 @@ _joint_op = define("joint_attention(Tensor q, Tensor k, Tensor v, Tensor q2, Ten
                    fallback=reference.joint_attention, fake=_fake_joint, backward=_backward, setup_context=_setup)
 
 
-def _fake_softmax(q, k, v, mask, causal, scale):
+def _fake_softmax(q, k, v, mask, causal, scale, blocks=None, words=None):
     rows = (q.shape[0], q.shape[2], q.shape[1])
     return q.new_empty(q.shape), q.new_empty(rows, dtype=torch.float64), q.new_empty(rows, dtype=torch.float64)
 
 
-def _fake_gradients(grad, lse_grad, q, k, v, out, highest, total, mask, causal, scale):
+def _fake_gradients(grad, lse_grad, q, k, v, out, highest, total, mask, causal, scale, blocks=None, words=None):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 _gradients_op = define("attention_backward(Tensor grad, Tensor? lse_grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor highest, Tensor total, "
-                       "Tensor? mask, bool causal, float? scale) -> (Tensor, Tensor, Tensor)",
+                       "Tensor? mask, bool causal, float? scale, Tensor? blocks=None, Tensor? words=None) -> (Tensor, Tensor, Tensor)",
                        fallback=reference.attention_backward, fake=_fake_gradients)
 
 
-def _cpu_gradients(grad, lse_grad, q, k, v, out, highest, total, mask, causal, scale):
-    if mask is not None or causal and k.shape[1] > q.shape[1]:
-        k, v = reference.without_unused(q, k, v, mask, causal)
-    return _gradients_op(grad, lse_grad, q, k, v, out, highest, total, mask, causal, scale)
+def _cpu_gradients(grad, lse_grad, q, k, v, out, highest, total, mask, causal, scale, blocks=None, words=None):
+    if mask is not None or blocks is not None or causal and k.shape[1] > q.shape[1]:
+        k, v = reference.without_unused(q, k, v, mask, causal, blocks, words)
+    return _gradients_op(grad, lse_grad, q, k, v, out, highest, total, mask, causal, scale, blocks, words)
 
 
 _gradients = Table("attention_backward", [
@@ -73,13 +74,14 @@ def gradients_by(table: Table) -> Callable:
     return gradients_of
 
 
-def _recomputed(q, k, v, mask, causal, scale) -> bool:
+def _recomputed(q, k, v, mask, causal, scale, blocks=None, words=None) -> bool:
     """For few queries PyTorch's float32 products are as fast, and sum in shorter chains; no kernel has the gradient of a mask."""
     return mask is not None and mask.requires_grad or q.is_cpu and q.dtype is torch.float32 and q.shape[1] < native.FEW_QUERIES
 
 
 _backward, _setup = fused(reference.attention_softmax, gradients_by(_gradients), _recomputed, with_outputs=True)
-_softmax_op = define("attention_softmax(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float? scale) -> (Tensor, Tensor, Tensor)",
+_softmax_op = define("attention_softmax(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float? scale, Tensor? blocks=None, "
+                     "Tensor? words=None) -> (Tensor, Tensor, Tensor)",
                      fallback=reference.attention_softmax, fake=_fake_softmax, backward=_backward, setup_context=_setup)
 _softmax = Table("attention_softmax", [
     Backend("cpu", native.why_not_softmax, _softmax_op),
@@ -164,6 +166,20 @@ def _full_mask(mask, q, k) -> torch.Tensor:
     return mask
 
 
+def _check_pattern(pattern, q, k) -> None:
+    if not isinstance(pattern, BlockPattern):
+        raise TypeError(f"pattern is a {type(pattern).__name__}; it should be what fusewire.ops.block_pattern(function, {q.shape[1]}, {k.shape[1]}) "
+                        "gives")
+    if (pattern.q_len, pattern.k_len) != (q.shape[1], k.shape[1]):
+        raise ValueError(f"pattern is for {pattern.q_len} queries and {pattern.k_len} keys; it should be for {q.shape[1]} and {k.shape[1]}")
+    batch, heads = pattern.blocks.shape[:2]
+    if batch not in (1, q.shape[0]) or heads not in (1, q.shape[2]):
+        raise ValueError(f"pattern has batch={batch} and heads={heads}; for q of shape {list(q.shape)} they should be 1 or {q.shape[0]}, "
+                         f"and 1 or {q.shape[2]}")
+    if pattern.device != q.device:
+        raise ValueError(f"pattern is on {pattern.device}; it should be on {q.device}, where q is: pattern.to({str(q.device)!r})")
+
+
 def cast(tensors: tuple) -> tuple:
     """What autocast makes of the arguments of PyTorch's attention: all in its dtype (float64 stays)."""
     if not all(isinstance(x, torch.Tensor) for x in tensors):
@@ -181,7 +197,7 @@ def learns(*tensors) -> bool:
 
 
 def attention(q, k, v, *, mask=None, causal: bool = False, scale: float | None = None, q_weight=None, k_weight=None,
-              eps: float = 1e-6, return_lse: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+              eps: float = 1e-6, return_lse: bool = False, pattern: BlockPattern | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """``softmax(q k^T * scale + mask) v``, optionally with RMS norm of each head of q and k on the way in.
 
     Args:
@@ -195,6 +211,8 @@ def attention(q, k, v, *, mask=None, causal: bool = False, scale: float | None =
         eps: of that norm, added to the mean square; greater than 0.
         return_lse: also return the log-sum-exp of each query's scaled and masked logits, [B, H, Tq] in float32 (float64 for float64), natural
             logarithm, -inf where no key is left. Parts of a sequence that were attended to apart can be put together with it.
+        pattern: what ``block_pattern`` made of a function of places, once for many calls. Blocks of 32 queries and 32 keys that it hides are not
+            computed, where a mask would only hide them. It goes together with ``mask`` and ``causal``: a key is seen that all let through.
 
     Returns: [B, Tq, H, D], contiguous, in q's dtype; with ``return_lse`` the pair (that, log-sum-exp).
     Never bit-equal to PyTorch's: ``numerics="close"`` in the sense of the other ops. Under autocast q, k and v are cast as for PyTorch's attention.
@@ -207,10 +225,14 @@ def attention(q, k, v, *, mask=None, causal: bool = False, scale: float | None =
     _check_rest(q, _WEIGHTS, (q_weight, k_weight), scale, eps)
     if mask is not None:
         mask = _full_mask(mask, q, k)
+    blocks = words = None
+    if pattern is not None:
+        _check_pattern(pattern, q, k)
+        blocks, words = pattern.blocks, pattern.words
     if return_lse or learns(q, k, v, mask, q_weight, k_weight):
-        out, highest, total = _softmax(_normalised(q, q_weight, eps), _normalised(k, k_weight, eps), v, mask, causal, scale)
+        out, highest, total = _softmax(_normalised(q, q_weight, eps), _normalised(k, k_weight, eps), v, mask, causal, scale, blocks, words)
         return (out, log_sum_exp(highest, total).to(compute_dtype(q.dtype))) if return_lse else out
-    return _attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps)
+    return _attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps, blocks, words)
 
 
 def log_sum_exp(highest, total) -> torch.Tensor:

@@ -17,11 +17,22 @@ def widen(x, weight, eps: float) -> torch.Tensor:
     return x if weight is None else x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
 
 
-def _hidden(q, k, mask, causal: bool) -> torch.Tensor:
-    """Which keys each query of [B, H, T, D] does not see, broadcastable to [B, H, Tq, Tk]."""
-    hidden = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=q.device)
+BLOCK, EMPTY, FULL = 32, -2, -1  # of a pattern: kernels/attention/patterns.py
+
+
+def pattern_mask(blocks, words, queries: int, keys: int) -> torch.Tensor:
+    """A pattern as a boolean mask [B or 1, H or 1, Tq, Tk]."""
+    bits = (words.unsqueeze(-1) >> torch.arange(BLOCK, dtype=torch.int32, device=words.device) & 1).to(torch.bool)
+    whole = torch.arange(2, device=words.device).to(torch.bool)[:, None, None].expand(2, BLOCK, BLOCK)  # an empty block and a full one
+    squares = torch.cat([whole, bits])[(blocks - EMPTY).to(torch.int64)]  # [B, H, blocks of queries, of keys, 32, 32]
+    return squares.transpose(3, 4).flatten(4).flatten(2, 3)[:, :, :queries, :keys]
+
+
+def _hidden(q, k, mask, causal: bool, pattern=None) -> torch.Tensor:
+    """Which keys each query of [B, H, T, D] does not see, broadcastable to [B, H, Tq, Tk]. ``pattern``: a boolean mask beside ``mask``."""
+    hidden = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=q.device) if pattern is None else ~pattern
     if mask is not None:
-        hidden = ~mask if mask.dtype is torch.bool else mask == -torch.inf
+        hidden = hidden | (~mask if mask.dtype is torch.bool else mask == -torch.inf)
     if causal:
         hidden = hidden | torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
     return hidden
@@ -40,7 +51,7 @@ def _logits(q, k, mask, hidden, scale: float | None) -> torch.Tensor:
     return logits.masked_fill(hidden, -torch.inf)
 
 
-def attend(q, k, v, mask, causal: bool, scale: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def attend(q, k, v, mask, causal: bool, scale: float | None, pattern=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """softmax(q k^T * scale + mask) v over [B, T, H, D], 0 for a query that no key is left for.
 
     Also [B, H, Tq] of each query's highest logit, which counts as a constant where gradients are taken, and of the sum of exp(logit - highest):
@@ -50,7 +61,7 @@ def attend(q, k, v, mask, causal: bool, scale: float | None) -> tuple[torch.Tens
         rows = q.new_zeros((q.shape[0], q.shape[2], q.shape[1]))
         return q.masked_fill(torch.ones_like(q, dtype=torch.bool), 0), rows, rows.clone()  # whose gradient is 0, not none
     q, k, v = _heads_first(q, k, v)
-    hidden = _hidden(q, k, mask, causal)
+    hidden = _hidden(q, k, mask, causal, pattern)
     # Keys that no query attends to may hold anything, even NaN
     unused = hidden.all(dim=-2).unsqueeze(-1)
     k, v = k.masked_fill(unused, 0), v.masked_fill(unused, 0)
@@ -61,21 +72,36 @@ def attend(q, k, v, mask, causal: bool, scale: float | None) -> tuple[torch.Tens
     return (weights @ v / total.masked_fill(total == 0, 1)).transpose(1, 2), highest.squeeze(-1), total.squeeze(-1)
 
 
-def attention(q, k, v, mask, q_weight, k_weight, causal: bool, scale: float | None, eps: float) -> torch.Tensor:
+def _visible(q, k, blocks, words) -> torch.Tensor | None:
+    return None if blocks is None else pattern_mask(blocks, words, q.shape[1], k.shape[1])
+
+
+def attention(q, k, v, mask, q_weight, k_weight, causal: bool, scale: float | None, eps: float, blocks=None, words=None) -> torch.Tensor:
     """-> [B, Tq, H, D] in q's dtype: one rounding, at the end."""
-    out, _, _ = attend(widen(q, q_weight, eps), widen(k, k_weight, eps), widen(v, None, eps), mask, causal, scale)
+    out, _, _ = attend(widen(q, q_weight, eps), widen(k, k_weight, eps), widen(v, None, eps), mask, causal, scale, _visible(q, k, blocks, words))
     return out.to(q.dtype).contiguous()
 
 
-def attention_softmax(q, k, v, mask, causal: bool, scale: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def attention_softmax(q, k, v, mask, causal: bool, scale: float | None, blocks=None,
+                      words=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> [B, Tq, H, D] in q's dtype, and the highest logits and the totals of ``attend`` in float64."""
-    out, highest, total = attend(*(widen(x, None, 0) for x in (q, k, v)), mask, causal, scale)
+    out, highest, total = attend(*(widen(x, None, 0) for x in (q, k, v)), mask, causal, scale, _visible(q, k, blocks, words))
     return out.to(q.dtype).contiguous(), highest.to(torch.float64).contiguous(), total.to(torch.float64).contiguous()
 
 
-def without_unused(q, k, v, mask, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _unused(blocks, words, keys: int) -> torch.Tensor:
+    """``~pattern_mask(...).any(-2)``, without the mask: [B or 1, H or 1, Tk]."""
+    bits = (words.unsqueeze(-1) >> torch.arange(BLOCK, dtype=torch.int32, device=words.device) & 1).any(1)
+    whole = torch.arange(2, device=words.device).to(torch.bool)[:, None].expand(2, BLOCK)
+    return ~torch.cat([whole, bits])[(blocks - EMPTY).to(torch.int64)].any(2).flatten(2)[..., :keys]
+
+
+def without_unused(q, k, v, mask, causal: bool, blocks=None, words=None) -> tuple[torch.Tensor, torch.Tensor]:
     """k and v [B, T, H_kv, D] with zeros for the keys that no query of any head of theirs sees: those may hold anything, even NaN."""
-    unused = _hidden(q.transpose(1, 2), k.transpose(1, 2), mask, causal).all(dim=-2)
+    if mask is None and not causal and blocks is not None:
+        unused = _unused(blocks, words, k.shape[1])
+    else:
+        unused = _hidden(q.transpose(1, 2), k.transpose(1, 2), mask, causal, _visible(q, k, blocks, words)).all(dim=-2)
     if unused.shape[1] not in (1, k.shape[2]):
         unused = unused.unflatten(1, (k.shape[2], -1)).all(dim=2)
     unused = unused.transpose(1, 2).unsqueeze(-1)
@@ -83,15 +109,16 @@ def without_unused(q, k, v, mask, causal: bool) -> tuple[torch.Tensor, torch.Ten
 
 
 def attention_backward(grad, lse_grad, q, k, v, out, highest, total, mask, causal: bool,
-                       scale: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                       scale: float | None, blocks=None, words=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v. Dao et al. (2022), "FlashAttention", appendix B.2, with the softmax's two numbers a query in the place of their
     log-sum-exp, which loses the second where the first is large."""
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dtypes, groups = (q.dtype, k.dtype, v.dtype), q.shape[2] // k.shape[2]
+    pattern = _visible(q, k, blocks, words)
     q, k, v = _heads_first(*(widen(x, None, 0) for x in (q, k, v)))
     grad, out = (widen(x, None, 0).transpose(1, 2) for x in (grad, out))
-    hidden = _hidden(q, k, mask, causal)
+    hidden = _hidden(q, k, mask, causal, pattern)
     unused = hidden.all(dim=-2).unsqueeze(-1)
     k, v = k.masked_fill(unused, 0), v.masked_fill(unused, 0)
     highest, total = highest.masked_fill(total == 0, 0).unsqueeze(-1), total.masked_fill(total == 0, 1).unsqueeze(-1)

@@ -272,7 +272,7 @@ def _normalised_keys(keys, weights, eps: float) -> list:
     return [fresh.get(i, x) for i, x in enumerate(keys)]
 
 
-def attention(q, k, v, mask, q_weight, k_weight, causal: bool, scale: float | None, eps: float, softmax=(None, None)) -> torch.Tensor:
+def attention(q, k, v, mask, q_weight, k_weight, causal: bool, scale: float | None, eps: float, blocks=None, words=None, softmax=(None, None)) -> torch.Tensor:
     """``softmax``: None twice, or float32 [B, H, Tq] for each query's highest logit, and for the sum of exp(logit - highest)."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     (k,) = _normalised_keys((k,), (k_weight,), eps)
@@ -280,9 +280,9 @@ def attention(q, k, v, mask, q_weight, k_weight, causal: bool, scale: float | No
     return out
 
 
-def attention_softmax(q, k, v, mask, causal: bool, scale: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def attention_softmax(q, k, v, mask, causal: bool, scale: float | None, blocks=None, words=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     softmax = tuple(torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device) for _ in range(2))
-    return attention(q, k, v, mask, None, None, causal, scale, 1.0, softmax), *(x.double() for x in softmax)
+    return attention(q, k, v, mask, None, None, causal, scale, 1.0, blocks, words, softmax), *(x.double() for x in softmax)
 
 
 def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal: bool, scale: float | None, softmax=(None, None)) -> torch.Tensor:

@@ -24,7 +24,9 @@ def _why_not(q, scale, *tensors) -> str:
     return ""
 
 
-def why_not_attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps) -> str:
+def why_not_attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps, blocks=None, words=None) -> str:
+    if blocks is not None:
+        return "a pattern is given"
     additive = None if mask is None or mask.dtype is torch.bool else mask
     return _why_not(q, scale, k, v, additive, q_weight, k_weight)
 
@@ -33,8 +35,8 @@ def why_not_joint(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight,
     return _why_not(q, scale, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight)
 
 
-def why_not_softmax(q, k, v, mask, causal, scale) -> str:
-    return why_not_attention(q, k, v, mask, None, None, causal, scale, 0.0)
+def why_not_softmax(q, k, v, mask, causal, scale, blocks=None, words=None) -> str:
+    return why_not_attention(q, k, v, mask, None, None, causal, scale, 0.0, blocks, words)
 
 
 def why_not_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale) -> str:

@@ -30,10 +30,11 @@ def _fake_gradients(grad, lse_grad, q, k, v, out, highest, total, cu_seqlens_q, 
 
 
 _backward, _setup = recomputing(reference.attention_varlen)
-_attention_op = define("attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, bool causal, float? scale) -> Tensor",
+_attention_op = define("attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, bool causal, float? scale) "
+                       "-> Tensor",
                        fallback=reference.attention_varlen, fake=_fake, backward=_backward, setup_context=_setup)
-_gradients_op = define("attention_varlen_backward(Tensor grad, Tensor? lse_grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor highest, Tensor total, "
-                       "Tensor cu_seqlens_q, Tensor cu_seqlens_k, bool causal, float? scale) -> (Tensor, Tensor, Tensor)",
+_gradients_op = define("attention_varlen_backward(Tensor grad, Tensor? lse_grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor highest, "
+                       "Tensor total, Tensor cu_seqlens_q, Tensor cu_seqlens_k, bool causal, float? scale) -> (Tensor, Tensor, Tensor)",
                        fallback=reference.attention_varlen_backward, fake=_fake_gradients)
 _gradients = Table("attention_varlen_backward", [
     Backend("cpu", native.why_not_varlen_backward, _gradients_op),

@@ -2,6 +2,7 @@
 
 from fusewire.kernels.adaln.op import adaln_modulate, adaln_modulate_dual, gate_residual, gate_residual_adaln
 from fusewire.kernels.attention.op import attention, joint_attention
+from fusewire.kernels.attention.patterns import BlockPattern, block_pattern
 from fusewire.kernels.attention.varlen import attention_varlen
 from fusewire.kernels.dispatch import Choice as _Choice
 from fusewire.kernels.dispatch import choices as _choices
@@ -15,10 +16,12 @@ from fusewire.kernels.sampler_step.op import sampler_step
 from fusewire.kernels.sampler_step.tables import flow_euler_table
 
 __all__ = [
+    "BlockPattern",
     "adaln_modulate",
     "adaln_modulate_dual",
     "attention",
     "attention_varlen",
+    "block_pattern",
     "backends",
     "flow_euler_table",
     "gate_residual",

@@ -40,9 +40,9 @@ BACKWARD = {f"{op}_backward" for op in _WITH_BACKWARD} | {"attention_softmax", "
 
 
 def test_every_op_is_here():
-    about = {"backends", "flow_euler_table", "reset_stats", "stats"}
+    about = {"BlockPattern", "backends", "block_pattern", "flow_euler_table", "reset_stats", "stats"}
     assert set(CALLS) == set(ops.__all__) - about and {counted for *_, counted in CALLS.values()} == set(dispatch.TABLES) - BACKWARD
-    assert all(inspect.isfunction(getattr(ops, name)) for name in ops.__all__)
+    assert all(inspect.isfunction(getattr(ops, name)) for name in set(ops.__all__) - {"BlockPattern"})
 
 
 @pytest.mark.parametrize("backend", [None, "reference", "cpu"])

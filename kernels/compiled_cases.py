@@ -249,6 +249,11 @@ for _dim, _dtype in itertools.product((64, 128), SHORT):
         q, cu_seqlens = meta(2048, 24, dim, dtype=dtype), meta(9, dtype=torch.int32)
         attention.attention_varlen_softmax(q, q, q, cu_seqlens, cu_seqlens, True, None)
 
+    @case(f"attention {_dim} {SHORT[_dtype]} pattern")
+    def _(dim=_dim, dtype=_dtype):
+        q, blocks, words = meta(2, 1024, 24, dim, dtype=dtype), meta(1, 24, 32, 32, dtype=torch.int32), meta(300, 32, dtype=torch.int32)
+        attention.attention(q, q, q, None, None, None, False, None, 1e-6, blocks, words)
+
     @case(f"joint_attention {_dim} {SHORT[_dtype]}")
     def _(dim=_dim, dtype=_dtype):
         q, q2, w = meta(2, 1024, 24, dim, dtype=dtype), meta(2, 154, 24, dim, dtype=dtype), meta(dim, dtype=dtype)
@@ -261,4 +266,5 @@ QUICK = ("adaln_modulate 1536 bf16", "gate_residual_adaln two gates 3072 f32", "
 DOCUMENTED = (*QUICK, "adaln_modulate_backward 1536 bf16", "adaln_modulate_backward affine 3072 f32", "adaln_modulate 3072 bf16", "adaln_modulate_dual 1536 bf16", "gate_residual_adaln two gates 1536 bf16",
               "gate_residual_adaln two gates 16384 f32", "adaln_modulate exact 1536 bf16", "linear bias gelu_tanh 1536 bf16", "qk_norm_rope 64 bf16",
               "qk_norm_rope 128 f32", "attention 64 f32", "attention 128 bf16", "attention 128 bf16 additive", "attention 128 f32",
-              "attention 256 bf16", "attention 512 bf16", "joint_attention 64 bf16", "attention_varlen 64 bf16", "attention_varlen 128 bf16 causal")
+              "attention 256 bf16", "attention 512 bf16", "joint_attention 64 bf16", "attention_varlen 64 bf16", "attention_varlen 128 bf16 causal", "attention 64 bf16 pattern",
+              "attention 128 bf16 pattern")

@@ -11,14 +11,16 @@ import torch
 import triton
 import triton.language as tl
 
+from fusewire.kernels.attention import reference
 from fusewire.kernels.attention.triton_limits import default_scale
 from fusewire.kernels.qk_norm_rope import triton_kernel as qk_norm
 from fusewire.kernels.qk_norm_rope.reference import RMS
 from fusewire.kernels.triton_base import INTERPRETED, arch_of, fused, inner_contiguous, launch, narrow, strided
-from fusewire.kernels.tuning import attention_tile
+from fusewire.kernels.tuning import attention_tile, power_of_2
 
 NO_MASK, BOOL, ADDITIVE = 0, 1, 2
 LOG2E = tl.constexpr(1.4426950408889634)
+EMPTY, FULL = tl.constexpr(reference.EMPTY), tl.constexpr(reference.FULL)  # blocks of a pattern
 LOWEST = tl.constexpr(-3.4028234e38)  # just above float32's lowest
 
 
@@ -44,11 +46,12 @@ def _queries(q, q_t, q_d, weight, weight_d, i_tile, tokens, eps, DIM: tl.constex
 
 @triton.jit
 def _attend(
-    b_acc, b_max, b_sum, b_q, i_q, q_tokens, k, k_t, k_d, v, v_t, v_d, start, end, p_mask, mask_k, scale,
+    b_acc, b_max, b_sum, b_q, i_q, q_tokens, k, k_t, k_d, v, v_t, v_d, start, end, p_mask, mask_k, tiles, p_blocks, words, k_tokens, scale,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, CHECKED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """The keys [start, end) of one segment. CHECKED: they may fill less than whole blocks."""
+    """The keys [start, end) of one segment. CHECKED: they may fill less than whole blocks. Where there are tiles, those blocks of the k_tokens
+    keys that they list, under a pattern: see pattern_tiles_kernel."""
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < DIM
     o_start = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -58,6 +61,12 @@ def _attend(
     for i_n in range(start, end, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N)
         m_n = o_n < end
+        if tiles is not None:
+            first = tl.load(tiles + (i_n // BLOCK_N + tl.full([], 1, tl.int64))) * BLOCK_N
+            o_n = first + tl.arange(0, BLOCK_N)
+            m_n = o_n < k_tokens
+            p_k = k + o_n.to(tl.int64)[None, :] * k_t + o_d.to(tl.int64)[:, None] * k_d
+            p_v = v + o_n.to(tl.int64)[:, None] * v_t + o_d.to(tl.int64)[None, :] * v_d
         if CHECKED and DIM != BLOCK_D:
             b_k = tl.load(p_k, mask=m_n[None, :] & m_d[:, None], other=0.0)
             b_v = tl.load(p_v, mask=m_n[:, None] & m_d[None, :], other=0.0)
@@ -74,6 +83,16 @@ def _attend(
         m_qn = (i_q < q_tokens)[:, None] & m_n[None, :]
         if CAUSAL:
             m_qn = m_qn & (i_q[:, None] >= o_n[None, :])
+        if tiles is not None:
+            # A word holds the bits of 32 keys: loaded once, spread over them in registers
+            WIDTH: tl.constexpr = 32 if BLOCK_N > 32 else BLOCK_N
+            o_block = first // 32 + tl.arange(0, BLOCK_N // WIDTH)
+            m_block = (i_q < q_tokens)[:, None] & (o_block * 32 < k_tokens)[None, :]
+            b_block = tl.load(p_blocks + o_block.to(tl.int64)[None, :], mask=m_block, other=EMPTY)
+            b_word = tl.load(words + (b_block.to(tl.int64) * 32 + (i_q % 32)[:, None]), mask=b_block >= 0, other=0)
+            b_word = tl.where(b_block == FULL, -1, b_word)
+            b_bits = b_word[:, :, None] >> (first % 32 + tl.arange(0, WIDTH))[None, None, :]
+            m_qn = m_qn & (tl.reshape(b_bits & 1, [BLOCK_M, BLOCK_N]) != 0)
         if MASK:
             b_m = tl.load(p_mask + o_n.to(tl.int64)[None, :] * mask_k, mask=m_qn, other=0)
         if MASK == 1:
@@ -82,9 +101,9 @@ def _attend(
             m_qn = m_qn & (b_m != float("-inf"))
             # A finite mask stays finite in base 2: a row of float32's lowest counts all its keys alike
             b_s = b_s * scale + tl.maximum(b_m.to(tl.float32) * LOG2E, LOWEST)
-        if MASK or CAUSAL or CHECKED:
+        if MASK or CAUSAL or CHECKED:  # (a pattern is CHECKED)
             b_s = tl.where(m_qn, b_s, float("-inf"))
-        if MASK or CAUSAL:
+        if MASK or CAUSAL or tiles is not None:
             # 0 * NaN is NaN: the values of keys that no query of the block sees do not enter the product
             b_v = tl.where((tl.max(b_s, 0) != float("-inf"))[:, None], b_v, 0.0)
         unit = 1.0 if MASK == 2 else scale
@@ -106,17 +125,21 @@ def _attend(
 
 @triton.jit
 def _attend_segment(
-    b_acc, b_max, b_sum, b_q, i_q, q_tokens, k, k_t, k_d, v, v_t, v_d, end, p_mask, mask_k, scale,
+    b_acc, b_max, b_sum, b_q, i_q, q_tokens, k, k_t, k_d, v, v_t, v_d, end, p_mask, mask_k, tiles, p_blocks, words, k_tokens, scale,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """The keys [0, end) of one segment: whole blocks without bounds checks, then the rest."""
+    if tiles is not None:
+        return _attend(
+            b_acc, b_max, b_sum, b_q, i_q, q_tokens, k, k_t, k_d, v, v_t, v_d, 0, end, p_mask, mask_k, tiles, p_blocks, words, k_tokens, scale,
+            MASK, CAUSAL, True, PRECISION, BLOCK_M, BLOCK_N, DIM, BLOCK_D)
     whole = end // BLOCK_N * BLOCK_N
     b_acc, b_max, b_sum = _attend(
-        b_acc, b_max, b_sum, b_q, i_q, q_tokens, k, k_t, k_d, v, v_t, v_d, 0, whole, p_mask, mask_k, scale,
+        b_acc, b_max, b_sum, b_q, i_q, q_tokens, k, k_t, k_d, v, v_t, v_d, 0, whole, p_mask, mask_k, None, None, None, end, scale,
         MASK, CAUSAL, False, PRECISION, BLOCK_M, BLOCK_N, DIM, BLOCK_D)
     return _attend(
-        b_acc, b_max, b_sum, b_q, i_q, q_tokens, k, k_t, k_d, v, v_t, v_d, whole, end, p_mask, mask_k, scale,
+        b_acc, b_max, b_sum, b_q, i_q, q_tokens, k, k_t, k_d, v, v_t, v_d, whole, end, p_mask, mask_k, None, None, None, end, scale,
         MASK, CAUSAL, True, PRECISION, BLOCK_M, BLOCK_N, DIM, BLOCK_D)
 
 
@@ -155,13 +178,14 @@ def attention_kernel(
     q, q_b, q_t, q_h, q_d, q_weight, q_weight_d, k, k_b, k_t, k_h, k_d, v, v_b, v_t, v_h, v_d, out,
     q2, q2_b, q2_t, q2_h, q2_d, q2_weight, q2_weight_d, k2, k2_b, k2_t, k2_h, k2_d, v2, v2_b, v2_t, v2_h, v2_d, out2,
     mask, mask_b, mask_h, mask_q, mask_k, highest, total, tiles, tiles2, q_tokens, q2_tokens, k_tokens, k2_tokens, heads, group, scale, eps, cu_seqlens_q, cu_seqlens_k, sequences,
+    blocks, blocks_b, blocks_h, blocks_q, blocks_k, words, seen, seen_b, seen_h, seen_t, seen_n,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):
     """softmax(q k^T * scale + mask) v; ``scale`` is in base 2, strides of q, k and v other than the last are in UNIT elements. Programs: blocks of queries fastest, then heads, then samples.
 
     The second segment (q2, ...) is None where there is one only; mask and causal go with one segment. Where there is cu_seqlens_q, that segment is
-    packed sequences: a program then sees one of them, as if it were all.
+    packed sequences: a program then sees one of them, as if it were all. blocks, words: a pattern; seen: of pattern_tiles_kernel.
     """
     program = tl.program_id(0)
     i_tile, i_bh = program % (tiles + tiles2), (program // (tiles + tiles2)).to(tl.int64)
@@ -192,6 +216,11 @@ def attention_kernel(
     end = k_tokens
     if CAUSAL:
         end = tl.minimum(k_tokens, (i_tile + 1) * BLOCK_M)
+    p_seen, p_blocks = seen, blocks
+    if blocks is not None:
+        p_blocks = blocks + (i_b * blocks_b + i_h * blocks_h + (i_q // 32).to(tl.int64)[:, None] * blocks_q)
+        p_seen = seen + (i_b * seen_b + i_h * seen_h + i_tile.to(tl.int64) * seen_t)
+        end = tl.load(p_seen) * BLOCK_N
     p_mask = mask
     if MASK:
         p_mask = mask + i_b * mask_b + i_h * mask_h + i_q.to(tl.int64)[:, None] * mask_q
@@ -200,11 +229,11 @@ def attention_kernel(
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_acc, b_max, b_sum = _attend_segment(
         b_acc, b_max, b_sum, b_q, i_q, tokens, k + (i_b * k_b + i_kv * k_h) * UNIT, k_t * UNIT, k_d, v + (i_b * v_b + i_kv * v_h) * UNIT, v_t * UNIT, v_d, end,
-        p_mask, mask_k, scale, MASK, CAUSAL, PRECISION, BLOCK_M, BLOCK_N, DIM, BLOCK_D)
+        p_mask, mask_k, p_seen, p_blocks, words, k_tokens, scale, MASK, CAUSAL, PRECISION, BLOCK_M, BLOCK_N, DIM, BLOCK_D)
     if k2 is not None:
         b_acc, b_max, b_sum = _attend_segment(
             b_acc, b_max, b_sum, b_q, i_q, tokens, k2 + (i_b * k2_b + i_kv * k2_h) * UNIT, k2_t * UNIT, k2_d, v2 + (i_b * v2_b + i_kv * v2_h) * UNIT, v2_t * UNIT, v2_d, k2_tokens,
-            p_mask, mask_k, scale, MASK, CAUSAL, PRECISION, BLOCK_M, BLOCK_N, DIM, BLOCK_D)
+            p_mask, mask_k, None, None, None, k2_tokens, scale, MASK, CAUSAL, PRECISION, BLOCK_M, BLOCK_N, DIM, BLOCK_D)
 
     if q2 is None:
         _finish(out, highest, total, o_row, b_acc, b_max, b_sum, i_q, i_b, i_h, q_tokens, heads, DIM, BLOCK_D)
@@ -229,21 +258,52 @@ def _in_units(tensor: torch.Tensor | None, unit: int) -> tuple:
     return (pointer, *(stride // unit for stride in strides), last)
 
 
-def _launch(first, second, mask, weights, softmax, causal: bool, scale: float | None, eps: float, cu_seqlens=(None, None)) -> None:
+@triton.jit(do_not_specialize=["rows", "columns", "q_tiles", "k_tiles"])
+def pattern_tiles_kernel(blocks, seen, rows, columns, q_tiles, k_tiles, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr):
+    """Which tiles of BLOCK_N keys some of BLOCK_M queries may see, from a pattern's blocks [.., rows, columns] of 32 x 32: seen [.., q_tiles, 1 + k_tiles],
+    their number, then theirs in order."""
+    program = tl.program_id(0).to(tl.int64)
+    i_q = (program % q_tiles).to(tl.int32) * (BLOCK_M // 32)
+    o_tile = tl.arange(0, TILES)
+    b_any = tl.full([TILES], EMPTY, tl.int32)
+    for i in range(BLOCK_M // 32):
+        for j in range((BLOCK_N + 31) // 32):
+            o_k = o_tile * BLOCK_N // 32 + j
+            p_blocks = blocks + ((program // q_tiles * rows + i_q + i) * columns + o_k.to(tl.int64))
+            b_any = tl.maximum(b_any, tl.load(p_blocks, mask=(o_tile < k_tiles) & (o_k < columns) & (i_q + i < rows), other=EMPTY))
+    b_seen = (b_any != EMPTY).to(tl.int32)
+    p_seen = seen + program * (k_tiles + 1)
+    tl.store(p_seen, tl.sum(b_seen, 0))
+    tl.store(p_seen + tl.cumsum(b_seen, 0).to(tl.int64), o_tile, mask=b_seen != 0)
+
+
+def _tiles_seen(blocks: torch.Tensor, q_tiles: int, k_tiles: int, tile) -> torch.Tensor:
+    """[B or 1, H or 1, q_tiles, 1 + k_tiles], as ``pattern_tiles_kernel`` makes it. Its own launch: a list lets the keys be fetched ahead."""
+    batch, heads, rows, columns = blocks.shape
+    seen = torch.empty((batch, heads, q_tiles, 1 + k_tiles), dtype=torch.int32, device=blocks.device)
+    launch(pattern_tiles_kernel, batch * heads * q_tiles, blocks, blocks, seen, rows, columns, q_tiles, k_tiles, BLOCK_M=tile.queries,
+           BLOCK_N=tile.keys, TILES=power_of_2(max(k_tiles, 1)), num_warps=4, num_stages=1)
+    return seen
+
+
+def _launch(first, second, mask, weights, softmax, causal: bool, scale: float | None, eps: float, cu_seqlens=(None, None),
+            pattern=(None, None)) -> None:
     """``first``, ``second``: (q, k, v, out) of a segment, the second of None where there is one only; ``weights``: those of q and q2;
-    ``softmax``: None twice, or float32 [B, H, T] for each query's highest logit and total; ``cu_seqlens``: of packed sequences, q's and k's."""
+    ``softmax``: None twice, or float32 [B, H, T] for each query's highest logit and total; ``cu_seqlens``: of packed sequences, q's and k's;
+    ``pattern``: its blocks and words."""
     # The norm sums over the head dimension of the queries
     first, second = ((q if weight is None else inner_contiguous(q), *rest) for (q, *rest), weight in zip((first, second), weights))
     q, k = first[:2]
     q2, k2 = second[:2]
     batch, q_tokens, heads, dim = q.shape
     q2_tokens, k2_tokens = (0 if x is None else x.shape[1] for x in (q2, k2))
-    tile = attention_tile(dim, q.dtype.itemsize, mask is not None, causal, arch_of(q.device))
+    tile = attention_tile(dim, q.dtype.itemsize, mask is not None or pattern[0] is not None, causal, arch_of(q.device))
     tiles, tiles2 = triton.cdiv(q_tokens, tile.queries), triton.cdiv(q2_tokens, tile.queries)
     sequences = 0 if cu_seqlens[0] is None else cu_seqlens[0].shape[0] - 1
     if cu_seqlens[0] is not None:  # see _sequence_at
         tiles = q_tokens // tile.queries + sequences if q_tokens else 0
         cu_seqlens = tuple(x.contiguous() for x in cu_seqlens)
+    seen = None if pattern[0] is None else _tiles_seen(pattern[0], tiles, triton.cdiv(k.shape[1], tile.keys), tile)
     kind = NO_MASK if mask is None else BOOL if mask.dtype is torch.bool else ADDITIVE
     segments = []
     unit = _unit(*first[:3], *second[:3])
@@ -252,7 +312,7 @@ def _launch(first, second, mask, weights, softmax, causal: bool, scale: float | 
     launch(
         attention_kernel, batch * heads * (tiles + tiles2), q, *segments,
         *strided(mask.view(torch.uint8) if kind == BOOL else mask, 4), *softmax, tiles, tiles2, q_tokens, q2_tokens, k.shape[1], k2_tokens,
-        heads, heads // max(k.shape[2], 1), default_scale(scale, dim) * LOG2E.value, eps, *cu_seqlens, sequences,
+        heads, heads // max(k.shape[2], 1), default_scale(scale, dim) * LOG2E.value, eps, *cu_seqlens, sequences, *strided(pattern[0], 4), pattern[1], *strided(seen, 4),
         MASK=kind, CAUSAL=causal, PRECISION=tile.precision, BLOCK_M=tile.queries, BLOCK_N=tile.keys, DIM=dim, BLOCK_D=tile.dim, UNIT=unit,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,  # fused where the code says so: equal bits for any layout
     )
@@ -276,7 +336,7 @@ def attention(q, k, v, mask, q_weight, k_weight, causal: bool, scale: float | No
     """``softmax``: None twice, or float32 [B, H, Tq] for each query's highest logit, and for the sum of exp(logit - highest)."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     (k,) = _normalised_keys((k,), (k_weight,), eps)
-    _launch((q, k, v, out), (None,) * 4, mask, (q_weight, None), softmax, causal, scale, eps)
+    _launch((q, k, v, out), (None,) * 4, mask, (q_weight, None), softmax, causal, scale, eps, pattern=(blocks, words))
     return out
 
 

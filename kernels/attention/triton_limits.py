@@ -25,8 +25,6 @@ def _why_not(q, scale, *tensors) -> str:
 
 
 def why_not_attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps, blocks=None, words=None) -> str:
-    if blocks is not None:
-        return "a pattern is given"
     additive = None if mask is None or mask.dtype is torch.bool else mask
     return _why_not(q, scale, k, v, additive, q_weight, k_weight)
 

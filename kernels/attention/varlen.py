@@ -101,8 +101,8 @@ def _check_cu_seqlens(name: str, cu_seqlens, x: str, tokens: int, device: torch.
         raise ValueError(f"{name} ends with {values[-1]}; it should end with {tokens}, the number of tokens of {x}")
     if any(a > b for a, b in zip(values, values[1:])):
         at = next(i for i, (a, b) in enumerate(zip(values, values[1:])) if a > b)
-        raise ValueError(f"{name} decreases from {values[at]} to {values[at + 1]} at index {at + 1}; it should be the lengths' cumulative sum after a 0: "
-                         "torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)")
+        raise ValueError(f"{name} decreases from {values[at]} to {values[at + 1]} at index {at + 1}; it should be the cumulative sum of the lengths, "
+                         "after a 0: torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)")
 
 
 def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k=None, *, causal: bool = False, scale: float | None = None,
@@ -116,8 +116,8 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k=None, *, causal: bool =
             never decreases, and ends with Tq.
         cu_seqlens_k: the same for k and v, ending with Tk; None for cu_seqlens_q. A sequence may be empty: queries without a key give 0 (and a
             log-sum-exp of -inf), keys without a query the gradient 0.
-        causal: query i of a sequence attends to its keys 0..i only: both are counted from the sequence's first, as ``attention`` does. (FlashAttention
-            counts from the last, which is another thing where a sequence has more keys than queries.)
+        causal: query i of a sequence attends to its keys 0..i only: both are counted from the sequence's first, as ``attention`` does.
+            (FlashAttention counts from the last, which is another thing where a sequence has more keys than queries.)
         scale: None for 1 / sqrt(D).
         return_lse: also return the log-sum-exp of each query's scaled logits, [H, Tq] in float32 (float64 for float64), natural logarithm.
 

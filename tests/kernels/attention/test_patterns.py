@@ -143,9 +143,9 @@ def test_other_isa_levels(level):
 
 
 @settings(max_examples=examples(200), deadline=None)
-@given(st.integers(1, 2), st.integers(1, 170), st.integers(1, 400), st.sampled_from((1, 2)), st.sampled_from((1, 2)), st.integers(1, 80), st.sampled_from(DTYPES),
-       st.integers(1, 70), st.floats(0, 1), st.sampled_from(("", "causal", "mask", "additive")), st.booleans(), st.tuples(*[st.sampled_from(LAYOUTS)] * 3),
-       st.integers(0, 2**31))
+@given(st.integers(1, 2), st.integers(1, 170), st.integers(1, 400), st.sampled_from((1, 2)), st.sampled_from((1, 2)), st.integers(1, 80),
+       st.sampled_from(DTYPES), st.integers(1, 70), st.floats(0, 1), st.sampled_from(("", "causal", "mask", "additive")), st.booleans(),
+       st.tuples(*[st.sampled_from(LAYOUTS)] * 3), st.integers(0, 2**31))
 def test_property(batch, queries, keys, key_heads, group, channels, dtype, grain, share, kind, each, layouts, seed):
     """Any map of blocks, whole and pierced, with a mask and causal too: every element, forwards and backwards; the same bits for any layout."""
     torch.manual_seed(seed)
@@ -302,11 +302,13 @@ Q, PATTERN = torch.zeros(2, 4, 3, 8), ops.block_pattern(prefix, 4, 4)
 
 
 @pytest.mark.parametrize("error, words, call", [
-    (TypeError, r"pattern is a function; it should be what fusewire.ops.block_pattern\(function, 4, 4\) gives", lambda: ops.attention(Q, Q, Q, pattern=prefix)),
+    (TypeError, r"pattern is a function; it should be what fusewire.ops.block_pattern\(function, 4, 4\) gives",
+     lambda: ops.attention(Q, Q, Q, pattern=prefix)),
     (ValueError, "pattern is for 4 queries and 4 keys; it should be for 3 and 4", lambda: ops.attention(Q[:, :3], Q, Q, pattern=PATTERN)),
     (ValueError, "pattern has batch=3 and heads=1", lambda: ops.attention(Q, Q, Q, pattern=ops.block_pattern(documents, 4, 4, batch=3))),
     (ValueError, "pattern has batch=1 and heads=2", lambda: ops.attention(Q, Q, Q, pattern=ops.block_pattern(documents, 4, 4, heads=2))),
-    (ValueError, r"pattern is on meta; it should be on cpu, where q is: pattern.to\('cpu'\)", lambda: ops.attention(Q, Q, Q, pattern=PATTERN.to("meta"))),
+    (ValueError, r"pattern is on meta; it should be on cpu, where q is: pattern.to\('cpu'\)",
+     lambda: ops.attention(Q, Q, Q, pattern=PATTERN.to("meta"))),
     (TypeError, "function is a int", lambda: ops.block_pattern(3, 4, 4)),
     (TypeError, r"function takes \(q\); it should take", lambda: ops.block_pattern(lambda q: q > 0, 4, 4)),
     (TypeError, "function gave a tensor of torch.int64; it should give a torch.Tensor of bool", lambda: ops.block_pattern(lambda q, k: q - k, 4, 4)),

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from fusewire import ops
 from fusewire.kernels.attention import reference
+from fusewire.kernels.tuning import AttentionTile
+from tests.kernels.attention.test_patterns import PATTERNS, dense
 from tests.kernels.attention.test_varlen import one_by_one, packed
 from tests.kernels.interpreted import DTYPES, in_triton, needs_interpreter, on_reference, unchanged
 from tests.layouts import LAYOUTS
@@ -196,3 +198,60 @@ def test_varlen_empty(lengths):
     with in_triton("attention_varlen"):
         out = ops.attention_varlen(q, k, v, *cu)
     assert out.shape == q.shape and (out == 0).all()
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pattern(dtype, name):
+    """tail, head-dim: a map for all, and one for each head; with the log-sum-exp."""
+    function, tokens = PATTERNS[name]
+    tokens = min(tokens, 220)  # for the interpreter
+    pattern = ops.block_pattern(function, tokens, tokens, **(dict(batch=2, heads=4) if name == "documents" else {}))
+    mask = dense(function, tokens, tokens)
+    q, k, v = qkv(tokens, tokens, 4, 2, 40, dtype)
+    with in_triton("attention"):
+        got = ops.attention(q, k, v, pattern=pattern)
+    check(got, q, k, v, mask)
+    with in_triton("attention_softmax"):
+        again, lse = ops.attention(q, k, v, pattern=pattern, return_lse=True)
+    assert_exact(again, got)
+    logits = (q.double().transpose(1, 2) @ k.double().repeat_interleave(2, 2).permute(0, 2, 3, 1) * 40**-0.5).masked_fill(~mask, -torch.inf)
+    assert torch.allclose(lse.double(), logits.logsumexp(-1), atol=1e-5)
+
+
+def test_pattern_together_with_the_rest():
+    """Tiles that are never seen, queries that see no key, NaN in hidden keys; mask and causal beside the pattern; a wide head, whose tiles have 16 keys."""
+    pattern = ops.block_pattern(lambda q, k: (k >= 70) & (k < 130) & ((q < 40) | (q > 90)), 140, 300)
+    visible = pattern.dense()
+    for dim in (32, 256):
+        q, k, v = qkv(140, 300, 2, 2, dim, torch.float32)
+        bad_k, bad_v = k.clone(), v.clone()
+        for x in (bad_k, bad_v):
+            x[:, :70], x[:, 130:] = torch.nan, torch.nan
+        mask = torch.rand(140, 300) > 0.4
+        mask[:, 71] = True
+        with in_triton("attention", 3):
+            plain = ops.attention(q, bad_k, bad_v, pattern=pattern)
+            masked = ops.attention(q, bad_k, bad_v, pattern=pattern, mask=mask)
+            causal = ops.attention(q, k, v, pattern=pattern, causal=True)
+        assert (plain[:, 40:91] == 0).all() and (causal[:, :70] == 0).all() and (causal[:, 91:] != 0).any()
+        for got, seen in ((plain, visible), (masked, visible & mask), (causal, visible & torch.ones(140, 300, dtype=torch.bool).tril())):
+            rows = seen[0, 0].any(-1)
+            check(got[:, rows], q[:, rows], k, v, seen[:, :, rows])
+
+
+@pytest.mark.parametrize("tile", [(128, 64), (64, 32), (32, 16), (128, 128)], ids=str)
+def test_tiles_that_a_pattern_leaves(tile):
+    """What is not listed is not computed: the tiles of each kernel, from the same blocks."""
+    from fusewire.kernels.attention import triton_kernel
+
+    pattern = ops.block_pattern(lambda h, b, q, k: (k <= q) & (q - k < 90 * (h + 1)), 300, 310, batch=2)
+    q_tiles, k_tiles = -(-300 // tile[0]), -(-310 // tile[1])
+    seen = triton_kernel._tiles_seen(pattern.blocks, q_tiles, k_tiles, AttentionTile(*tile, 64, 4, 1, "ieee"))
+    known = torch.nn.functional.pad(pattern.blocks != -2, (0, 50, 0, 50))
+    for b in range(2):
+        for i in range(q_tiles):
+            rows = known[b, 0, i * tile[0] // 32:(i + 1) * tile[0] // 32]
+            want = [j for j in range(k_tiles) if rows[:, j * tile[1] // 32:max(-(-(j + 1) * tile[1] // 32), 1)].any()]
+            assert seen[b, 0, i, :1 + len(want)].tolist() == [len(want), *want] and len(want) <= k_tiles
+    assert seen[..., 0].sum() < 0.8 * 2 * q_tiles * k_tiles

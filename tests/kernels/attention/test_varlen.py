@@ -96,7 +96,8 @@ def test_gradients_against_float64(dtype, lengths, heads, causal, backend):
     for name, one, wanted, of_stock in zip("qkv", got, want, plain):
         assert_close(one, wanted, of_stock, f"d{name}")
     if dtype is torch.float64:  # a kernel forwards, the reference's formula backwards
-        assert served("cpu" if CPU.loaded else "reference", "attention_varlen_softmax") and (served("reference", "attention_varlen_backward") or not CPU.loaded)
+        assert served("cpu" if CPU.loaded else "reference", "attention_varlen_softmax")
+        assert served("reference", "attention_varlen_backward") or not CPU.loaded
     else:  # the reference is differentiated by PyTorch
         differentiated = backend == "reference" or dtype is torch.float32 and lengths[0][0] < native.FEW_QUERIES
         assert served(backend, "attention_varlen_softmax") and served("cpu", "attention_varlen_backward", 0 if differentiated else 1)
@@ -114,7 +115,8 @@ def test_log_sum_exp(dtype, backend):
     q, k, v, *cu = packed(([20, 7, 33], [30, 0, 90]), (4, 2, 24), dtype)
     with forced(backend):
         out, lse = ops.attention_varlen(q, k, v, *cu, return_lse=True)
-    assert served(backend, "attention_varlen_softmax") and lse.shape == (4, 60) and lse.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+    assert served(backend, "attention_varlen_softmax")
+    assert lse.shape == (4, 60) and lse.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
     assert (lse[:, 20:27] == -torch.inf).all() and (out[20:27] == 0).all()
     for queries, keys in ((slice(20), slice(30)), (slice(27, 60), slice(30, 120))):
         logits = torch.einsum("qhd,khd->hqk", q[queries].double(), k[keys].double().repeat_interleave(2, 1)) * 24**-0.5
@@ -147,8 +149,8 @@ def test_gradient_of_the_log_sum_exp():
 
 
 @settings(max_examples=examples(200), deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 70), st.integers(0, 90)), min_size=1, max_size=5), st.sampled_from((1, 2)), st.integers(1, 3), st.integers(1, 80),
-       st.sampled_from(DTYPES), st.booleans(), st.tuples(*[st.sampled_from(LAYOUTS)] * 3), st.integers(0, 2**31))
+@given(st.lists(st.tuples(st.integers(0, 70), st.integers(0, 90)), min_size=1, max_size=5), st.sampled_from((1, 2)), st.integers(1, 3),
+       st.integers(1, 80), st.sampled_from(DTYPES), st.booleans(), st.tuples(*[st.sampled_from(LAYOUTS)] * 3), st.integers(0, 2**31))
 def test_property(lengths, key_heads, group, channels, dtype, causal, layouts, seed):
     """Any lengths and layouts: the error of every element, forwards and backwards, and the same bits as for contiguous tensors."""
     torch.manual_seed(seed)
@@ -193,7 +195,8 @@ def test_batch_coupling_and_nondeterminism(dtype):
     q, k, v, *cu = packed(([70, 100, 31], None), (2, 1, 64), dtype)
     grad, threads = torch.randn_like(q), torch.get_num_threads()
     for causal in (False, True):
-        whole = ops.attention_varlen(q, k, v, *cu, causal=causal), *gradients(lambda *x: ops.attention_varlen(*x, *cu, causal=causal), q, k, v, grad)
+        packed_call = lambda *x: ops.attention_varlen(*x, *cu, causal=causal)
+        whole = packed_call(q, k, v), *gradients(packed_call, q, k, v, grad)
         part = slice(70, 170)
         alone = [x[part] for x in (q, k, v)]
         assert_exact(ops.attention(*(x[None] for x in alone), causal=causal)[0], whole[0][part])
@@ -204,7 +207,7 @@ def test_batch_coupling_and_nondeterminism(dtype):
         for n in (*[threads] * 5, 1, 5):
             try:
                 torch.set_num_threads(n)
-                again = ops.attention_varlen(q, k, v, *cu, causal=causal), *gradients(lambda *x: ops.attention_varlen(*x, *cu, causal=causal), q, k, v, grad)
+                again = packed_call(q, k, v), *gradients(packed_call, q, k, v, grad)
             finally:
                 torch.set_num_threads(threads)
             for got, want in zip(again, whole):
@@ -214,7 +217,7 @@ def test_batch_coupling_and_nondeterminism(dtype):
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_nan_under_mask(dtype):
-    """nan-under-mask: NaN in one sequence leaves the others' bits as they were, forwards and backwards; so do keys after the last query's, if causal."""
+    """nan-under-mask: NaN in one sequence leaves the others' bits as they were, both ways; so it does in keys after the last query's, if causal."""
     q, k, v, *cu = packed(([40, 50], [60, 70]), (2, 2, 32), dtype)
     grad = torch.randn_like(q)
     bad_k, bad_v = k.clone(), v.clone()
@@ -306,7 +309,8 @@ CU_K = torch.tensor([0, 2, 7], dtype=torch.int32)
     (TypeError, r"cu_seqlens_q has dtype torch.int64; it should be torch.int32: cu_seqlens_q.to\(torch.int32\)", dict(cu_seqlens_q=CU.long())),
     (ValueError, "cu_seqlens_q has shape", dict(cu_seqlens_q=CU[None])),
     (ValueError, "cu_seqlens_q begins with 1; it should begin with 0", dict(cu_seqlens_q=CU + torch.tensor([1, 0, 0], dtype=torch.int32))),
-    (ValueError, "cu_seqlens_q ends with 6; it should end with 5, the number of tokens of q", dict(cu_seqlens_q=CU + torch.tensor([0, 0, 1], dtype=torch.int32))),
+    (ValueError, "cu_seqlens_q ends with 6; it should end with 5, the number of tokens of q",
+     dict(cu_seqlens_q=CU + torch.tensor([0, 0, 1], dtype=torch.int32))),
     (ValueError, "cu_seqlens_k decreases from 9 to 7 at index 2", dict(cu_seqlens_k=CU_K + torch.tensor([0, 7, 0], dtype=torch.int32))),
     (ValueError, "cu_seqlens_k has 2 elements; it should have 3", dict(cu_seqlens_k=CU_K[::2])),
     (ValueError, "cu_seqlens_q ends with 5; it should end with 7|cu_seqlens_k ends with 5; it should end with 7", dict(cu_seqlens_k=None)),

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from fusewire.models.configuration import StockConfig
 from fusewire.models.feed_forward import FeedForward, feed_forward_residual
 from fusewire.models.flux_attention import FluxAttention
 from fusewire.models.layers import (AdaLayerNormContinuous, AdaLayerNormZero, How, TimeTextEmbed, gate_residual_norm, gated_linear, linear,
@@ -23,8 +24,10 @@ FLOAT16_LIMIT = 65504  # float16 residuals are kept finite, as stock keeps them
 
 
 @dataclass(frozen=True)
-class FluxConfig:
+class FluxConfig(StockConfig):
     """Field names and defaults of diffusers' ``FluxTransformer2DModel`` config, plus ``mlp_ratio``."""
+
+    stock = "FluxTransformer2DModel"
 
     patch_size: int = 1
     in_channels: int = 64
@@ -49,16 +52,6 @@ class FluxConfig:
     @property
     def inner_dim(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
-
-    @classmethod
-    def from_dict(cls, config: Mapping) -> FluxConfig:
-        """From the content of a diffusers ``transformer/config.json``; entries starting with an underscore are its bookkeeping."""
-        known = {field.name for field in fields(cls)}
-        given = {key: value for key, value in config.items() if not key.startswith("_")}
-        unknown = sorted(set(given) - known)
-        if unknown:
-            raise ValueError(f"config has unknown entries {unknown}; FluxTransformer2DModel has {sorted(known)}")
-        return cls(**given)
 
 
 def rope_tables(ids: torch.Tensor, dims: Sequence[int], theta: float = 10000.0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from fusewire.models.attention import Attention
+from fusewire.models.configuration import StockConfig
 from fusewire.models.feed_forward import FeedForward, feed_forward_residual
-from fusewire.models.layers import AdaLayerNormContinuous, AdaLayerNormZero, How, PatchEmbed, TimeTextEmbed, gate_residual_norm, linear
+from fusewire.models.layers import (AdaLayerNormContinuous, AdaLayerNormZero, How, PatchEmbed, TimeTextEmbed, gate_residual_norm, linear,
+                                    unpatchify)
 
 
 @dataclass(frozen=True)
-class MMDiTConfig:
+class MMDiTConfig(StockConfig):
     """Field names and defaults of diffusers' ``SD3Transformer2DModel`` config, plus ``mlp_ratio``."""
+
+    stock = "SD3Transformer2DModel"
 
     sample_size: int = 128
     patch_size: int = 2
@@ -51,16 +55,6 @@ class MMDiTConfig:
     @property
     def inner_dim(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
-
-    @classmethod
-    def from_dict(cls, config: Mapping) -> MMDiTConfig:
-        """From the content of a diffusers ``transformer/config.json``; entries starting with an underscore are its bookkeeping."""
-        known = {field.name for field in fields(cls)}
-        given = {key: value for key, value in config.items() if not key.startswith("_")}
-        unknown = sorted(set(given) - known)
-        if unknown:
-            raise ValueError(f"config has unknown entries {unknown}; SD3Transformer2DModel has {sorted(known)}")
-        return cls(**given)
 
 
 class JointTransformerBlock(nn.Module):
@@ -146,7 +140,7 @@ class MMDiT(nn.Module):
         Raises: ValueError naming the argument whose shape does not fit.
         """
         self._check(hidden_states, encoder_hidden_states, pooled_projections, timestep)
-        height, width = hidden_states.shape[-2:]
+        (height, width), p = hidden_states.shape[-2:], self.config.patch_size
         skip = frozenset(skip_layers or ())
         x = self.pos_embed(hidden_states)
         temb = self.time_text_embed(timestep, pooled_projections)
@@ -158,11 +152,7 @@ class MMDiT(nn.Module):
                 interval = len(self.transformer_blocks) / len(block_controlnet_hidden_states)
                 x = x + block_controlnet_hidden_states[int(index / interval)]
         x = linear(self.proj_out, self.norm_out(x, temb), self.norm_out.how)
-
-        # b (h w) (p q c) -> b c (h p) (w q)
-        p, channels = self.config.patch_size, self.config.out_channels
-        x = x.view(-1, height // p, width // p, p, p, channels).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(-1, channels, height, width)
+        return unpatchify(x, height // p, width // p, p)
 
     def _check(self, x, context, pooled, timestep) -> None:
         config = self.config

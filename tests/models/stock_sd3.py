@@ -35,10 +35,15 @@ def inputs(batch: int = 2, height: int = 8, width: int = 12, tokens: int = 5, dt
 
 
 class Waves64(nn.Module):
-    """diffusers' timestep sinusoids without their float32 casts."""
+    """diffusers' timestep sinusoids, cosines first, without their float32 casts."""
+
+    def __init__(self, channels: int = 256, shift: float = 0):
+        super().__init__()
+        self.half, self.shift = channels // 2, shift
 
     def forward(self, timestep):
-        frequency = torch.exp(-torch.log(torch.tensor(10000.0, dtype=torch.float64)) * torch.arange(128, dtype=torch.float64) / 128)
+        steps = torch.arange(self.half, dtype=torch.float64) / (self.half - self.shift)
+        frequency = torch.exp(-torch.log(torch.tensor(10000.0, dtype=torch.float64)) * steps)
         angle = timestep.double()[:, None] * frequency
         return torch.cat([angle.cos(), angle.sin()], dim=1)
 

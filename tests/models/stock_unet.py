@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers.models.embeddings import Timesteps
+from torch import nn
 
-from tests.models.stock_sd3 import randomise
+from tests.models.stock_sd3 import Waves64, randomise
 
 SD = dict(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=24, norm_num_groups=4,
           down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=2)
@@ -22,6 +24,16 @@ PIXART = dict(sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8, n
               cross_attention_dim=16, caption_channels=12, num_embeds_ada_norm=1000, norm_elementwise_affine=False)
 VAE = dict(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, sample_size=16,
            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """The stock model in float64, its timestep sinusoids too: they are all that it computes in float32."""
+    model = model.double()
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is Timesteps:
+                setattr(module, name, Waves64(child.num_channels, child.downscale_freq_shift))
+    return model
 
 
 def unet(variant: str = "sd", dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
@@ -41,8 +53,8 @@ def dit(dtype: torch.dtype = torch.float32) -> DiTTransformer2DModel:
     return randomise(DiTTransformer2DModel(**DIT)).eval().to(dtype)
 
 
-def dit_inputs(batch: int = 2, dtype: torch.dtype = torch.float32) -> dict:
-    return dict(hidden_states=torch.randn(batch, 4, 8, 8).to(dtype), timestep=torch.randint(0, 1000, (batch,)), class_labels=torch.randint(0, 7, (batch,)))
+def dit_inputs(batch: int = 2, dtype: torch.dtype = torch.float32, size: int = 8) -> dict:
+    return dict(hidden_states=torch.randn(batch, 4, size, size).to(dtype), timestep=torch.randint(0, 1000, (batch,)), class_labels=torch.randint(0, 8, (batch,)))
 
 
 def pixart(dtype: torch.dtype = torch.float32) -> PixArtTransformer2DModel:

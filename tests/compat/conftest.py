@@ -1,0 +1,61 @@
+"""The matrix: ``pytest tests/compat --matrix FILE`` writes a Markdown table of what passed, what does not apply and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.compat.families import FAMILIES
+
+_cells: dict[tuple[str, str], str] = {}
+_columns: list[str] = []
+
+
+def pytest_addoption(parser):
+    parser.addoption("--matrix", metavar="FILE", help="write the compatibility matrix there")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "column(name): the column of the compatibility matrix that a test fills")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny models: a second thread costs more than it brings."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    torch._dynamo.reset()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    marker, family = item.get_closest_marker("column"), getattr(item, "callspec", None) and item.callspec.params.get("family")
+    if marker is None or family is None or report.when != "call" and not report.skipped and not report.failed:
+        return
+    name = marker.args[0]
+    if name not in _columns:
+        _columns.append(name)
+    before = _cells.get((family, name), "yes")
+    now = "yes"
+    if report.failed:
+        now = "**fails**"
+    elif report.skipped:
+        now = "–"
+    elif refused := dict(report.user_properties).get("refused"):
+        now = f"refused: {refused}"
+    _cells[family, name] = "**fails**" if "**fails**" in (before, now) else now if now != "yes" or (family, name) not in _cells else before
+
+
+def pytest_sessionfinish(session):
+    file = session.config.getoption("--matrix")
+    if not file:
+        return
+    families = [name for name in FAMILIES if any(family == name for family, _ in _cells)]
+    lines = ["| | " + " | ".join(families) + " |", "|---" * (1 + len(families)) + "|"]
+    lines += [f"| {column} | " + " | ".join(_cells.get((family, column), "") for family in families) + " |" for column in _columns]
+    Path(file).write_text("\n".join(lines) + "\n")

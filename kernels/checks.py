@@ -68,8 +68,8 @@ def _explain(x, names, modulations, like_names, likes) -> int:
     frames = 1
     for name, tensor in zip(names, modulations):
         floating(name, tensor)
-        if tensor.shape not in ((batch, channels), (batch, 1, channels), x.shape):
-            of_frames = tensor.shape[1] if tensor.dim() == 3 and tensor.shape[::2] == (batch, channels) else 0
+        if not any(_equal(tensor.shape, known) for known in ((batch, channels), (batch, 1, channels), x.shape)):
+            of_frames = tensor.shape[1] if tensor.dim() == 3 and _equal(tensor.shape[::2], (batch, channels)) else 0
             if of_frames < 1 or length % of_frames:
                 raise ValueError(f"{name} has shape {list(tensor.shape)}; for x of shape {list(x.shape)} it should be [{batch}, {channels}], "
                                  f"[{batch}, 1, {channels}], [{batch}, {length}, {channels}], or [{batch}, F, {channels}] for a divisor F of {length}")
@@ -78,6 +78,11 @@ def _explain(x, names, modulations, like_names, likes) -> int:
             frames = of_frames
         same_device(name, tensor, x.device)
     return frames
+
+
+def _equal(shape, known) -> bool:
+    """Element by element: torch.compile does not find a shape with symbols in a tuple of shapes."""
+    return len(shape) == len(known) and all(have == want for have, want in zip(shape, known))
 
 
 def vector(name: str, tensor: torch.Tensor | None, channels: int, device: torch.device) -> None:

@@ -19,7 +19,7 @@ ADM = dict(SD, resnet_time_scale_shift="scale_shift", down_block_types=("ResnetD
            up_block_types=("CrossAttnUpBlock2D", "ResnetUpsampleBlock2D"))
 UNETS = {"sd": SD, "sdxl": SDXL, "adm": ADM}
 DIT = dict(sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=2, in_channels=4, out_channels=8,
-           norm_type="ada_norm_zero", num_embeds_ada_norm=7, norm_elementwise_affine=False, activation_fn="gelu-approximate", attention_bias=True)
+           norm_type="ada_norm_zero", num_embeds_ada_norm=1000, norm_elementwise_affine=False, activation_fn="gelu-approximate", attention_bias=True)
 PIXART = dict(sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=2, in_channels=4, out_channels=8,
               cross_attention_dim=16, caption_channels=12, num_embeds_ada_norm=1000, norm_elementwise_affine=False)
 VAE = dict(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, sample_size=16,

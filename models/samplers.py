@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from fusewire import ops
+from fusewire.models.schedules import TRAIN_STEPS
 
-TRAIN_STEPS = 1000
 
 
 class Conditioning(NamedTuple):
@@ -17,46 +17,6 @@ class Conditioning(NamedTuple):
 
     encoder_hidden_states: torch.Tensor
     pooled_projections: torch.Tensor
-
-
-def shifted(sigma, shift: float):
-    """``s * sigma / (1 + (s - 1) * sigma)``: the resolution-dependent shift of noise levels, Esser et al. (2024), equation 23."""
-    return shift * sigma / (1 + (shift - 1) * sigma)
-
-
-def flow_sigmas(steps: int, shift: float = 3.0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The noise levels of diffusers' ``FlowMatchEulerDiscreteScheduler(shift=shift).set_timesteps(steps)`` and of the official SD3.5 code: [steps + 1].
-
-    From 1 down to 0. Both shift the smallest level twice: once where the table of 1000 levels is made, and again with all the others. In float32
-    the values are diffusers' bit for bit; float64 leaves out its intermediate float32 rounding.
-    """
-    _check_steps(steps)
-    smallest = torch.tensor(1 / TRAIN_STEPS, dtype=dtype)
-    largest = torch.ones((), dtype=dtype)
-    ends = [shifted(end, shift).item() * TRAIN_STEPS for end in (largest, smallest)]
-    levels = shifted(_linspace(*ends, steps) / TRAIN_STEPS, shift)
-    return torch.cat([levels.to(dtype), torch.zeros(1, dtype=dtype)])
-
-
-def flow_sigmas_shifted_once(steps: int, shift: float = 3.0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """As ``flow_sigmas``, with every level shifted once, as the formula says: [steps + 1]."""
-    _check_steps(steps)
-    levels = shifted(_linspace(1.0, 1 / TRAIN_STEPS, steps), shift)
-    return torch.cat([levels.to(dtype), torch.zeros(1, dtype=dtype)])
-
-
-def _check_steps(steps: int) -> None:
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; it should be at least 1")
-
-
-def _linspace(start: float, stop: float, steps: int) -> torch.Tensor:
-    """NumPy's linspace in float64, which rounds ``start + i * step`` where torch interpolates from both ends."""
-    if steps == 1:
-        return torch.tensor([start], dtype=torch.float64)
-    levels = torch.arange(steps, dtype=torch.float64) * ((stop - start) / (steps - 1)) + start
-    levels[-1] = stop
-    return levels
 
 
 def flow_interpolate(x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:

@@ -10,7 +10,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors import safe_open
 
 from fusewire import ops
-from fusewire.models.samplers import Conditioning, flow_interpolate, flow_sigmas, flow_sigmas_shifted_once, sample_flow_euler
+from fusewire.models.samplers import Conditioning, flow_interpolate, sample_flow_euler
+from fusewire.models.schedules import flow_sigmas, flow_sigmas_shifted_once
 
 GOLDEN = Path(__file__).parents[1] / "data" / "sd35_sampling.safetensors"
 

@@ -220,7 +220,7 @@ def test_pattern(dtype, name):
 
 
 def test_pattern_together_with_the_rest():
-    """Tiles that are never seen, queries that see no key, NaN in hidden keys; mask and causal beside the pattern; a wide head, whose tiles have 16 keys."""
+    """Tiles never seen, queries that see no key, NaN in hidden keys; mask and causal beside the pattern; a wide head, whose tiles have 16 keys."""
     pattern = ops.block_pattern(lambda q, k: (k >= 70) & (k < 130) & ((q < 40) | (q > 90)), 140, 300)
     visible = pattern.dense()
     for dim in (32, 256):

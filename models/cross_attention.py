@@ -13,12 +13,13 @@ from fusewire.models.layers import How, linear, untouched
 class CrossAttention(nn.Module):
     """One attention layer: of tokens to themselves, or to a context of ``context_channels``."""
 
-    spatial_norm = group_norm = None
+    spatial_norm = None
     residual_connection, rescale_output_factor = False, 1.0
 
     def __init__(self, channels: int, heads: int, head_dim: int, context_channels: int | None = None, bias: bool = False, how: How = How()):
         super().__init__()
         self.heads, self.how, inner = heads, how, heads * head_dim
+        self.group_norm: nn.Module | None = None  # on the instance: a class's attribute would hide the module that a subclass puts here
         self.to_q = nn.Linear(channels, inner, bias=bias)
         self.to_k, self.to_v = (nn.Linear(context_channels or channels, inner, bias=bias) for _ in range(2))
         self.to_out = nn.ModuleList([nn.Linear(inner, channels), nn.Dropout(0.0)])
@@ -32,13 +33,14 @@ class CrossAttention(nn.Module):
 
 
 class PictureAttention(CrossAttention):
-    """Self-attention of the positions of a picture, behind a GroupNorm and with a residual: of autoencoders and of ADM's U-Net."""
+    """Self-attention of the positions of a picture, behind a GroupNorm (``groups`` None: none) and with a residual: of autoencoders and ADM's U-Net."""
 
     residual_connection = True
 
-    def __init__(self, channels: int, heads: int, groups: int, eps: float, how: How = How()):
+    def __init__(self, channels: int, heads: int, groups: int | None, eps: float, how: How = How()):
         super().__init__(channels, heads, channels // heads, bias=True, how=how)
-        self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
+        if groups is not None:
+            self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor | None = None):
         """[B, C, H, W] -> [B, C, H, W]."""

@@ -24,6 +24,11 @@ PIXART = dict(sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8, n
               cross_attention_dim=16, caption_channels=12, num_embeds_ada_norm=1000, norm_elementwise_affine=False)
 VAE = dict(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, sample_size=16,
            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+# Two levels and three; with and without quantisation convolutions (SD3 and FLUX.1 have none) and attention
+VAES = {"sd": VAE, "flux": dict(VAE, latent_channels=16, block_out_channels=(8, 16, 32), down_block_types=("DownEncoderBlock2D",) * 3,
+                                up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=2, use_quant_conv=False, use_post_quant_conv=False,
+                                scaling_factor=0.3611, shift_factor=0.1159, force_upcast=False, sample_size=32),
+        "no attention": dict(VAE, mid_block_add_attention=False)}
 
 
 def in_float64(model: nn.Module) -> nn.Module:
@@ -69,5 +74,5 @@ def pixart_inputs(batch: int = 2, tokens: int = 5, dtype: torch.dtype = torch.fl
                 added_cond_kwargs=dict(resolution=None, aspect_ratio=None))
 
 
-def vae(dtype: torch.dtype = torch.float32) -> AutoencoderKL:
-    return randomise(AutoencoderKL(**VAE)).eval().to(dtype)
+def vae(dtype: torch.dtype = torch.float32, variant: str = "sd") -> AutoencoderKL:
+    return randomise(AutoencoderKL(**VAES[variant])).eval().to(dtype)

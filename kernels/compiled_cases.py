@@ -212,6 +212,17 @@ for _dtype in SHORT:
         sampler_step.flow_euler_step(meta(1, 16, 128, 128, dtype=torch.float32), meta(2, 16, 128, 128, dtype=dtype), None,
                                      meta(28, 2, dtype=torch.float64), 0, meta(dtype=torch.int64), True)
 
+    @case(f"solver_step guided {SHORT[_dtype]}")
+    def _(dtype=_dtype):
+        x, both = meta(1, 4, 128, 128, dtype=dtype), meta(2, 4, 128, 128, dtype=dtype)
+        sampler_step.solver_step(x, both, None, x, None, x, None, None, None, meta(28, 19, dtype=torch.float64), 0, meta(dtype=torch.int64),
+                                 False, True, False, False, True)
+
+    @case(f"solver_step inpainting {SHORT[_dtype]}")
+    def _(dtype=_dtype):
+        x = meta(1, 4, 128, 128, dtype=dtype)
+        sampler_step.solver_step(x, x, None, x, x, x, x, x, x, meta(28, 19, dtype=torch.float64), 3, None, True, True, True, True, False)
+
 for _dtype, (_shape, _format) in itertools.product(SHORT, itertools.product(((2, 320, 64, 64), (1, 128, 512, 512)), ("", " channels last"))):
     @case(f"group_norm_silu {_shape[1]} {SHORT[_dtype]}{_format}")
     def _(dtype=_dtype, shape=_shape, last=_format):

@@ -1,4 +1,4 @@
-"""What csrc/cpu/sampler_step.cpp serves: the predicates of the room's CPU rows."""
+"""What csrc/cpu/sampler_step.cpp and solver_step.cpp serve: the predicates of the room's CPU rows."""
 
 from __future__ import annotations
 
@@ -34,3 +34,10 @@ def why_not_flow_euler(sample, model_output, uncond, table, step, counter, exact
     if sample.dtype is not model_output.dtype:
         return "sample and model_output differ in dtype"
     return ""
+
+
+def why_not_solver(sample, model_output, uncond, previous, base, noise, mask, known, known_noise, table, step, counter, *rest) -> str:
+    """The reference spells its roundings out, as the kernel does: there is no order of the installed torch to compare with."""
+    if not CPU.loaded:
+        return CPU.reason
+    return "" if sample.is_cpu else f"sample is on {sample.device}"

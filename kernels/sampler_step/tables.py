@@ -7,6 +7,15 @@ from collections.abc import Sequence
 import torch
 
 COLUMNS = {"flow_euler": ("dt", "guidance")}
+# solver_step's columns and what they are where nothing is said: the term is absent (0), or nothing is scaled or divided (1).
+SOLVER = {
+    "guidance": 1.0,
+    "x0_x": 0.0, "x_divisor": 1.0, "x0_m": 0.0, "x0_divisor": 1.0, "x0_limit": 0.0,
+    "e_x": 0.0, "e_m": 0.0, "e_x0": 0.0, "e_divisor": 1.0, "e_previous": 0.0, "e_scale": 1.0,
+    "x": 0.0, "x0": 0.0, "e": 0.0, "scale": 1.0, "noise": 0.0,
+    "known": 1.0, "known_noise": 0.0,
+}
+PLACE = {name: i for i, name in enumerate(SOLVER)}
 
 
 def flow_euler_table(sigmas: torch.Tensor, guidance_scale: float | Sequence[float] = 1.0) -> torch.Tensor:
@@ -26,3 +35,20 @@ def flow_euler_table(sigmas: torch.Tensor, guidance_scale: float | Sequence[floa
     if scales.shape not in ((), (steps,)):
         raise ValueError(f"guidance_scale has shape {list(scales.shape)}; it should be a number or {steps} numbers")
     return torch.stack(((sigmas[1:] - sigmas[:-1]).to(torch.float64), scales.expand(steps)), dim=1)
+
+
+def solver_table(steps: int, **columns: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
+    """The table of ``solver_step``: its columns by name, each one number for all steps or ``steps`` of them; the others have their defaults.
+
+    Returns: [steps, 19] float64, on the CPU.
+    Raises: ValueError for an unknown column, or one with another number of values.
+    """
+    if unknown := columns.keys() - SOLVER.keys():
+        raise ValueError(f"{min(unknown)} is no column; the columns are {', '.join(SOLVER)}")
+    table = torch.tensor(list(SOLVER.values()), dtype=torch.float64, device="cpu").repeat(steps, 1)
+    for name, values in columns.items():
+        values = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+        if values.shape not in ((), (steps,)):
+            raise ValueError(f"{name} has shape {list(values.shape)}; it should be a number or {steps} numbers")
+        table[:, PLACE[name]] = values
+    return table

@@ -1,4 +1,4 @@
-"""What triton_kernel.py serves: the predicate of the room's Triton row."""
+"""What triton_kernel.py serves: the predicates of the room's Triton rows."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ def why_not_flow_euler(sample, model_output, uncond, table, step, counter, exact
         return reason
     if sample.dim() > 4:
         return f"sample has {sample.dim()} dimensions, more than 4"
+    if sample.numel() >= 2**31 * 64:
+        return "sample has 2^37 elements or more"
+    return ""
+
+
+def why_not_solver(sample, model_output, uncond, previous, base, noise, mask, known, known_noise, *rest) -> str:
+    if reason := why_not(sample, model_output, uncond, previous, base, noise, mask, known, known_noise):
+        return reason
     if sample.numel() >= 2**31 * 64:
         return "sample has 2^37 elements or more"
     return ""

@@ -13,7 +13,8 @@ from fusewire.kernels.linear.op import linear
 from fusewire.kernels.norm.op import global_response_norm, layer_norm, layer_norm_2d, rms_norm
 from fusewire.kernels.qk_norm_rope.op import qk_norm_into, qk_norm_rope
 from fusewire.kernels.sampler_step.op import sampler_step
-from fusewire.kernels.sampler_step.tables import flow_euler_table
+from fusewire.kernels.sampler_step.solver_op import solver_step
+from fusewire.kernels.sampler_step.tables import flow_euler_table, solver_table
 
 __all__ = [
     "BlockPattern",
@@ -39,13 +40,16 @@ __all__ = [
     "reset_stats",
     "rms_norm",
     "sampler_step",
+    "solver_step",
+    "solver_table",
     "stats",
     "swiglu",
 ]
 
 
 _OPS = (adaln_modulate, adaln_modulate_dual, attention, attention_varlen, gate_residual, gate_residual_adaln, geglu, global_response_norm, group_norm_silu,
-        joint_attention, layer_norm, layer_norm_2d, linear, qk_norm_into, qk_norm_rope, quick_gelu, rms_norm, sampler_step, swiglu)
+        joint_attention, layer_norm, layer_norm_2d, linear, qk_norm_into, qk_norm_rope, quick_gelu, rms_norm, sampler_step,
+        solver_step, swiglu)
 
 
 def backends(name: str, *args, **kwargs) -> list[_Choice]:

@@ -31,6 +31,7 @@ CALLS = {
     "quick_gelu": ((X,), dict(numerics="close"), "quick_gelu"),
     "rms_norm": ((X, ROW[0]), dict(rounding="torch"), "rms_norm"),
     "sampler_step": ((X, X, TABLE, 1), {}, "flow_euler_step"),
+    "solver_step": ((X, X, ops.solver_table(2, x=1.0), 1), dict(noise=X), "solver_step"),
     "swiglu": ((X,), dict(gate_first=True, numerics="close"), "swiglu"),
 }
 # Reached where gradients are wanted, from no public op of that name
@@ -40,7 +41,7 @@ BACKWARD = {f"{op}_backward" for op in _WITH_BACKWARD} | {"attention_softmax", "
 
 
 def test_every_op_is_here():
-    about = {"BlockPattern", "backends", "block_pattern", "flow_euler_table", "reset_stats", "stats"}
+    about = {"BlockPattern", "backends", "block_pattern", "flow_euler_table", "reset_stats", "solver_table", "stats"}
     assert set(CALLS) == set(ops.__all__) - about and {counted for *_, counted in CALLS.values()} == set(dispatch.TABLES) - BACKWARD
     assert all(inspect.isfunction(getattr(ops, name)) for name in set(ops.__all__) - {"BlockPattern"})
 

@@ -33,7 +33,7 @@ class CrossAttention(nn.Module):
 
 
 class PictureAttention(CrossAttention):
-    """Self-attention of the positions of a picture, behind a GroupNorm (``groups`` None: none) and with a residual: of autoencoders and ADM's U-Net."""
+    """Self-attention of the positions of a picture, behind a GroupNorm (``groups`` None: none), with a residual: of autoencoders and ADM's U-Net."""
 
     residual_connection = True
 

@@ -186,8 +186,8 @@ _OFFICIAL_EMBED = {"t_embedder.mlp.0": "timestep_embedder.linear_1", "t_embedder
 def from_official(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The state dict of facebookresearch's DiT under our (diffusers') names; see ``DiTConfig`` for the two settings that it wants.
 
-    Each block gets the one embedding of timestep and label; packed qkv are split into views. ``pos_embed``, sinusoids that were never trained, is left
-    out: the model has its own. Raises KeyError for a name that DiT does not have.
+    Each block gets the one embedding of timestep and label; packed qkv are split into views. ``pos_embed``, sinusoids that were never trained, is
+    left out: the model has its own. Raises KeyError for a name that DiT does not have.
     """
     depth = 1 + max(int(match[1]) for key in state_dict if (match := re.match(r"blocks\.(\d+)\.", key)))
     out: dict[str, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""The blocks of U-Nets and autoencoders, under diffusers' attribute names: residual blocks, each with an attention behind it or not, then a resampling.
+"""The blocks of U-Nets and autoencoders, under diffusers' attribute names: residual blocks, each with or without an attention, then a resampling.
 
 One class serves each way: diffusers' ``DownBlock2D``, ``CrossAttnDownBlock2D``, ``AttnDownBlock2D``, ``ResnetDownsampleBlock2D`` and
 ``DownEncoderBlock2D`` differ in what stands behind a residual block and in how the last layer halves the picture; upwards likewise.
@@ -43,7 +43,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer2D(nn.Module):
-    """Transformer blocks over the positions of a picture: projected in behind a GroupNorm, by a 1x1 convolution or a linear, projected out, added."""
+    """Transformer blocks over the positions of a picture, between projections (1x1 convolutions or linears) behind a GroupNorm; a residual."""
 
     def __init__(self, channels: int, heads: int, depth: int, text_channels: int, groups: int, use_linear: bool, only_cross_attention: bool, how: How):
         super().__init__()
@@ -148,7 +148,8 @@ class UpBlock(nn.Module):
         self.resnets = nn.ModuleList(ResnetBlock(channels, out_channels, common) for channels in in_channels)
         self.upsamplers = None
         if upsample is not None:
-            self.upsamplers = nn.ModuleList([ResnetBlock(out_channels, out_channels, common, up=True) if upsample == "resnet" else Upsample(out_channels)])
+            self.upsamplers = nn.ModuleList([ResnetBlock(out_channels, out_channels, common, up=True) if upsample == "resnet"
+                                             else Upsample(out_channels)])
 
     def forward(self, x: torch.Tensor, skips: list[torch.Tensor] | None = None, temb: torch.Tensor | None = None, text: Text = Text(),
                 size: torch.Size | None = None) -> torch.Tensor:

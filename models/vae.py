@@ -76,7 +76,8 @@ class Encoder(nn.Module):
         common = Residual(config.norm_num_groups, EPS, how=how)
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            DownBlock(channels[max(index - 1, 0)], out, config.layers_per_block, common, downsample="conv" if index < len(channels) - 1 else None, padding=0)
+            DownBlock(channels[max(index - 1, 0)], out, config.layers_per_block, common, downsample=None if index == len(channels) - 1 else "conv",
+                      padding=0)
             for index, out in enumerate(channels))
         self.mid_block = _mid(config, common)
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], eps=EPS)
@@ -100,7 +101,8 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
         self.mid_block = _mid(config, common)
         self.up_blocks = nn.ModuleList(
-            UpBlock([channels[max(index - 1, 0)]] + [out] * config.layers_per_block, out, common, upsample="conv" if index < len(channels) - 1 else None)
+            UpBlock([channels[max(index - 1, 0)]] + [out] * config.layers_per_block, out, common,
+                    upsample=None if index == len(channels) - 1 else "conv")
             for index, out in enumerate(channels))
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], eps=EPS)
         self.conv_act = nn.SiLU()
@@ -127,7 +129,8 @@ class Posterior(NamedTuple):
 class AutoencoderKL(nn.Module):
     """Pictures to latents and back. ``numerics`` as in ``fusewire.swap``.
 
-    ``use_slicing`` takes a batch one by one; ``use_tiling`` takes pictures larger than ``sample_size`` in overlapping tiles of that size, which are blended.
+    ``use_slicing`` takes a batch one by one; ``use_tiling`` takes pictures larger than ``sample_size`` in overlapping tiles of that size, which are
+    blended.
     """
 
     tile_overlap = 0.25

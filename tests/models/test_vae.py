@@ -176,7 +176,8 @@ def test_golden_tensors_of_the_official_repository(dtype, bound):
     config = AutoencoderKLConfig(block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
                                  latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
     model = AutoencoderKL(config).eval()
-    model.load_state_dict(from_official({"first_stage_model." + key: value for key, value in official.items()} | {"model.x": torch.zeros(1)}), strict=True)
+    checkpoint = {"first_stage_model." + key: value for key, value in official.items()} | {"model.x": torch.zeros(1)}
+    model.load_state_dict(from_official(checkpoint), strict=True)
     model, x = model.to(dtype), tensors["in/x"].to(dtype)
     with torch.no_grad():
         latent = model.scale(model.encode(x).mean)

@@ -20,7 +20,8 @@ def plain_group_norm(module: nn.Module) -> bool:
 def norm_activation(norm: nn.Module, activation: nn.Module | None, x: torch.Tensor, how: How, add=None, shift=None, scale=None) -> torch.Tensor:
     """``activation(norm(x + add) * (1 + scale) + shift)`` for x [B, C, H, W] and the others [B, C] or None: one pass for a plain GroupNorm.
 
-    Without an activation where it is None. A SiLU goes into the pass; a norm or an activation that is not plain, or that autocast casts for, is called.
+    Without an activation where it is None. A SiLU goes into the pass; a norm or an activation that is not plain, or that autocast casts for, is
+    called.
     """
     if plain_group_norm(norm) and (norm.weight is None or norm.weight.dtype is x.dtype) and not torch.is_autocast_enabled(x.device.type):
         silu = type(activation) is nn.SiLU and untouched(activation)

@@ -45,7 +45,8 @@ class TransformerBlock(nn.Module):
 class Transformer2D(nn.Module):
     """Transformer blocks over the positions of a picture, between projections (1x1 convolutions or linears) behind a GroupNorm; a residual."""
 
-    def __init__(self, channels: int, heads: int, depth: int, text_channels: int, groups: int, use_linear: bool, only_cross_attention: bool, how: How):
+    def __init__(self, channels: int, heads: int, depth: int, text_channels: int, groups: int, use_linear: bool, only_cross_attention: bool,
+                 how: How):
         super().__init__()
         self.how, self.use_linear_projection = how, use_linear
 

@@ -24,7 +24,8 @@ GUIDED = dict(sample_size=8, in_channels=4, out_channels=8, block_out_channels=(
               resnet_time_scale_shift="scale_shift", attn_norm_num_groups=4)
 GUIDED_VARIANTS = {"guided": GUIDED,
                    "guided resnet": dict(GUIDED, block_out_channels=(8, 16, 32), down_block_types=("AttnDownBlock2D",) * 3,
-                                         up_block_types=("AttnUpBlock2D",) * 3, downsample_type="resnet", upsample_type="resnet", attn_norm_num_groups=None),
+                                         up_block_types=("AttnUpBlock2D",) * 3, downsample_type="resnet", upsample_type="resnet",
+                                         attn_norm_num_groups=None),
                    "one head": dict(GUIDED, attention_head_dim=None, resnet_time_scale_shift="default", attn_norm_num_groups=None),
                    "no attention": dict(GUIDED, add_attention=False)}
 ALL = [*VARIANTS, *GUIDED_VARIANTS]

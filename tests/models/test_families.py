@@ -1,0 +1,112 @@
+"""What every family has to do besides being right: train under autocast, compile without a graph break, be copied, take published sizes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel, UNet2DModel
+
+from fusewire.models.dit import DiT, DiTConfig
+from fusewire.models.pixart import PixArt, PixArtConfig
+from fusewire.models.unet import UNet, UNetConfig
+from fusewire.models.vae import AutoencoderKL as OurAutoencoderKL
+from fusewire.models.vae import AutoencoderKLConfig
+from tests.models import stock_unet, test_dit, test_pixart, test_unet, test_vae
+
+
+def case(name: str, numerics: str):
+    """(stock, ours, inputs)"""
+    if name == "DiT":
+        stock = stock_unet.dit()
+        return stock, test_dit.ours(stock, numerics), stock_unet.dit_inputs()
+    if name.startswith("PixArt"):
+        stock = test_pixart.stock_model(name.removeprefix("PixArt "))
+        return stock, test_pixart.ours(stock, numerics), test_pixart.inputs(name.removeprefix("PixArt "))
+    if name == "VAE":
+        stock = stock_unet.vae()
+        return stock, test_vae.ours(stock, numerics), {"sample": test_vae.picture(2, 12, 8)}
+    stock = test_unet.stock_model(name.removeprefix("UNet "))
+    return stock, test_unet.ours(stock, numerics), test_unet.inputs(name.removeprefix("UNet "))
+
+
+def run(model, data: dict) -> torch.Tensor:
+    return model(*data.values()) if list(data) == ["sample"] else model(**data)
+
+
+FAMILIES = ["DiT", "PixArt sigma", "PixArt alpha", "UNet sd", "UNet sdxl", "UNet adm", "UNet guided", "VAE"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_exact_is_equal_to_diffusers_under_autocast(name):
+    stock, model, data = case(name, "exact")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run(model, data), stock(**data, return_dict=False)[0])
+
+
+@pytest.mark.parametrize("numerics", ["exact", "close"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bf16_autocast_trains(name, numerics):
+    _, model, data = case(name, numerics)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = run(model.train(), data).float().square().mean()
+    loss.backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad.dtype is torch.float32 and torch.isfinite(parameter.grad).all(), key
+        # A bias of keys moves all logits of a query alike, which a softmax does not see.
+        assert parameter.grad.any() or key.endswith("to_k.bias"), key
+
+
+@pytest.mark.parametrize("numerics", ["exact", "close"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_compiles_without_a_graph_break(name, numerics):
+    _, model, data = case(name, numerics)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        want = run(model, data)
+        got = run(torch.compile(model, fullgraph=True, backend="aot_eager"), data)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_copy_has_weights_of_its_own(name):
+    _, model, data = case(name, "close")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        want = run(model, data)
+        assert torch.equal(run(other, data), want)
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert torch.equal(run(other, data), want)
+
+
+XL = dict(block_out_channels=(320, 640, 1280), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+          up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=2048, attention_head_dim=(5, 10, 20),
+          transformer_layers_per_block=(1, 2, 10), use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
+          projection_class_embeddings_input_dim=2816)
+ADM = dict(block_out_channels=(256, 256, 512, 512, 1024, 1024), down_block_types=("DownBlock2D",) * 3 + ("AttnDownBlock2D",) * 3,
+           up_block_types=("AttnUpBlock2D",) * 3 + ("UpBlock2D",) * 3, attention_head_dim=64, num_class_embeds=1000, out_channels=6,
+           resnet_time_scale_shift="scale_shift", attn_norm_num_groups=32, downsample_type="resnet", upsample_type="resnet")
+FOUR = dict(block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2, sample_size=1024)
+# The published models at full size; diffusers' defaults are SD1.5's but for the text
+FULL = {"SD1.5": (UNet2DConditionModel, UNet, UNetConfig, dict(cross_attention_dim=768)),
+        "SD2.1": (UNet2DConditionModel, UNet, UNetConfig, dict(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20),
+                                                               use_linear_projection=True, upcast_attention=True)),
+        "SDXL": (UNet2DConditionModel, UNet, UNetConfig, XL),
+        "ADM": (UNet2DModel, UNet, UNetConfig, ADM),
+        "DiT-XL/2": (DiTTransformer2DModel, DiT, DiTConfig, dict(out_channels=8)),
+        "PixArt-alpha": (PixArtTransformer2DModel, PixArt, PixArtConfig, dict(caption_channels=4096)),
+        "FLUX.1's autoencoder": (AutoencoderKL, OurAutoencoderKL, AutoencoderKLConfig,
+                                 dict(FOUR, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False))}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_full_size_has_the_parameters_of_diffusers(name):
+    """Shapes alone: nothing of it takes memory."""
+    stock_class, model_class, config_class, config = FULL[name]
+    with torch.device("meta"):
+        stock = stock_class(**config)
+        model = model_class(config_class.from_dict(stock.config))
+    assert {key: value.shape for key, value in model.state_dict().items()} == {key: value.shape for key, value in stock.state_dict().items()}

@@ -1,4 +1,5 @@
-"""``FlowMatchEulerDiscreteScheduler``: its step in one pass, without the look-up that makes the first step wait for the device."""
+"""The family of schedulers. Here ``FlowMatchEulerDiscreteScheduler``, its step in one pass, without the look-up that makes the first step wait for the
+device; the others are in schedulers/."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ from fusewire import ops
 from fusewire.models.layers import How
 from fusewire.swap.families import Candidate, Family
 from fusewire.swap.fused import MAKERS, fused_class, stock_of, unknown_forward
+from fusewire.swap.schedulers import ddim, dpm, euler  # noqa: F401: they fill KNOWN
+from fusewire.swap.schedulers.common import KNOWN
 
 Stock = FlowMatchEulerDiscreteScheduler
 # As diffusers 0.40 to 0.42 has them.
@@ -80,8 +83,11 @@ def candidates(name: str, instance, how: How) -> Iterator[Candidate]:
     if stock is Stock:
         reason = unknown_forward(STEP)
         yield Candidate(name, instance, ("sampler_step",), None if reason else fused_class(Stock, how), reason)
+    elif stock in KNOWN:
+        reason = unknown_forward(KNOWN[stock].verified) or KNOWN[stock].why_not(instance)
+        yield Candidate(name, instance, ("solver_step",), None if reason else fused_class(stock, how), reason)
     elif hasattr(instance, "set_timesteps"):
         yield Candidate(name, instance, ("sampler_step",), None, f"{type(instance).__name__} has no fused step")
 
 
-FAMILY = Family("flow-euler scheduler", ("sampler_step",), candidates)
+FAMILY = Family("schedulers", ("sampler_step", "solver_step"), candidates)

@@ -1,0 +1,120 @@
+"""What the swapped schedulers share: the place of a timestep without asking the device, tables of scalars as stock rounds them, and the one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from fusewire import ops
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Known(NamedTuple):
+    """A stock scheduler: the methods that its fused step stands for, with their fingerprints, and ``why_not(scheduler)``: "" or why it stays stock."""
+
+    verified: dict[Callable, tuple[str, ...]]
+    why_not: Callable[[object], str]
+
+
+KNOWN: dict[type, Known] = {}
+
+
+class Scalars:
+    """How stock's 0-dim float32 scalars take part in arithmetic with latents of ``dtype``; ``close`` rounds none of them.
+
+    On the CPU the left operand of a product is rounded to the latents' dtype, a right one or a divisor is not. PyTorch's CUDA kernels round neither
+    where the scalar lies on the CPU, and divide by multiplying with its reciprocal; a scalar on the GPU is rounded on either side.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, scalars: torch.device, exact: bool):
+        on_gpu, with_latents = device.type != "cpu", scalars.type != "cpu"
+        self.dtype, self.exact = dtype, exact
+        self.reciprocal = exact and on_gpu and not with_latents
+        self._left, self._right = exact and (with_latents or not on_gpu), exact and with_latents
+
+    def left(self, value: torch.Tensor) -> torch.Tensor:
+        return self.stored(value) if self._left else value
+
+    def right(self, value: torch.Tensor) -> torch.Tensor:
+        return self.stored(value) if self._right else value
+
+    divisor = right
+
+    def stored(self, value: torch.Tensor) -> torch.Tensor:
+        return value.to(self.dtype)
+
+    def prediction(self, kind: str, alpha: torch.Tensor, sigma: torch.Tensor) -> dict[str, torch.Tensor | float]:
+        """The columns of x0 for ``z = alpha * x0 + sigma * eps``, as DDIM, DDPM, LCM and DPM-Solver++ compute it."""
+        if kind == "epsilon":
+            return dict(x0_x=1.0, x0_m=-self.left(sigma), x0_divisor=self.divisor(alpha))
+        if kind == "v_prediction":
+            return dict(x0_x=self.left(alpha), x0_m=-self.left(sigma))
+        return dict(x0_m=1.0)
+
+    def limit(self, config) -> dict[str, float]:
+        return dict(x0_limit=self.stored(torch.tensor(config.clip_sample_range)) if self.exact else config.clip_sample_range) if config.clip_sample else {}
+
+
+def table(scheduler, key: tuple, sources: tuple[torch.Tensor, ...], device: torch.device, make: Callable[[], dict], steps: int) -> torch.Tensor:
+    """The table of ``make()``, made again when a tensor that it comes from, or the configuration, is another one or was written to."""
+    tables = scheduler.__dict__.setdefault("_fusewire_tables", {})
+    known = (*sources, scheduler.config), tuple(source._version for source in sources)
+    found = tables.get((key, device))
+    if found is None or found[1] != known[1] or any(a is not b for a, b in zip(found[0], known[0], strict=True)):
+        if len(tables) >= 8:  # of other dtypes, devices and etas
+            tables.clear()
+        found = tables[key, device] = (*known, ops.solver_table(steps, **make()).to(device))
+    return found[2]
+
+
+def times(scheduler) -> list:
+    """The values of ``scheduler.timesteps``, fetched once for each tensor that they are set to."""
+    timesteps = scheduler.timesteps
+    known = scheduler.__dict__.get("_fusewire_times")
+    if known is None or known[0] is not timesteps or known[1] != timesteps._version:
+        known = scheduler.__dict__["_fusewire_times"] = (timesteps, timesteps._version, timesteps.tolist())
+    return known[2]
+
+
+def place(scheduler, timestep) -> int | None:
+    """Where in ``scheduler.timesteps`` an element of that very tensor lies: pipelines pass such, and no value has to be fetched. None: anything else."""
+    timesteps = scheduler.timesteps
+    if (not isinstance(timestep, torch.Tensor) or timestep.dim() or timestep.dtype is not timesteps.dtype or timestep.device != timesteps.device
+            or not timesteps.is_contiguous()):
+        return None
+    offset, rest = divmod(timestep.data_ptr() - timesteps.data_ptr(), timesteps.element_size())
+    return offset if rest == 0 and 0 <= offset < len(timesteps) else None
+
+
+def indexed(stock: type) -> dict:
+    """``_init_step_index`` of the schedulers that count their steps, without the look-up that makes the first one wait for the device."""
+
+    def _init_step_index(self, timestep):
+        at = place(self, timestep) if self._begin_index is None else None
+        if at is None:
+            return stock._init_step_index(self, timestep)
+        values = times(self)
+        first = values.index(values[at])
+        # A value that is there twice: stock takes the second place, so that a run may start in the middle
+        self._step_index = values.index(values[at], first + 1) if values.count(values[at]) > 1 else first
+
+    return {"_init_step_index": _init_step_index}
+
+
+def usable(model_output, sample, *others) -> bool:
+    """Whether the op serves these latents: of one shape, dtype and device."""
+    return (isinstance(model_output, torch.Tensor) and isinstance(sample, torch.Tensor) and sample.dtype in FLOATS and sample.dim() > 0
+            and all(isinstance(x, torch.Tensor) and x.shape == sample.shape and x.dtype is sample.dtype and x.device == sample.device
+                    for x in (model_output, *others)))
+
+
+def no_thresholding(scheduler) -> str:
+    return "thresholding=True needs a quantile of every picture" if getattr(scheduler.config, "thresholding", False) else ""
+
+
+def unknown_prediction(scheduler, *kinds: str) -> str:
+    kind = scheduler.config.prediction_type
+    return "" if kind in kinds else f"prediction_type is {kind!r}"

@@ -1,0 +1,161 @@
+"""DDIM, DDPM and LCM: all arithmetic in the latents' dtype; coefficients come from a table of products of alphas."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler, DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOutput
+from diffusers.schedulers.scheduling_lcm import LCMScheduler, LCMSchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from fusewire import ops
+from fusewire.models.layers import How
+from fusewire.swap.fused import MAKERS
+from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, indexed, no_thresholding, place, table, times, unknown_prediction, usable
+
+NARROW = dict(wide_x0=False, wide_out=False)
+KINDS = ("epsilon", "sample", "v_prediction")
+NOISE = {randn_tensor: ("051bb3b0a49a",)}
+
+
+def _bar(scheduler, at: list[int], after_all) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(alphas_cumprod at ``at``, at the times after them, 1 - the first): float32 [S], as stock takes them. ``after_all``: beyond the last step."""
+    bar = scheduler.alphas_cumprod.cpu()
+    now, then = (torch.tensor(indices) for indices in at)
+    before = torch.where(then >= 0, bar[then.clamp(min=0)], after_all.cpu())
+    return bar[now], before, 1 - bar[now]
+
+
+def _ddim(how: How) -> dict:
+    exact = how.numerics == "exact"
+
+    @functools.wraps(DDIMScheduler.step)
+    def step(self, model_output, timestep, sample, eta=0.0, use_clipped_model_output=False, generator=None, variance_noise=None, return_dict=True):
+        index = place(self, timestep)
+        if (index is None or self.num_inference_steps is None or ddim_reason(self) or not usable(model_output, sample)
+                or (eta > 0 and (variance_noise is not None and (generator is not None or not usable(variance_noise, sample))))):
+            return DDIMScheduler.step(self, model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict)
+        scalars = Scalars(sample.dtype, sample.device, self.alphas_cumprod.device, exact)
+        rows = table(self, (sample.dtype, eta, use_clipped_model_output, self.num_inference_steps), (self.alphas_cumprod, self.timesteps), sample.device,
+                     lambda: _ddim_columns(self, scalars, eta, use_clipped_model_output), len(self.timesteps))
+        if eta > 0 and variance_noise is None:
+            variance_noise = randn_tensor(model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype)
+        previous, x0, _ = ops.solver_step(sample, model_output, rows, index, noise=variance_noise if eta > 0 else None, **NARROW,
+                                          reciprocal=scalars.reciprocal, numerics=how.numerics)
+        return DDIMSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
+
+    return {"step": step}
+
+
+def _ddim_columns(scheduler, scalars: Scalars, eta: float, clipped: bool) -> dict:
+    config, now = scheduler.config, times(scheduler)
+    ratio = config.num_train_timesteps // scheduler.num_inference_steps
+    bar, before, beta = _bar(scheduler, (now, [t - ratio for t in now]), scheduler.final_alpha_cumprod)
+    variance = ((1 - before) / beta) * (1 - bar / before)
+    spread, alpha, sigma, kind = eta * variance**0.5, bar**0.5, beta**0.5, config.prediction_type
+    if clipped or kind == "sample":
+        slope = dict(e_x=1.0, e_x0=-scalars.left(alpha), e_divisor=scalars.divisor(sigma))
+    elif kind == "epsilon":
+        slope = dict(e_m=1.0)
+    else:
+        slope = dict(e_m=scalars.left(alpha), e_x=scalars.left(sigma))
+    return dict(scalars.prediction(kind, alpha, sigma), **scalars.limit(config), **slope, x0=scalars.left(before**0.5),
+                e=scalars.left((1 - before - spread**2) ** 0.5), noise=scalars.left(spread))
+
+
+def ddim_reason(scheduler) -> str:
+    return no_thresholding(scheduler) or unknown_prediction(scheduler, *KINDS)
+
+
+def _ddpm(how: How) -> dict:
+    exact = how.numerics == "exact"
+
+    @functools.wraps(DDPMScheduler.step)
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        index = place(self, timestep)
+        if (index is None or not (self.num_inference_steps or self.custom_timesteps) or ddpm_reason(self) or not usable(model_output, sample)):
+            return DDPMScheduler.step(self, model_output, timestep, sample, generator, return_dict)
+        scalars = Scalars(sample.dtype, sample.device, self.alphas_cumprod.device, exact)
+        rows = table(self, (sample.dtype, self.variance_type), (self.alphas_cumprod, self.timesteps), sample.device,
+                     lambda: _ddpm_columns(self, scalars), len(self.timesteps))
+        noise = None
+        if times(self)[index] > 0:
+            noise = randn_tensor(model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype)
+        previous, x0, _ = ops.solver_step(sample, model_output, rows, index, noise=noise, **NARROW, reciprocal=scalars.reciprocal, numerics=how.numerics)
+        return DDPMSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
+
+    return {"step": step}
+
+
+def _ddpm_columns(scheduler, scalars: Scalars) -> dict:
+    config, now = scheduler.config, times(scheduler)
+    bar, before, beta = _bar(scheduler, (now, [*now[1:], -1]), scheduler.one)
+    ratio = bar / before
+    own = 1 - ratio
+    if scheduler.variance_type == "fixed_large":
+        spread = own**0.5
+    else:
+        variance = ((1 - before) / beta * own).clamp(min=1e-20)
+        if scheduler.variance_type == "fixed_small":
+            spread = variance**0.5
+        else:  # one by one: a logarithm has other last bits in a vector
+            spread = torch.stack([torch.exp(0.5 * torch.log(value)) for value in variance])
+    return dict(scalars.prediction(config.prediction_type, bar**0.5, beta**0.5), **scalars.limit(config), x0=scalars.left(before**0.5 * own / beta),
+                x=scalars.left(ratio**0.5 * (1 - before) / beta), noise=scalars.left(spread))
+
+
+def ddpm_reason(scheduler) -> str:
+    if scheduler.variance_type not in ("fixed_small", "fixed_small_log", "fixed_large") or scheduler.variance_type != scheduler.config.variance_type:
+        return f"variance_type is {scheduler.variance_type!r}"
+    return ddim_reason(scheduler)
+
+
+def _lcm(how: How) -> dict:
+    exact = how.numerics == "exact"
+
+    @functools.wraps(LCMScheduler.step)
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        index = place(self, timestep)
+        if index is None or self.num_inference_steps is None or ddim_reason(self) or not usable(model_output, sample):
+            return LCMScheduler.step(self, model_output, timestep, sample, generator, return_dict)
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        if self._step_index != index:  # stock takes coefficients from both: the index and the timestep
+            return LCMScheduler.step(self, model_output, timestep, sample, generator, return_dict)
+        scalars = Scalars(sample.dtype, sample.device, self.alphas_cumprod.device, exact)
+        of_times = Scalars(sample.dtype, sample.device, self.timesteps.device, exact)
+        rows = table(self, (sample.dtype, self.num_inference_steps), (self.alphas_cumprod, self.timesteps), sample.device,
+                     lambda: _lcm_columns(self, scalars, of_times), len(self.timesteps))
+        self.sigma_data = 0.5  # as stock leaves it
+        noise = None
+        if index != self.num_inference_steps - 1:
+            noise = randn_tensor(model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype)
+        previous, _, denoised = ops.solver_step(sample, model_output, rows, index, noise=noise, keep_slope=True, **NARROW,
+                                                reciprocal=scalars.reciprocal, numerics=how.numerics)
+        self._step_index += 1
+        return LCMSchedulerOutput(prev_sample=previous, denoised=denoised) if return_dict else (previous, denoised)
+
+    return {"step": step, **indexed(LCMScheduler)}
+
+
+def _lcm_columns(scheduler, scalars: Scalars, of_times: Scalars) -> dict:
+    config, now = scheduler.config, times(scheduler)
+    bar, before, beta = _bar(scheduler, (now, [*now[1:], now[-1]]), scheduler.final_alpha_cumprod)
+    scaled = torch.tensor(now) * config.timestep_scaling
+    square = scaled**2 + 0.5**2
+    noisy = torch.arange(len(now)) != scheduler.num_inference_steps - 1
+    return dict(scalars.prediction(config.prediction_type, bar.sqrt(), beta.sqrt()), **scalars.limit(config), e_x=of_times.left(0.5**2 / square),
+                e_x0=of_times.left(scaled / square**0.5), e=torch.where(noisy, scalars.left(before.sqrt()).double(), 1.0),
+                noise=scalars.left((1 - before).sqrt()))
+
+
+MAKERS |= {DDIMScheduler: _ddim, DDPMScheduler: _ddpm, LCMScheduler: _lcm}
+# As diffusers 0.40 to 0.42 has them.
+KNOWN[DDIMScheduler] = Known({DDIMScheduler.step: ("19a7bd2615e4",), DDIMScheduler._get_variance: ("d8e657c75e97",)} | NOISE, ddim_reason)
+KNOWN[DDPMScheduler] = Known({DDPMScheduler.step: ("fe98ed067ecc",), DDPMScheduler._get_variance: ("6de39fa3d3e0",),
+                              DDPMScheduler.previous_timestep: ("890df85b0452",)} | NOISE, ddpm_reason)
+KNOWN[LCMScheduler] = Known({LCMScheduler.step: ("83ef17ffb0c7",), LCMScheduler._init_step_index: ("0f14aee91d40",),
+                             LCMScheduler.index_for_timestep: ("8e92214a3413",),
+                             LCMScheduler.get_scalings_for_boundary_condition_discrete: ("b9b9fd6e23da",)} | NOISE, ddim_reason)

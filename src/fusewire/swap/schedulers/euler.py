@@ -1,0 +1,143 @@
+"""Euler, Euler ancestral and Heun: noise levels that lie on the CPU. The first two step in float32, Heun in the latents' dtype."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler, EulerAncestralDiscreteSchedulerOutput
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler, EulerDiscreteSchedulerOutput
+from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler, HeunDiscreteSchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from fusewire import ops
+from fusewire.models.layers import How
+from fusewire.swap.fused import MAKERS
+from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, indexed, table, unknown_prediction, usable
+from fusewire.swap.schedulers.ddim import NOISE
+
+
+def _columns(scalars: Scalars, kind: str, level: torch.Tensor, dt: torch.Tensor) -> dict:
+    """x0 at ``level``, its slope, and a step of ``dt`` along it."""
+    if kind == "epsilon":
+        x0 = dict(x0_x=1.0, x0_m=-scalars.left(level))
+    elif kind == "v_prediction":
+        x0 = dict(x0_x=1.0, x_divisor=scalars.divisor(level**2 + 1), x0_m=scalars.right(-level / (level**2 + 1) ** 0.5))
+    else:
+        x0 = dict(x0_m=1.0)
+    return dict(x0, e_x=1.0, e_x0=-1.0, e_divisor=scalars.divisor(level), x=1.0, e=dt)
+
+
+def _scalars(scheduler, sample, exact: bool) -> Scalars:
+    return Scalars(sample.dtype, sample.device, scheduler.sigmas.device, exact)
+
+
+def _ready(scheduler, model_output, timestep, sample) -> bool:
+    """Whether the step may be fused; what stock complains of is left to it."""
+    return (getattr(scheduler, "is_scale_input_called", True) and not isinstance(timestep, (int, torch.IntTensor, torch.LongTensor))
+            and scheduler.sigmas.dtype is torch.float32 and scheduler.sigmas.is_cpu and not KNOWN[scheduler.fusewire_stock].why_not(scheduler)
+            and usable(model_output, sample))
+
+
+def _index(scheduler, timestep) -> int | None:
+    if scheduler._step_index is None:
+        scheduler._init_step_index(timestep)
+    return scheduler._step_index if 0 <= scheduler._step_index < len(scheduler.sigmas) - 1 else None
+
+
+def _euler(how: How) -> dict:
+    exact, stock = how.numerics == "exact", EulerDiscreteScheduler.step
+
+    @functools.wraps(stock)
+    def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"), s_noise=1.0, generator=None, return_dict=True):
+        index = _index(self, timestep) if s_churn == 0 and _ready(self, model_output, timestep, sample) else None
+        if index is None:
+            return stock(self, model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, return_dict)
+        scalars, kind, sigmas = _scalars(self, sample, exact), self.config.prediction_type, self.sigmas
+        rows = table(self, (sample.dtype,), (sigmas,), sample.device, lambda: _columns(scalars, kind, sigmas[:-1], sigmas[1:] - sigmas[:-1]),
+                     len(sigmas) - 1)
+        previous, x0, _ = ops.solver_step(sample, model_output, rows, index, reciprocal=scalars.reciprocal, numerics=how.numerics)
+        self._step_index += 1
+        if kind in ("sample", "original_sample"):
+            x0 = model_output
+        return EulerDiscreteSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
+
+    return {"step": step, **indexed(EulerDiscreteScheduler)}
+
+
+def euler_reason(scheduler) -> str:
+    return unknown_prediction(scheduler, "epsilon", "v_prediction", "sample", "original_sample")
+
+
+def _ancestral(how: How) -> dict:
+    exact, stock = how.numerics == "exact", EulerAncestralDiscreteScheduler.step
+
+    @functools.wraps(stock)
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        index = _index(self, timestep) if _ready(self, model_output, timestep, sample) else None
+        if index is None:
+            return stock(self, model_output, timestep, sample, generator, return_dict)
+        scalars, sigmas = _scalars(self, sample, exact), self.sigmas
+        rows = table(self, (sample.dtype,), (sigmas,), sample.device, lambda: _ancestral_columns(scalars, self.config.prediction_type, sigmas),
+                     len(sigmas) - 1)
+        noise = randn_tensor(model_output.shape, dtype=model_output.dtype, device=model_output.device, generator=generator)
+        previous, x0, _ = ops.solver_step(sample, model_output, rows, index, noise=noise, reciprocal=scalars.reciprocal, numerics=how.numerics)
+        self._step_index += 1
+        return EulerAncestralDiscreteSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
+
+    return {"step": step, **indexed(EulerAncestralDiscreteScheduler)}
+
+
+def _ancestral_columns(scalars: Scalars, kind: str, sigmas: torch.Tensor) -> dict:
+    level, to = sigmas[:-1], sigmas[1:]
+    up = (to**2 * (level**2 - to**2) / level**2) ** 0.5
+    down = (to**2 - up**2) ** 0.5
+    return dict(_columns(scalars, kind, level, down - level), noise=scalars.right(up))
+
+
+def ancestral_reason(scheduler) -> str:
+    return unknown_prediction(scheduler, "epsilon", "v_prediction")
+
+
+def _heun(how: How) -> dict:
+    exact, stock = how.numerics == "exact", HeunDiscreteScheduler.step
+
+    @functools.wraps(stock)
+    def step(self, model_output, timestep, sample, return_dict=True):
+        first = self.dt is None
+        ready = isinstance(sample, torch.Tensor) and _ready(self, model_output, timestep, sample)
+        index = _index(self, timestep) if ready and (first or usable(self.prev_derivative, sample, self.sample)) else None
+        if index is None:
+            return stock(self, model_output, timestep, sample, return_dict)
+        scalars, sigmas = _scalars(self, sample, exact), self.sigmas
+        rows = table(self, (sample.dtype, first), (sigmas,), sample.device, lambda: _heun_columns(scalars, self.config, sigmas, first), len(sigmas) - 1)
+        previous, x0, slope = ops.solver_step(
+            sample, model_output, rows, index, previous=None if first else self.prev_derivative, base=None if first else self.sample, keep_slope=first,
+            wide_x0=False, wide_out=False, reciprocal=scalars.reciprocal, numerics=how.numerics)
+        if first:
+            self.prev_derivative, self.dt, self.sample = slope, sigmas[index + 1] - sigmas[index], sample
+        else:
+            self.prev_derivative = self.dt = self.sample = None
+        self._step_index += 1
+        return HeunDiscreteSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
+
+    return {"step": step, **indexed(HeunDiscreteScheduler)}
+
+
+def _heun_columns(scalars: Scalars, config, sigmas: torch.Tensor, first: bool) -> dict:
+    """``first``: a step of Euler from sigmas[i]; otherwise the mean of two slopes, of which the second is taken at sigmas[i]."""
+    level = sigmas[:-1]
+    dt = sigmas[1:] - level if first else torch.cat([level[:1] * 0, level[1:] - level[:-1]])
+    columns = dict(_columns(scalars, config.prediction_type, level, scalars.right(dt)), **scalars.limit(config))
+    return columns if first else dict(columns, e_previous=1.0, e_scale=0.5)
+
+
+def heun_reason(scheduler) -> str:
+    return unknown_prediction(scheduler, "epsilon", "v_prediction", "sample")
+
+
+MAKERS |= {EulerDiscreteScheduler: _euler, EulerAncestralDiscreteScheduler: _ancestral, HeunDiscreteScheduler: _heun}
+# As diffusers 0.40 to 0.42 has them.
+for _stock, _step, _reason in ((EulerDiscreteScheduler, "1fcb0d4ca74f", euler_reason), (EulerAncestralDiscreteScheduler, "32f68c4df86e", ancestral_reason),
+                               (HeunDiscreteScheduler, "fbda640c2203", heun_reason)):
+    KNOWN[_stock] = Known({_stock.step: (_step,), _stock._init_step_index: ("0f14aee91d40",), _stock.index_for_timestep: ("8e92214a3413",)} | NOISE, _reason)

@@ -1,0 +1,46 @@
+"""Whole pictures of tiny Stable Diffusion pipelines with each swapped scheduler: torch.equal to stock in text-to-image, img2img and inpainting."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
+
+import fusewire
+from fusewire import ops
+from tests.models import stock_unet
+from tests.swap.test_schedulers import DPM, ONE_EACH, SD, SDE
+
+PIPELINES = {"text": StableDiffusionPipeline, "img2img": StableDiffusionImg2ImgPipeline, "inpainting": StableDiffusionInpaintPipeline}
+CASES = [*ONE_EACH, (DPM, SDE, {}), (ONE_EACH[0][0], SD, dict(eta=0.5))]
+
+
+def pictures(pipe, kind: str, options: dict) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(2)
+    embeds = torch.randn(1, 5, 24, generator=draw).to(pipe.unet.dtype)
+    given = dict(prompt_embeds=embeds, negative_prompt_embeds=-embeds, guidance_scale=4.0, num_inference_steps=5, output_type="pt",
+                 num_images_per_prompt=2, generator=torch.Generator().manual_seed(7))
+    if kind != "text":
+        given |= dict(image=torch.rand(1, 3, 16, 16, generator=draw), strength=0.7)
+    if kind == "inpainting":
+        given |= dict(mask_image=(torch.rand(1, 1, 16, 16, generator=draw) > 0.5).float(), height=16, width=16)
+    return pipe(**given, **options).images
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", PIPELINES)
+@pytest.mark.parametrize("cls, config, options", CASES, ids=[f"{cls.__name__} {list(options)}" for cls, _, options in CASES])
+def test_pictures_are_stock(cls, config, options, kind, dtype):
+    options = options if cls.__name__ == "DDIMScheduler" else {}
+    pipe = PIPELINES[kind](vae=stock_unet.vae(dtype), text_encoder=None, tokenizer=None, unet=stock_unet.unet("sd", dtype), scheduler=cls(**config),
+                           safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    want = pictures(pipe, kind, options)
+    assert want.isfinite().all() and want.std() > 0
+    handle = fusewire.swap(pipe.scheduler)
+    ops.reset_stats()
+    assert torch.equal(pictures(pipe, kind, options), want)
+    # (img2img and inpainting begin in the middle; a step of Heun is two)
+    assert sum(ops.stats()["solver_step"].values()) >= 3
+    handle.restore()
+    assert torch.equal(pictures(pipe, kind, options), want)

@@ -1,0 +1,222 @@
+"""The swapped DDIM, DDPM, LCM, Euler, Euler ancestral, Heun and DPM-Solver++ schedulers: stock's bits, noise and errors, and nothing asked of the device."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from diffusers import (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler,
+                       HeunDiscreteScheduler, LCMScheduler)
+
+import fusewire
+from fusewire import ops
+
+SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+NO_CLIP = dict(SD, clip_sample=False)
+V, X0 = dict(prediction_type="v_prediction"), dict(prediction_type="sample")
+DPM = DPMSolverMultistepScheduler
+SDE = dict(SD, algorithm_type="sde-dpmsolver++")
+CONFIGS = [
+    (DDIMScheduler, NO_CLIP, {}), (DDIMScheduler, SD | dict(clip_sample_range=1.3), {}), (DDIMScheduler, NO_CLIP | V, {}), (DDIMScheduler, NO_CLIP | X0, {}),
+    (DDIMScheduler, NO_CLIP | dict(set_alpha_to_one=False, steps_offset=1), dict(eta=0.7)), (DDIMScheduler, SD, dict(eta=1.0, use_clipped_model_output=True)),
+    (DDIMScheduler, NO_CLIP | V | dict(rescale_betas_zero_snr=True, timestep_spacing="trailing"), {}), (DDIMScheduler, {}, dict(eta=0.3)),
+    (DDPMScheduler, {}, {}), (DDPMScheduler, NO_CLIP, {}), (DDPMScheduler, NO_CLIP | V, {}), (DDPMScheduler, SD | X0, {}),
+    (DDPMScheduler, NO_CLIP | dict(variance_type="fixed_large"), {}), (DDPMScheduler, SD | dict(variance_type="fixed_small_log"), {}),
+    (DDPMScheduler, dict(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing"), {}),
+    (LCMScheduler, {}, {}), (LCMScheduler, V, {}), (LCMScheduler, X0 | dict(clip_sample=True), {}), (LCMScheduler, dict(timestep_scaling=1.0), {}),
+    (EulerDiscreteScheduler, SD, {}), (EulerDiscreteScheduler, SD | V, {}), (EulerDiscreteScheduler, SD | X0, {}),
+    (EulerDiscreteScheduler, SD | dict(use_karras_sigmas=True), {}), (EulerDiscreteScheduler, SD | dict(timestep_spacing="leading", steps_offset=1), {}),
+    (EulerDiscreteScheduler, SD | V | dict(timestep_type="continuous", rescale_betas_zero_snr=True), {}),
+    (EulerDiscreteScheduler, SD | dict(final_sigmas_type="sigma_min", interpolation_type="log_linear"), {}),
+    (EulerAncestralDiscreteScheduler, SD, {}), (EulerAncestralDiscreteScheduler, SD | V, {}),
+    (HeunDiscreteScheduler, SD, {}), (HeunDiscreteScheduler, SD | V, {}), (HeunDiscreteScheduler, SD | X0 | dict(clip_sample=True), {}),
+    (HeunDiscreteScheduler, SD | dict(use_karras_sigmas=True, clip_sample=True), {}),
+    (DPM, SD, {}), (DPM, SD | V, {}), (DPM, SD | X0, {}), (DPM, SD | dict(use_karras_sigmas=True), {}), (DPM, SD | dict(solver_type="heun"), {}),
+    (DPM, SD | dict(solver_order=1), {}), (DPM, SD | dict(euler_at_final=True, lower_order_final=False, final_sigmas_type="sigma_min"), {}),
+    (DPM, dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0), {}), (DPM, SDE, {}), (DPM, SDE | V, {}),
+    (DPM, SDE | dict(solver_type="heun", use_karras_sigmas=True), {}), (DPM, SD | dict(rescale_betas_zero_snr=True, timestep_spacing="trailing"), {}),
+]
+IDS = [f"{cls.__name__.removesuffix('Scheduler')} {config} {options}".replace(str(SD)[1:-1], "SD") for cls, config, options in CONFIGS]
+ONE_EACH = [next(case for case in CONFIGS if case[0] is cls) for cls in dict.fromkeys(cls for cls, *_ in CONFIGS)]
+each_scheduler = pytest.mark.parametrize("cls, config, options", ONE_EACH, ids=[cls.__name__ for cls, *_ in ONE_EACH])
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def fused_steps() -> int:
+    return sum(ops.stats()["solver_step"].values())
+
+
+def trajectory(scheduler, dtype=torch.float32, steps=7, start=0, options=None, wrap=lambda x: x):
+    """Everything that the steps of a run return, and the inputs as the scheduler scales them."""
+    generator = torch.Generator().manual_seed(3)
+    scheduler.set_timesteps(steps)
+    takes = inspect.signature(scheduler.step).parameters
+    options = dict(options or {}, **({"generator": generator} if "generator" in takes else {}))
+    draw = torch.Generator().manual_seed(5)
+    x, seen = wrap((torch.randn(2, 4, 6, 5, generator=draw) * scheduler.init_noise_sigma).to(dtype)), []
+    for timestep in scheduler.timesteps[start * scheduler.order:]:
+        seen.append(scheduler.scale_model_input(x, timestep))
+        output = wrap(torch.randn(2, 4, 6, 5, generator=draw).to(dtype))
+        result = scheduler.step(output, timestep, x, return_dict=False, **options)
+        x = result[0]
+        seen += result
+    return seen, generator.get_state()
+
+
+def same(got, want) -> bool:
+    return got[1].equal(want[1]) and len(got[0]) == len(want[0]) and all(
+        a.dtype is b.dtype and (torch.equal(a, b) or torch.equal(a.isfinite(), b.isfinite()) and torch.equal(a[a.isfinite()], b[b.isfinite()]))
+        for a, b in zip(got[0], want[0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cls, config, options", CONFIGS, ids=IDS)
+def test_trajectory_is_stock(cls, config, options, dtype):
+    """x, x0 and the random numbers drawn, from the beginning and from the middle; 16 steps, as DPM-Solver++ then ends otherwise."""
+    for steps, start in ((7, 0), (7, 3), (16, 0)):
+        scheduler = cls(**config)
+        want, state = trajectory(scheduler, dtype, steps, start, options), {k: v for k, v in vars(scheduler).items() if k[0] == "_"}
+        fused = cls(**config)
+        with fusewire.swapped(fused):
+            ops.reset_stats()
+            got = trajectory(fused, dtype, steps, start, options)
+            assert fused_steps() == len(scheduler.timesteps) - start * scheduler.order
+        assert same(got, want)
+        assert all(vars(fused)[key] == value for key, value in state.items() if isinstance(value, (int, type(None))))
+        assert set(vars(fused)) == set(vars(scheduler))  # restored: nothing of ours is left
+
+
+@each_scheduler
+def test_close_stays_near_stock(cls, config, options):
+    scheduler = cls(**config)
+    want, _ = trajectory(scheduler, options=options)
+    with fusewire.swapped(scheduler, numerics="close"):
+        ops.reset_stats()
+        got, _ = trajectory(scheduler, options=options)
+        assert fused_steps()
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item()) for a, b in zip(got, want))
+
+
+class Asked(Exception):
+    pass
+
+
+class Remote(torch.Tensor):
+    """A tensor on a device: whoever looks at a value of it, or of a tensor computed from it, waits for the device, and is told (``told``)."""
+
+    told = False
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if cls.told and name in ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy"):
+            raise Asked(name)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def remotely(scheduler, options, monkeypatch):
+    """``trajectory`` with latents, predictions and timesteps on a device of which nothing may be asked from the second step on."""
+    generator, draw = torch.Generator().manual_seed(3), torch.Generator().manual_seed(5)
+    scheduler.set_timesteps(7)
+    scheduler.timesteps = scheduler.timesteps.as_subclass(Remote)
+    given = dict(options, **({"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}))
+    x, seen = (torch.randn(2, 4, 6, 5, generator=draw) * scheduler.init_noise_sigma).as_subclass(Remote), []
+    for i in range(len(scheduler.timesteps)):
+        timestep = scheduler.timesteps[i]
+        monkeypatch.setattr(Remote, "told", i > 0)
+        seen.append(scheduler.scale_model_input(x, timestep))
+        result = scheduler.step(torch.randn(2, 4, 6, 5, generator=draw).as_subclass(Remote), timestep, x, return_dict=False, **given)
+        monkeypatch.setattr(Remote, "told", False)
+        x = result[0]
+        seen += result
+    return [tensor.as_subclass(torch.Tensor) for tensor in seen], generator.get_state()
+
+
+@each_scheduler
+def test_nothing_is_asked_of_the_device(cls, config, options, monkeypatch):
+    want, scheduler = trajectory(cls(**config), options=options), cls(**config)
+    with fusewire.swapped(scheduler):
+        ops.reset_stats()
+        assert same(remotely(scheduler, options, monkeypatch), want) and fused_steps() == len(scheduler.timesteps)
+
+
+@pytest.mark.parametrize("cls", [DDIMScheduler, DDPMScheduler, LCMScheduler])
+def test_stock_asks_at_every_step(cls, monkeypatch):
+    """That the test above can fail."""
+    with pytest.raises(Asked):
+        remotely(cls(), {}, monkeypatch)
+
+
+@pytest.mark.parametrize("cls, config, reason", [
+    (DDIMScheduler, dict(thresholding=True), "quantile"), (DDPMScheduler, dict(variance_type="learned_range"), "variance_type is 'learned_range'"),
+    (DPM, dict(algorithm_type="sde-dpmsolver", final_sigmas_type="sigma_min"), "algorithm_type"), (DPM, dict(solver_order=3), "solver_order is 3"),
+    (DPM, dict(thresholding=True), "quantile"), (LCMScheduler, dict(thresholding=True), "quantile"), (EulerAncestralDiscreteScheduler, X0, "prediction_type is 'sample'"),
+])
+def test_refused_with_a_reason(cls, config, reason):
+    with pytest.raises(ValueError, match=reason):
+        fusewire.swap(cls(**config))
+
+
+@each_scheduler
+def test_what_the_op_does_not_serve_is_stock(cls, config, options):
+    """Timesteps from elsewhere, float64, latents and predictions of two dtypes; stock's results and stock's errors."""
+    def outcome(scheduler, change):
+        scheduler.set_timesteps(5)
+        timestep, x, output = change(scheduler.timesteps[0], *torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(1)))
+        torch.manual_seed(4)
+        try:
+            scheduler.scale_model_input(x, timestep)
+            return scheduler.step(output, timestep, x, **{k: v for k, v in options.items()}).prev_sample
+        except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+            return str(error)
+
+    for change in (lambda t, x, m: (t.clone(), x, m), lambda t, x, m: (t.item(), x, m), lambda t, x, m: (int(t), x, m), lambda t, x, m: (t, x.double(), m.double()),
+                   lambda t, x, m: (t, x, m.bfloat16()), lambda t, x, m: (t, x.bfloat16(), m)):
+        want, scheduler = outcome(cls(**config), change), cls(**config)
+        with fusewire.swapped(scheduler):
+            got = outcome(scheduler, change)
+        assert type(got) is type(want) and (got == want if isinstance(want, str) else torch.equal(got, want) and got.dtype is want.dtype)
+
+
+def test_churn_is_stock():
+    scheduler = EulerDiscreteScheduler(**SD)
+    want = trajectory(scheduler, options=dict(s_churn=3.0))
+    with fusewire.swapped(scheduler):
+        ops.reset_stats()
+        assert same(trajectory(scheduler, options=dict(s_churn=3.0)), want) and fused_steps() == 0
+
+
+@each_scheduler
+def test_copies_signatures_and_changed_tables(cls, config, options):
+    scheduler = cls(**config)
+    want = trajectory(scheduler, options=options)
+    fusewire.swap(scheduler)
+    assert inspect.signature(scheduler.step) == inspect.signature(cls(**config).step)
+    assert inspect.signature(scheduler.set_timesteps) == inspect.signature(cls(**config).set_timesteps)
+    assert same(trajectory(scheduler, options=options), want)
+    for twin in (copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))):
+        assert type(twin) is type(scheduler) and same(trajectory(twin, options=options), want)
+    changed, plain = (pickle.loads(pickle.dumps(s)) for s in (scheduler, cls(**config)))
+    for one in (changed, plain):
+        one.alphas_cumprod[:] = one.alphas_cumprod**1.5  # what was computed from it no longer holds
+    assert same(trajectory(changed, options=options), trajectory(plain, options=options))
+
+
+@each_scheduler
+def test_restored_in_the_middle(cls, config, options):
+    """A run may be begun swapped and ended by stock, and the other way round: the state is stock's."""
+    want = trajectory(cls(**config), options=options)
+    for swap_first in (True, False):
+        scheduler, calls = cls(**config), []
+        handle = fusewire.swap(scheduler) if swap_first else None
+
+        def change(x):
+            calls.append(x)
+            if len(calls) == 5:
+                handle.restore() if swap_first else fusewire.swap(scheduler)
+            return x
+
+        assert same(trajectory(scheduler, options=options, wrap=change), want)

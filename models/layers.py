@@ -85,7 +85,7 @@ def gated_sum(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None, how: 
     return x + y if gate is None else ops.gate_residual(x, y, gate, numerics=how.numerics)
 
 
-def sincos_table(channels: int, rows: int, columns: int, base: int, scale: float = 1.0) -> torch.Tensor:
+def sincos_table(channels: int, rows: int, columns: int, base: int, scale: float = 1.0, device: torch.device | None = None) -> torch.Tensor:
     """2D sinusoidal position table [1, rows * columns, channels], float32, in raster order.
 
     The first half of the channels encodes the column, the second the row; in each half sines come first. Positions are scaled so that
@@ -94,10 +94,10 @@ def sincos_table(channels: int, rows: int, columns: int, base: int, scale: float
     """
     if channels % 4:
         raise ValueError(f"channels is {channels}; it should be a multiple of 4")
-    omega = 1.0 / 10000.0 ** (torch.arange(channels // 4, dtype=torch.float64) / (channels / 4.0))
+    omega = 1.0 / 10000.0 ** (torch.arange(channels // 4, dtype=torch.float64, device=device) / (channels / 4.0))
 
     def wave(steps: int) -> torch.Tensor:
-        position = torch.arange(steps, dtype=torch.float32) / (steps / base) / scale
+        position = torch.arange(steps, dtype=torch.float32, device=device) / (steps / base) / scale
         angle = position.to(torch.float64)[:, None] * omega  # [steps, channels / 4]
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
@@ -138,7 +138,7 @@ class PatchEmbed(nn.Module):
             return self.pos_embed.view(1, size, size, -1)[:, top:top + rows, left:left + columns].reshape(1, rows * columns, -1)
         if rows == columns == self.base_size:
             return self.pos_embed
-        return sincos_table(self.pos_embed.shape[-1], rows, columns, self.base_size, self.scale).to(self.pos_embed.device)
+        return sincos_table(self.pos_embed.shape[-1], rows, columns, self.base_size, self.scale, self.pos_embed.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows, columns = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size

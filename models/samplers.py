@@ -1,14 +1,16 @@
-"""Sampling loops: noise to picture, given a model of the velocity field."""
+"""Sampling loops: noise to picture, given a model. The algorithms are in ``solvers``, the noise levels in ``schedules``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 
 from fusewire import ops
+from fusewire.kernels.sampler_step.tables import PLACE
 from fusewire.models.schedules import TRAIN_STEPS
+from fusewire.models.solvers import Plan
 
 
 
@@ -62,6 +64,49 @@ def sample_flow_euler(model: Callable[..., torch.Tensor], x: torch.Tensor, sigma
         else:
             v = model(x, *both, timesteps[i].expand(batch))
         x = ops.sampler_step(x, v, table, i, numerics=numerics)
+        if callback is not None:
+            callback(i, x)
+    return x
+
+
+def sample(model: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor, plan: Plan, *, noise: Callable[[int], torch.Tensor] | None = None,
+           guidance_scale: float | Sequence[float] = 1.0, numerics: str = "close", callback: Callable[[int, torch.Tensor], None] | None = None) -> torch.Tensor:
+    """Follow a plan from ``x``, noise of the first level, to a picture.
+
+    Args:
+        model: called as ``model(x, time)`` with x [B, ...], scaled as the plan says, and a 0-dim time on its device. Returns the prediction [B, ...], or
+            [2B, ...] for [uncond; cond]: guidance is then part of the step.
+        x: [B, ...] float32, bfloat16, float16 or float64.
+        plan: of ``solvers``: ``ddim(...)``, ``euler(...)``, ...
+        noise: called with the number of the call of the model for noise of x's shape; None: ``torch.randn_like``.
+        guidance_scale: g in ``uncond + g * (cond - uncond)``: one, or one for each call (``guidance.interval``).
+        numerics: ``"close"``, or ``"exact"`` to round as a chain of PyTorch calls would.
+        callback: called as ``callback(call, x)`` after each call's step.
+
+    Returns: [B, ...]
+    """
+    table = plan.table.clone()
+    table[:, PLACE["guidance"]] = torch.as_tensor(guidance_scale, dtype=torch.float64)
+    noisy, looks_back = ((table[:, PLACE[name]] != 0).tolist() for name in ("noise", "e_previous"))
+    keeps = any(plan.second) or bool(plan.past)
+    table, times, churn, scales = table.to(x.device), plan.times.to(x.device), plan.churn.tolist(), plan.scales.tolist()
+    draw = noise or (lambda i: torch.randn_like(x))
+    start, x0, slope, slopes = x, None, None, []
+    for i in range(len(times)):
+        if churn[i]:
+            x = x + churn[i] * draw(i)
+        if not plan.second[i]:
+            start = x
+        output = model(x if scales[i] == 1 else x * scales[i], times[i])
+        if plan.past:
+            extra = sum(weight * past for weight, past in zip(plan.past[i], slopes)) if slopes else None
+        else:
+            extra = draw(i) if noisy[i] else None
+        previous = (slope if plan.second[i] else x0) if looks_back[i] else None
+        x, x0, slope = ops.solver_step(x, output, table, i, previous=previous, base=start if plan.second[i] else None, noise=extra, keep_slope=keeps,
+                                       numerics=numerics)
+        if plan.past:
+            slopes = [slope, *slopes][:3]
         if callback is not None:
             callback(i, x)
     return x

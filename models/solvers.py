@@ -1,0 +1,205 @@
+"""Solvers: each is a plan, a table of scalars made once in float64, that ``samplers.sample`` follows from noise to a picture.
+
+A plan's function names its algorithm in one line. Levels are sigma, from high to low; those of a latent diffusion model are
+``schedules.sigmas_at(...)``, of a flow ``schedules.flow_sigmas(...)``. Predictions are named as in ``schedules``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from fusewire import ops
+
+
+class Plan(NamedTuple):
+    """``K`` calls of the model, each with the step that follows it."""
+
+    table: torch.Tensor  # [K, 19], of ops.solver_step
+    times: torch.Tensor  # [K] what the model is told: sigma, or a timestep of training
+    scales: torch.Tensor  # [K] what its input is multiplied by
+    churn: torch.Tensor  # [K] how much noise is put on x before the call
+    second: tuple[bool, ...]  # the call is the second of its step: it starts from where the first did
+    past: tuple[tuple[float, ...], ...] = ()  # what slopes of earlier steps count for, the last one first (LMS)
+
+
+def _plan(times, columns: dict, *, scales=None, churn=None, second=None, past=()) -> Plan:
+    times = torch.as_tensor(times, dtype=torch.float64)
+    ones = torch.ones_like(times)
+    return Plan(ops.solver_table(len(times), **columns), times, ones if scales is None else scales, ones * 0 if churn is None else churn,
+                tuple(second or [False] * len(times)), tuple(past))
+
+
+def _x0(kind: str, alpha: torch.Tensor, sigma: torch.Tensor, limit: float | None = None) -> dict:
+    """The columns of x0 from a prediction on ``alpha * x0 + sigma * eps``."""
+    columns = {"x0_limit": limit or 0.0}
+    if kind == "x0":
+        return columns | {"x0_m": 1.0}
+    if kind == "eps":
+        return columns | {"x0_x": 1.0, "x0_m": -sigma, "x0_divisor": alpha}
+    if kind == "v":
+        return columns | {"x0_x": alpha, "x0_m": -sigma}
+    if kind == "velocity":
+        return columns | {"x0_x": 1.0, "x0_m": -sigma, "x0_divisor": alpha + sigma}
+    raise ValueError(f"kind is {kind!r}; it should be one of 'x0', 'eps', 'v', 'velocity'")
+
+
+def _denoised(kind: str, sigma: torch.Tensor) -> dict:
+    """The same where x is scaled so that its alpha is 1 (Karras et al., 2022); a flow's velocity is then its slope as it is."""
+    if kind == "v":
+        return {"x0_x": 1.0, "x_divisor": sigma**2 + 1, "x0_m": -sigma / (sigma**2 + 1).sqrt()}
+    return _x0("eps" if kind == "velocity" else kind, torch.ones_like(sigma), sigma)
+
+
+def _slope(sigma: torch.Tensor) -> dict:
+    return {"e_x": 1.0, "e_x0": -1.0, "e_divisor": sigma}
+
+
+def _scaled(kind: str, sigma: torch.Tensor) -> torch.Tensor:
+    """eps and v models see x with unit variance."""
+    return 1 / (sigma**2 + 1).sqrt() if kind in ("eps", "v") else torch.ones_like(sigma)
+
+
+def ddim(bar: torch.Tensor, times: Sequence[int], kind: str = "eps", *, eta: float = 0.0, limit: float | None = None, final: float = 1.0) -> Plan:
+    """Denoising Diffusion Implicit Models, equation 12: Song et al. (2020).
+
+    Args:
+        bar: [T] ``schedules.alphas_cumprod``.
+        times: [S] timesteps, descending: ``schedules.timesteps``.
+        kind: what the model predicts.
+        eta: 0 draws no noise, 1 is DDPM's.
+        limit: clamps x0; eps then follows from it.
+        final: the square of alpha after the last step.
+    """
+    times, now, after, alpha, sigma = _of_discrete(bar, times, final)
+    spread = eta * ((1 - after) / (1 - now) * (1 - now / after)).sqrt()
+    slope = {"e_m": 1.0} if kind == "eps" and not limit else {"e_x": 1.0, "e_x0": -alpha, "e_divisor": sigma}
+    return _plan(times, _x0(kind, alpha, sigma, limit) | slope | {"x0": after.sqrt(), "e": (1 - after - spread**2).clamp(min=0).sqrt(), "noise": spread})
+
+
+def ddpm(bar: torch.Tensor, times: Sequence[int], kind: str = "eps", *, limit: float | None = None, large: bool = False) -> Plan:
+    """Denoising Diffusion Probabilistic Models, algorithm 2 with the posterior of equation 7: Ho et al. (2020). ``large``: variance beta."""
+    times, now, after, alpha, sigma = _of_discrete(bar, times, 1.0)
+    beta = 1 - now / after
+    variance = beta if large else (1 - after) / (1 - now) * beta
+    noise = torch.where(times > 0, variance.sqrt(), 0.0)
+    return _plan(times, _x0(kind, alpha, sigma, limit)
+                 | {"x0": after.sqrt() * beta / (1 - now), "x": (now / after).sqrt() * (1 - after) / (1 - now), "noise": noise})
+
+
+def lcm(bar: torch.Tensor, times: Sequence[int], kind: str = "eps", *, scaling: float = 10.0, final: float = 1.0) -> Plan:
+    """Multistep consistency sampling, algorithm 3 of Latent Consistency Models: Luo et al. (2023)."""
+    times, now, after, alpha, sigma = _of_discrete(bar, times, final)
+    scaled, data = times * scaling, 0.5
+    last = torch.arange(len(times)) == len(times) - 1
+    skip = {"e_x": data**2 / (scaled**2 + data**2), "e_x0": scaled / (scaled**2 + data**2).sqrt()}
+    return _plan(times, _x0(kind, alpha, sigma) | skip
+                 | {"e": torch.where(last, 1.0, after.sqrt()), "noise": torch.where(last, 0.0, (1 - after).sqrt())})
+
+
+def _of_discrete(bar: torch.Tensor, times: Sequence[int], final: float) -> tuple[torch.Tensor, ...]:
+    """(times, alpha^2 at them, alpha^2 after them, alpha, sigma)."""
+    times = torch.as_tensor(times).to(torch.float64)
+    now = bar.to(torch.float64)[times.long()]
+    return times, now, torch.cat([now[1:], now.new_tensor([final])]), now.sqrt(), (1 - now).sqrt()
+
+
+def euler(sigmas: torch.Tensor, kind: str = "x0", *, times: torch.Tensor | None = None) -> Plan:
+    """Algorithm 1 without its correction, of Karras et al. (2022); of a flow (Liu et al., 2022) with kind "velocity".
+
+    Args:
+        sigmas: [S + 1], the last one 0.
+        kind: "x0" for a denoiser; "eps", "v": x is scaled to unit variance for the model.
+        times: [S] what the model is told; None: sigma.
+    """
+    level, after = _levels(sigmas)
+    return _plan(level if times is None else times, _denoised(kind, level) | _slope(level) | {"x": 1.0, "e": after - level}, scales=_scaled(kind, level))
+
+
+def euler_ancestral(sigmas: torch.Tensor, kind: str = "x0", *, eta: float = 1.0, times: torch.Tensor | None = None) -> Plan:
+    """Euler steps to a lower level and noise back up: Crowson (2022), k-diffusion's ``sample_euler_ancestral``."""
+    level, after = _levels(sigmas)
+    up = torch.minimum(after, eta * (after**2 * (level**2 - after**2) / level**2).sqrt())
+    down = (after**2 - up**2).sqrt()
+    return _plan(level if times is None else times, _denoised(kind, level) | _slope(level) | {"x": 1.0, "e": down - level, "noise": up},
+                 scales=_scaled(kind, level))
+
+
+def heun(sigmas: torch.Tensor, kind: str = "x0", *, times: torch.Tensor | None = None, churn: float = 0.0, churn_from: float = 0.0,
+         churn_to: float = float("inf"), churn_noise: float = 1.0) -> Plan:
+    """Algorithm 2 of Karras et al. (2022): Heun's method with ``churn`` (S_churn between S_tmin and S_tmax, S_noise); of a flow with kind "velocity"."""
+    level, after = _levels(sigmas)
+    steps = len(level)
+    more = ((churn_from <= level) & (level <= churn_to)).double() * min(churn / steps, 2**0.5 - 1)
+    hat = level * (1 + more)
+    if times is not None and churn:
+        raise ValueError("times is given; with churn the model is told the levels that it is given")
+    told = hat if times is None else torch.as_tensor(times, dtype=torch.float64)
+    rows, again = [], torch.tensor([i for i in range(steps) if after[i] > 0], dtype=torch.long)
+    order = torch.argsort(torch.cat([torch.arange(steps) * 2, again * 2 + 1]))
+
+    def both(first, second):
+        return torch.cat([first, second])[order]
+
+    at, dt = both(hat, after[again]), both(after - hat, (after - hat)[again])
+    is_second = both(torch.zeros(steps), torch.ones(len(again)))
+    columns = _denoised(kind, at) | _slope(at) | {"x": 1.0, "e": dt, "e_previous": is_second, "e_scale": 1 - 0.5 * is_second}
+    return _plan(both(told, told[again + 1] if times is not None else after[again]), columns, scales=_scaled(kind, at),
+                 churn=both((hat**2 - level**2).sqrt() * churn_noise, torch.zeros(len(again), dtype=torch.float64)), second=is_second.bool().tolist())
+
+
+def dpmpp_2m(sigmas: torch.Tensor, kind: str = "x0", *, alphas: torch.Tensor | None = None, times: torch.Tensor | None = None, order: int = 2,
+             sde: float | None = None, heun: bool = False, lower_order_final: bool = True) -> Plan:
+    """DPM-Solver++ 2M, algorithm 2 of Lu et al. (2022), and with ``sde`` (eta) its SDE: Lu et al. (2022), equation 18, Crowson (2023) for eta.
+
+    ``alphas`` [S + 1] where x is ``alpha * x0 + sigma * eps``; None: alpha is 1. ``lower_order_final``: the last step has order 1, as it must to sigma 0.
+    ``heun``: the other of the two forms of order 2.
+    """
+    level, after = _levels(sigmas)
+    alpha, alpha_after = (torch.ones_like(level),) * 2 if alphas is None else _levels(alphas)
+    half = torch.log(alpha / level)
+    h = torch.log(alpha_after / after) - half  # infinite in a step to 0
+    decay = h if sde is None else h * (1 + sde)
+    own = -alpha_after * torch.expm1(-decay)
+    ratio = torch.cat([half.new_full((1,), float("nan")), half[1:] - half[:-1]]) / h
+    second = torch.arange(len(level)) > 0 if order == 2 else torch.zeros(len(level), dtype=torch.bool)
+    second &= after > 0
+    if lower_order_final:
+        second[-1] = False
+    change = alpha_after * (torch.expm1(-decay) / decay + 1) if heun else 0.5 * own
+    columns = {"x0": own, "x": torch.where(after > 0, after / level * torch.exp(h - decay), 0.0), "e_x0": second.double(), "e_previous": -second.double(),
+               "e_scale": torch.where(second, 1 / ratio, 1.0), "e": torch.where(second, change, 0.0)}
+    if sde is not None:
+        columns["noise"] = after * (-torch.expm1(-2 * sde * h)).sqrt()
+    scales = _scaled(kind, level) if alphas is None else None
+    x0 = _denoised(kind, level) if alphas is None else _x0(kind, alpha, level)
+    return _plan(level if times is None else times, x0 | columns, scales=scales)
+
+
+def lms(sigmas: torch.Tensor, kind: str = "x0", *, order: int = 4, times: torch.Tensor | None = None) -> Plan:
+    """Linear multistep (Adams-Bashforth) in sigma: Crowson (2022), k-diffusion's ``sample_lms``."""
+    level, after = _levels(sigmas)
+    weights = []
+    for i in range(len(level)):
+        nodes = level[max(0, i - order + 1):i + 1].flip(0)  # the last one first
+        weights.append([_integral(nodes, j, level[i], after[i]) for j in range(len(nodes))])
+    return _plan(level if times is None else times, _denoised(kind, level) | _slope(level) | {"x": 1.0, "e": [w[0] for w in weights], "noise": 1.0},
+                 scales=_scaled(kind, level), past=[tuple(w[1:]) for w in weights])
+
+
+def _integral(nodes: torch.Tensor, j: int, start: torch.Tensor, stop: torch.Tensor) -> float:
+    """The integral of Lagrange's polynomial of node j, by Gauss and Legendre's three points: exact up to degree five."""
+    points = torch.tensor([-(0.6**0.5), 0.0, 0.6**0.5], dtype=torch.float64)
+    at = (start + stop) / 2 + (stop - start) / 2 * points
+    value = torch.ones_like(at)
+    for k, node in enumerate(nodes):
+        if k != j:
+            value = value * (at - node) / (nodes[j] - node)
+    return ((stop - start) / 2 * (value * torch.tensor([5 / 9, 8 / 9, 5 / 9], dtype=torch.float64)).sum()).item()
+
+
+def _levels(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values = torch.as_tensor(values, dtype=torch.float64)
+    return values[:-1], values[1:]

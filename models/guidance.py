@@ -11,8 +11,8 @@ import torch
 def classifier_free(uncond: torch.Tensor, cond: torch.Tensor, guidance_scale: float, rescale: float = 0.0) -> torch.Tensor:
     """``uncond + g * (cond - uncond)``: Ho and Salimans (2022), "Classifier-Free Diffusion Guidance"; g is 1 + their w.
 
-    Without ``rescale`` ``ops.solver_step`` and ``ops.sampler_step`` do this as part of their pass. ``rescale`` is phi of Lin et al. (2023), "Common Diffusion
-    Noise Schedules and Sample Steps are Flawed", equations 14 to 16: each picture's standard deviation goes that far back to the conditional one's.
+    Without ``rescale`` ``ops.solver_step`` and ``ops.sampler_step`` do this as part of their pass. ``rescale`` is phi of Lin et al. (2023), "Common
+    Diffusion Noise Schedules and Sample Steps are Flawed", equations 14 to 16: each picture's standard deviation goes that far back to that of ``cond``.
     """
     guided = uncond + guidance_scale * (cond - uncond)
     if not rescale:

@@ -69,8 +69,9 @@ def sample_flow_euler(model: Callable[..., torch.Tensor], x: torch.Tensor, sigma
     return x
 
 
-def sample(model: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor, plan: Plan, *, noise: Callable[[int], torch.Tensor] | None = None,
-           guidance_scale: float | Sequence[float] = 1.0, numerics: str = "close", callback: Callable[[int, torch.Tensor], None] | None = None) -> torch.Tensor:
+def sample(model: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor, plan: Plan, *,
+           noise: Callable[[int], torch.Tensor] | None = None, guidance_scale: float | Sequence[float] = 1.0, numerics: str = "close",
+           callback: Callable[[int, torch.Tensor], None] | None = None) -> torch.Tensor:
     """Follow a plan from ``x``, noise of the first level, to a picture.
 
     Args:

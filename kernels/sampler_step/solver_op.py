@@ -73,18 +73,14 @@ def solver_step(sample, model_output, table, step, *, uncond=None, previous=None
         if known is None:
             raise ValueError("known is None; a mask needs what stays where it is 0")
         mask = _expanded(mask, shape)
-    wide = compute_dtype(dtype)
-    for name, tensor, dtypes in (("model_output", model_output, (dtype,)), ("uncond", uncond, (dtype,)), ("previous", previous, (dtype, wide)),
-                                 ("base", base, (dtype,)), ("noise", noise, (dtype, wide)), ("mask", mask, (dtype,)), ("known", known, (dtype,)),
-                                 ("known_noise", known_noise, (dtype,))):
-        if tensor is None:
-            continue
-        if tensor.dtype not in dtypes:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; it should be {' or '.join(map(str, dict.fromkeys(dtypes)))}, as sample has {dtype}")
-        if tensor.shape != shape and name != "model_output":
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; it should be {list(shape)}")
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}; it should be on {device}, where sample is")
+    if model_output.dtype is not dtype or model_output.device != device:
+        _explain(sample, model_output, uncond, previous, base, noise, mask, known, known_noise)
+    for tensor in (uncond, base, mask, known, known_noise):
+        if tensor is not None and not (tensor.dtype is dtype and tensor.shape == shape and tensor.device == device):
+            _explain(sample, model_output, uncond, previous, base, noise, mask, known, known_noise)
+    for tensor in (previous, noise):
+        if tensor is not None and not (tensor.dtype in (dtype, compute_dtype(dtype)) and tensor.shape == shape and tensor.device == device):
+            _explain(sample, model_output, uncond, previous, base, noise, mask, known, known_noise)
     if not isinstance(table, torch.Tensor) or table.dtype is not torch.float64:
         raise TypeError(f"table is a {getattr(table, 'dtype', type(table).__name__)}; it should be a float64 tensor")
     if table.dim() != 2 or table.shape[1] != len(SOLVER):
@@ -96,11 +92,28 @@ def solver_step(sample, model_output, table, step, *, uncond=None, previous=None
         counter, step = step, 0
     elif not 0 <= step < table.shape[0]:
         raise ValueError(f"step is {step}; it should be from 0 to {table.shape[0] - 1}")
-    for name, tensor in (("table", table), ("step", counter)):
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}; it should be on {device}, where sample is")
+    if table.device != device or (counter is not None and counter.device != device):
+        name, tensor = ("table", table) if table.device != device else ("step", counter)
+        raise ValueError(f"{name} is on {tensor.device}; it should be on {device}, where sample is")
     return _solver(sample, model_output, uncond, previous, base, noise, mask, known, known_noise, table, step, counter, wide_x0, wide_out, keep_slope,
                    reciprocal, is_exact(numerics))
+
+
+def _explain(sample, model_output, uncond, previous, base, noise, mask, known, known_noise) -> None:
+    """Raise what is wrong with one of the tensors."""
+    dtype, shape, device = sample.dtype, sample.shape, sample.device
+    both = tuple(dict.fromkeys((dtype, compute_dtype(dtype))))
+    for name, tensor, dtypes in (("model_output", model_output, (dtype,)), ("uncond", uncond, (dtype,)), ("previous", previous, both),
+                                 ("base", base, (dtype,)), ("noise", noise, both), ("mask", mask, (dtype,)), ("known", known, (dtype,)),
+                                 ("known_noise", known_noise, (dtype,))):
+        if tensor is None:
+            continue
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; it should be {' or '.join(map(str, dtypes))}, as sample has {dtype}")
+        if tensor.shape != shape and name != "model_output":
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; it should be {list(shape)}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}; it should be on {device}, where sample is")
 
 
 def _expanded(mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:

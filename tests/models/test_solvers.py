@@ -46,7 +46,8 @@ def denoiser(x, sigma):
 CHURN = dict(churn=2.0, churn_from=0.05, churn_to=10.0, churn_noise=1.003)
 KARRAS = {
     "euler": solvers.euler, "euler_ancestral": solvers.euler_ancestral, "heun": solvers.heun, "heun_churn": lambda s: solvers.heun(s, **CHURN),
-    "dpmpp_2m": solvers.dpmpp_2m, "dpmpp_2m_sde": lambda s: solvers.dpmpp_2m(s, sde=1.0), "dpmpp_2m_sde_heun": lambda s: solvers.dpmpp_2m(s, sde=1.0, heun=True),
+    "dpmpp_2m": solvers.dpmpp_2m, "dpmpp_2m_sde": lambda s: solvers.dpmpp_2m(s, sde=1.0),
+    "dpmpp_2m_sde_heun": lambda s: solvers.dpmpp_2m(s, sde=1.0, heun=True),
     "lms": solvers.lms, "lms_order2": lambda s: solvers.lms(s, order=2),
 }
 
@@ -109,7 +110,8 @@ def analytic_eps(x, t):
 @pytest.fixture
 def guided_diffusion():
     file, _ = golden("guided_diffusion_process")
-    return file, schedules.alphas_cumprod(schedules.linear_betas()), file["mid/timestep_map"].flip(0), file["in/x_T"].double(), file["in/loop_noise"].double()
+    bar, times = schedules.alphas_cumprod(schedules.linear_betas()), file["mid/timestep_map"].flip(0)
+    return file, bar, times, file["in/x_T"].double(), file["in/loop_noise"].double()
 
 
 @pytest.mark.parametrize("name, eta", [("ddim_loop", 0.0), ("ddim_eta_loop", 0.7)])
@@ -186,16 +188,20 @@ DISCRETE = [
     (EulerDiscreteScheduler(**SD), lambda s: solvers.euler(s.sigmas, "eps", times=s.timesteps)),
     (EulerDiscreteScheduler(**SD, prediction_type="v_prediction", use_karras_sigmas=True), lambda s: solvers.euler(s.sigmas, "v", times=s.timesteps)),
     (EulerAncestralDiscreteScheduler(**SD), lambda s: solvers.euler_ancestral(s.sigmas, "eps", times=s.timesteps)),
-    (HeunDiscreteScheduler(**SD), lambda s: solvers.heun(torch.cat([s.sigmas[:1], s.sigmas[1::2]]), "eps", times=torch.cat([s.timesteps[:1], s.timesteps[1::2]]))),
+    (HeunDiscreteScheduler(**SD), lambda s: solvers.heun(once(s.sigmas), "eps", times=once(s.timesteps))),
     (LMSDiscreteScheduler(**SD), lambda s: solvers.lms(s.sigmas, "eps", times=s.timesteps)),
     (DPMSolverMultistepScheduler(**SD), lambda s: two_m(s, "eps")),
     (DPMSolverMultistepScheduler(**SD, prediction_type="v_prediction", solver_type="heun"), lambda s: two_m(s, "v", heun=True)),
     (DPMSolverMultistepScheduler(**SD, algorithm_type="sde-dpmsolver++"), lambda s: two_m(s, "eps", sde=1.0)),
     (DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0), lambda s: two_m(s, "velocity", flow=True)),
     (FlowMatchEulerDiscreteScheduler(shift=3.0), lambda s: solvers.euler(s.sigmas, "velocity", times=s.timesteps)),
-    (FlowMatchHeunDiscreteScheduler(shift=3.0),
-     lambda s: solvers.heun(torch.cat([s.sigmas[:1], s.sigmas[1::2]]), "velocity", times=torch.cat([s.timesteps[:1], s.timesteps[1::2]]))),
+    (FlowMatchHeunDiscreteScheduler(shift=3.0), lambda s: solvers.heun(once(s.sigmas), "velocity", times=once(s.timesteps))),
 ]
+
+
+def once(values):
+    """The levels of Heun's method, which diffusers has twice but for the first."""
+    return torch.cat([values[:1], values[1::2]])
 
 
 def two_m(scheduler, kind, flow=False, **options):

@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from diffusers import (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler,
-                       HeunDiscreteScheduler, LCMScheduler)
+                       FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler, LCMScheduler)
 
 import fusewire
 from fusewire import ops
@@ -153,7 +153,8 @@ def test_stock_asks_at_every_step(cls, monkeypatch):
 @pytest.mark.parametrize("cls, config, reason", [
     (DDIMScheduler, dict(thresholding=True), "quantile"), (DDPMScheduler, dict(variance_type="learned_range"), "variance_type is 'learned_range'"),
     (DPM, dict(algorithm_type="sde-dpmsolver", final_sigmas_type="sigma_min"), "algorithm_type"), (DPM, dict(solver_order=3), "solver_order is 3"),
-    (DPM, dict(thresholding=True), "quantile"), (LCMScheduler, dict(thresholding=True), "quantile"), (EulerAncestralDiscreteScheduler, X0, "prediction_type is 'sample'"),
+    (DPM, dict(thresholding=True), "quantile"), (LCMScheduler, dict(thresholding=True), "quantile"),
+    (EulerAncestralDiscreteScheduler, X0, "prediction_type is 'sample'"),
 ])
 def test_refused_with_a_reason(cls, config, reason):
     with pytest.raises(ValueError, match=reason):
@@ -173,8 +174,8 @@ def test_what_the_op_does_not_serve_is_stock(cls, config, options):
         except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
             return str(error)
 
-    for change in (lambda t, x, m: (t.clone(), x, m), lambda t, x, m: (t.item(), x, m), lambda t, x, m: (int(t), x, m), lambda t, x, m: (t, x.double(), m.double()),
-                   lambda t, x, m: (t, x, m.bfloat16()), lambda t, x, m: (t, x.bfloat16(), m)):
+    for change in (lambda t, x, m: (t.clone(), x, m), lambda t, x, m: (t.item(), x, m), lambda t, x, m: (int(t), x, m),
+                   lambda t, x, m: (t, x.double(), m.double()), lambda t, x, m: (t, x, m.bfloat16()), lambda t, x, m: (t, x.bfloat16(), m)):
         want, scheduler = outcome(cls(**config), change), cls(**config)
         with fusewire.swapped(scheduler):
             got = outcome(scheduler, change)
@@ -203,6 +204,29 @@ def test_copies_signatures_and_changed_tables(cls, config, options):
     for one in (changed, plain):
         one.alphas_cumprod[:] = one.alphas_cumprod**1.5  # what was computed from it no longer holds
     assert same(trajectory(changed, options=options), trajectory(plain, options=options))
+
+
+@pytest.mark.parametrize("cls, config, options", [*ONE_EACH, (FlowMatchEulerDiscreteScheduler, {}, {})], ids=lambda v: getattr(v, "__name__", ""))
+def test_inference_mode(cls, config, options):
+    """Tensors made there have no version; that they were written to is seen nevertheless."""
+    def run(scheduler):
+        with torch.inference_mode():
+            scheduler.set_timesteps(5)
+            x = torch.ones(1, 2, 4, 4)
+            for i, t in enumerate(scheduler.timesteps[:4]):
+                if hasattr(scheduler, "scale_model_input"):
+                    scheduler.scale_model_input(x, t)
+                x = scheduler.step(x * 0.5, t, x, return_dict=False)[0]
+                if i == 1 and hasattr(scheduler, "sigmas"):
+                    scheduler.sigmas[3:] *= 0.5
+        return x
+
+    scheduler, plain = cls(**config), cls(**config)
+    torch.manual_seed(1)
+    want = run(plain)
+    with fusewire.swapped(scheduler):
+        torch.manual_seed(1)
+        assert torch.equal(run(scheduler), want)
 
 
 @each_scheduler

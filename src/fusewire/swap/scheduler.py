@@ -13,7 +13,7 @@ from fusewire.models.layers import How
 from fusewire.swap.families import Candidate, Family
 from fusewire.swap.fused import MAKERS, fused_class, stock_of, unknown_forward
 from fusewire.swap.schedulers import ddim, dpm, euler  # noqa: F401: they fill KNOWN
-from fusewire.swap.schedulers.common import KNOWN
+from fusewire.swap.schedulers.common import KNOWN, stamp
 
 Stock = FlowMatchEulerDiscreteScheduler
 # As diffusers 0.40 to 0.42 has them.
@@ -39,7 +39,7 @@ def _maker(how: How) -> dict:
         distinct = len(set(self.timesteps.tolist())) == len(self.timesteps)
         if device is not None:
             self.sigmas, self.timesteps = self.sigmas.to(device), self.timesteps.to(device)
-        self._fusewire_distinct = (self.timesteps, self.timesteps._version) if distinct else None
+        self._fusewire_distinct = (self.timesteps, stamp(self.timesteps)) if distinct else None
 
     return {"step": step, "set_timesteps": set_timesteps}
 
@@ -55,7 +55,7 @@ def _index(scheduler, timestep) -> int | None:
     # Pipelines pass elements of scheduler.timesteps; where all differ, the place in memory is the index, and no value has to be fetched.
     table = scheduler.timesteps
     known, version = scheduler.__dict__.get("_fusewire_distinct") or (None, None)
-    if known is table and version == table._version and timestep.dtype is table.dtype and timestep.device == table.device:
+    if known is table and version == stamp(table) and timestep.dtype is table.dtype and timestep.device == table.device:
         offset, rest = divmod(timestep.data_ptr() - table.data_ptr(), table.element_size())
         if rest == 0 and 0 <= offset < len(table):
             return offset
@@ -70,8 +70,8 @@ def _same(model_output, sample) -> bool:
 def _table(scheduler, sigmas: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The step's scalars, made again when sigmas were set or changed, or the latents live elsewhere."""
     cached = scheduler.__dict__.get("_fusewire_table")
-    if cached is None or cached[0] is not sigmas or cached[1] != sigmas._version or cached[2].device != device:
-        cached = scheduler.__dict__["_fusewire_table"] = (sigmas, sigmas._version, ops.flow_euler_table(sigmas).to(device))
+    if cached is None or cached[0] is not sigmas or cached[1] != stamp(sigmas) or cached[2].device != device:
+        cached = scheduler.__dict__["_fusewire_table"] = (sigmas, stamp(sigmas), ops.flow_euler_table(sigmas).to(device))
     return cached[2]
 
 

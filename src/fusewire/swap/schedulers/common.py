@@ -58,24 +58,53 @@ class Scalars:
         return dict(x0_limit=self.stored(torch.tensor(config.clip_sample_range)) if self.exact else config.clip_sample_range) if config.clip_sample else {}
 
 
-def table(scheduler, key: tuple, sources: tuple[torch.Tensor, ...], device: torch.device, make: Callable[[], dict], steps: int) -> torch.Tensor:
-    """The table of ``make()``, made again when a tensor that it comes from, or the configuration, is another one or was written to."""
-    tables = scheduler.__dict__.setdefault("_fusewire_tables", {})
-    known = (*sources, scheduler.config), tuple(source._version for source in sources)
-    found = tables.get((key, device))
-    if found is None or found[1] != known[1] or any(a is not b for a, b in zip(found[0], known[0], strict=True)):
-        if len(tables) >= 8:  # of other dtypes, devices and etas
-            tables.clear()
-        found = tables[key, device] = (*known, ops.solver_table(steps, **make()).to(device))
-    return found[2]
+def stamp(tensor: torch.Tensor) -> int | bytes:
+    """What changes when a tensor is written to. Those made in inference mode have no version: on the CPU their bytes tell; on a device nobody can."""
+    if not tensor.is_inference():
+        return tensor._version
+    return tensor.numpy().tobytes() if tensor.is_cpu else 0
+
+
+class Prepared(NamedTuple):
+    """The table of a schedule for latents of one dtype and device, and what it was made from. ``rows`` is None where the step stays stock."""
+
+    sources: tuple[torch.Tensor, ...]
+    stamps: tuple[int | bytes, ...]
+    config: object
+    rows: torch.Tensor | None
+    reciprocal: bool
+
+
+def prepared(scheduler, key: tuple, sources: tuple[torch.Tensor, ...], sample: torch.Tensor, exact: bool, columns: Callable[[Scalars], dict]) -> Prepared:
+    """The table with ``columns(scalars)``, made again when one of ``sources``, or the configuration, is another one or was written to.
+
+    The first of the sources is what the scalars are computed from.
+    """
+    tables, place = scheduler.__dict__.setdefault("_fusewire_tables", {}), (key, sample.dtype, sample.device)
+    found, config = tables.get(place), scheduler._internal_dict
+    if found is not None and found.config is config:
+        for source, known, before in zip(sources, found.sources, found.stamps):
+            if source is not known or stamp(source) != before:
+                break
+        else:
+            return found
+    if len(tables) >= 8:  # of other dtypes, devices and etas
+        tables.clear()
+    rows, scalars = None, Scalars(sample.dtype, sample.device, sources[0].device, exact)
+    if sources[0].dtype is torch.float32 and not KNOWN[scheduler.fusewire_stock].why_not(scheduler):
+        named = columns(scalars)
+        steps = max(len(values) for values in named.values() if not isinstance(values, (int, float)) and torch.as_tensor(values).dim())
+        rows = ops.solver_table(steps, **named).to(sample.device)
+    found = tables[place] = Prepared(sources, tuple(map(stamp, sources)), config, rows, scalars.reciprocal)
+    return found
 
 
 def times(scheduler) -> list:
     """The values of ``scheduler.timesteps``, fetched once for each tensor that they are set to."""
     timesteps = scheduler.timesteps
     known = scheduler.__dict__.get("_fusewire_times")
-    if known is None or known[0] is not timesteps or known[1] != timesteps._version:
-        known = scheduler.__dict__["_fusewire_times"] = (timesteps, timesteps._version, timesteps.tolist())
+    if known is None or known[0] is not timesteps or known[1] != stamp(timesteps):
+        known = scheduler.__dict__["_fusewire_times"] = (timesteps, stamp(timesteps), timesteps.tolist())
     return known[2]
 
 
@@ -104,11 +133,10 @@ def indexed(stock: type) -> dict:
     return {"_init_step_index": _init_step_index}
 
 
-def usable(model_output, sample, *others) -> bool:
+def usable(model_output, sample) -> bool:
     """Whether the op serves these latents: of one shape, dtype and device."""
     return (isinstance(model_output, torch.Tensor) and isinstance(sample, torch.Tensor) and sample.dtype in FLOATS and sample.dim() > 0
-            and all(isinstance(x, torch.Tensor) and x.shape == sample.shape and x.dtype is sample.dtype and x.device == sample.device
-                    for x in (model_output, *others)))
+            and model_output.dtype is sample.dtype and model_output.shape == sample.shape and model_output.device == sample.device)
 
 
 def no_thresholding(scheduler) -> str:

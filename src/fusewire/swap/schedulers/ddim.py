@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from fusewire import ops
 from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
-from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, indexed, no_thresholding, place, table, times, unknown_prediction, usable
+from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, indexed, no_thresholding, place, prepared, times, unknown_prediction, usable
 
 NARROW = dict(wide_x0=False, wide_out=False)
 KINDS = ("epsilon", "sample", "v_prediction")
@@ -34,16 +34,17 @@ def _ddim(how: How) -> dict:
     @functools.wraps(DDIMScheduler.step)
     def step(self, model_output, timestep, sample, eta=0.0, use_clipped_model_output=False, generator=None, variance_noise=None, return_dict=True):
         index = place(self, timestep)
-        if (index is None or self.num_inference_steps is None or ddim_reason(self) or not usable(model_output, sample)
-                or (eta > 0 and (variance_noise is not None and (generator is not None or not usable(variance_noise, sample))))):
+        table = None
+        if (index is not None and self.num_inference_steps is not None and usable(model_output, sample)
+                and (variance_noise is None or eta <= 0 or (generator is None and usable(variance_noise, sample)))):
+            table = prepared(self, (eta, use_clipped_model_output, self.num_inference_steps), (self.alphas_cumprod, self.timesteps), sample, exact,
+                             lambda scalars: _ddim_columns(self, scalars, eta, use_clipped_model_output))
+        if table is None or table.rows is None:
             return DDIMScheduler.step(self, model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict)
-        scalars = Scalars(sample.dtype, sample.device, self.alphas_cumprod.device, exact)
-        rows = table(self, (sample.dtype, eta, use_clipped_model_output, self.num_inference_steps), (self.alphas_cumprod, self.timesteps), sample.device,
-                     lambda: _ddim_columns(self, scalars, eta, use_clipped_model_output), len(self.timesteps))
         if eta > 0 and variance_noise is None:
             variance_noise = randn_tensor(model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype)
-        previous, x0, _ = ops.solver_step(sample, model_output, rows, index, noise=variance_noise if eta > 0 else None, **NARROW,
-                                          reciprocal=scalars.reciprocal, numerics=how.numerics)
+        previous, x0, _ = ops.solver_step(sample, model_output, table.rows, index, noise=variance_noise if eta > 0 else None, **NARROW,
+                                          reciprocal=table.reciprocal, numerics=how.numerics)
         return DDIMSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
 
     return {"step": step}
@@ -75,15 +76,16 @@ def _ddpm(how: How) -> dict:
     @functools.wraps(DDPMScheduler.step)
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
         index = place(self, timestep)
-        if (index is None or not (self.num_inference_steps or self.custom_timesteps) or ddpm_reason(self) or not usable(model_output, sample)):
+        table = None
+        if index is not None and (self.num_inference_steps or self.custom_timesteps) and usable(model_output, sample):
+            table = prepared(self, (self.variance_type,), (self.alphas_cumprod, self.timesteps), sample, exact, lambda scalars: _ddpm_columns(self, scalars))
+        if table is None or table.rows is None:
             return DDPMScheduler.step(self, model_output, timestep, sample, generator, return_dict)
-        scalars = Scalars(sample.dtype, sample.device, self.alphas_cumprod.device, exact)
-        rows = table(self, (sample.dtype, self.variance_type), (self.alphas_cumprod, self.timesteps), sample.device,
-                     lambda: _ddpm_columns(self, scalars), len(self.timesteps))
         noise = None
         if times(self)[index] > 0:
             noise = randn_tensor(model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype)
-        previous, x0, _ = ops.solver_step(sample, model_output, rows, index, noise=noise, **NARROW, reciprocal=scalars.reciprocal, numerics=how.numerics)
+        previous, x0, _ = ops.solver_step(sample, model_output, table.rows, index, noise=noise, **NARROW, reciprocal=table.reciprocal,
+                                          numerics=how.numerics)
         return DDPMSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
 
     return {"step": step}
@@ -118,22 +120,22 @@ def _lcm(how: How) -> dict:
     @functools.wraps(LCMScheduler.step)
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
         index = place(self, timestep)
-        if index is None or self.num_inference_steps is None or ddim_reason(self) or not usable(model_output, sample):
+        table = None
+        if index is not None and self.num_inference_steps is not None and usable(model_output, sample):
+            if self._step_index is None:
+                self._init_step_index(timestep)
+            if self._step_index == index:  # stock takes coefficients from both: the index and the timestep
+                of_times = Scalars(sample.dtype, sample.device, self.timesteps.device, exact)
+                table = prepared(self, (self.num_inference_steps,), (self.alphas_cumprod, self.timesteps), sample, exact,
+                                 lambda scalars: _lcm_columns(self, scalars, of_times))
+        if table is None or table.rows is None:
             return LCMScheduler.step(self, model_output, timestep, sample, generator, return_dict)
-        if self._step_index is None:
-            self._init_step_index(timestep)
-        if self._step_index != index:  # stock takes coefficients from both: the index and the timestep
-            return LCMScheduler.step(self, model_output, timestep, sample, generator, return_dict)
-        scalars = Scalars(sample.dtype, sample.device, self.alphas_cumprod.device, exact)
-        of_times = Scalars(sample.dtype, sample.device, self.timesteps.device, exact)
-        rows = table(self, (sample.dtype, self.num_inference_steps), (self.alphas_cumprod, self.timesteps), sample.device,
-                     lambda: _lcm_columns(self, scalars, of_times), len(self.timesteps))
         self.sigma_data = 0.5  # as stock leaves it
         noise = None
         if index != self.num_inference_steps - 1:
             noise = randn_tensor(model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype)
-        previous, _, denoised = ops.solver_step(sample, model_output, rows, index, noise=noise, keep_slope=True, **NARROW,
-                                                reciprocal=scalars.reciprocal, numerics=how.numerics)
+        previous, _, denoised = ops.solver_step(sample, model_output, table.rows, index, noise=noise, keep_slope=True, **NARROW,
+                                                reciprocal=table.reciprocal, numerics=how.numerics)
         self._step_index += 1
         return LCMSchedulerOutput(prev_sample=previous, denoised=denoised) if return_dict else (previous, denoised)
 

@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from fusewire import ops
 from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
-from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, indexed, no_thresholding, table, unknown_prediction, usable
+from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, indexed, no_thresholding, prepared, unknown_prediction, usable
 from fusewire.swap.schedulers.ddim import NOISE
 
 Stock = DPMSolverMultistepScheduler
@@ -23,26 +23,26 @@ def _maker(how: How) -> dict:
 
     @functools.wraps(Stock.step)
     def step(self, model_output, timestep, sample, generator=None, variance_noise=None, return_dict=True):
-        if self.num_inference_steps is None or reason(self) or not usable(model_output, sample) or not self.sigmas.is_cpu:
+        if self.num_inference_steps is None or not usable(model_output, sample) or not self.sigmas.is_cpu:
             return Stock.step(self, model_output, timestep, sample, generator, variance_noise, return_dict)
         if self._step_index is None:
             self._init_step_index(timestep)
-        index, steps, config = self._step_index, len(self.timesteps), self.config
-        last = index == steps - 1 and (config.euler_at_final or (config.lower_order_final and steps < 15) or config.final_sigmas_type == "zero")
-        second = config.solver_order == 2 and self.lower_order_nums >= 1 and not last
-        if not 0 <= index < len(self.sigmas) - 1 or (second and not usable(self.model_outputs[-1], sample)):
+        index, steps, config = self._step_index, len(self.timesteps), self._internal_dict
+        last = index == steps - 1 and (
+            config["euler_at_final"] or (config["lower_order_final"] and steps < 15) or config["final_sigmas_type"] == "zero")
+        second = config["solver_order"] == 2 and self.lower_order_nums >= 1 and not last
+        table = prepared(self, (second,), (self.sigmas,), sample, exact, lambda scalars: _columns(self, scalars, second))
+        if table.rows is None or not 0 <= index < len(table.rows) or (second and not usable(self.model_outputs[-1], sample)):
             return Stock.step(self, model_output, timestep, sample, generator, variance_noise, return_dict)
 
-        scalars = Scalars(sample.dtype, sample.device, self.sigmas.device, exact)
-        rows = table(self, (sample.dtype, second), (self.sigmas,), sample.device, lambda: _columns(self, scalars, second), len(self.sigmas) - 1)
         noise = None
-        if config.algorithm_type == "sde-dpmsolver++":
+        if config["algorithm_type"] == "sde-dpmsolver++":
             noise = (randn_tensor(model_output.shape, generator=generator, device=model_output.device, dtype=torch.float32) if variance_noise is None
                      else variance_noise.to(device=model_output.device, dtype=torch.float32))
-        previous, x0, _ = ops.solver_step(sample, model_output, rows, index, previous=self.model_outputs[-1] if second else None, noise=noise,
-                                          wide_x0=False, reciprocal=scalars.reciprocal, numerics=how.numerics)
+        previous, x0, _ = ops.solver_step(sample, model_output, table.rows, index, previous=self.model_outputs[-1] if second else None, noise=noise,
+                                          wide_x0=False, reciprocal=table.reciprocal, numerics=how.numerics)
         self.model_outputs = [*self.model_outputs[1:], x0]
-        if self.lower_order_nums < config.solver_order:
+        if self.lower_order_nums < config["solver_order"]:
             self.lower_order_nums += 1
         self._step_index += 1
         return SchedulerOutput(prev_sample=previous) if return_dict else (previous,)

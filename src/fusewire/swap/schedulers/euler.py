@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from fusewire import ops
 from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
-from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, indexed, table, unknown_prediction, usable
+from fusewire.swap.schedulers.common import KNOWN, Known, Prepared, Scalars, indexed, prepared, unknown_prediction, usable
 from fusewire.swap.schedulers.ddim import NOISE
 
 
@@ -28,21 +28,15 @@ def _columns(scalars: Scalars, kind: str, level: torch.Tensor, dt: torch.Tensor)
     return dict(x0, e_x=1.0, e_x0=-1.0, e_divisor=scalars.divisor(level), x=1.0, e=dt)
 
 
-def _scalars(scheduler, sample, exact: bool) -> Scalars:
-    return Scalars(sample.dtype, sample.device, scheduler.sigmas.device, exact)
-
-
-def _ready(scheduler, model_output, timestep, sample) -> bool:
-    """Whether the step may be fused; what stock complains of is left to it."""
-    return (getattr(scheduler, "is_scale_input_called", True) and not isinstance(timestep, (int, torch.IntTensor, torch.LongTensor))
-            and scheduler.sigmas.dtype is torch.float32 and scheduler.sigmas.is_cpu and not KNOWN[scheduler.fusewire_stock].why_not(scheduler)
-            and usable(model_output, sample))
-
-
-def _index(scheduler, timestep) -> int | None:
+def _table(scheduler, model_output, timestep, sample, exact: bool, columns, key: tuple = ()) -> Prepared | None:
+    """The table of the schedule, once the index of this step is known; None where stock must make it, or complain."""
+    if not (getattr(scheduler, "is_scale_input_called", True) and isinstance(timestep, torch.Tensor) and timestep.is_floating_point()
+            and usable(model_output, sample) and scheduler.sigmas.is_cpu):
+        return None
     if scheduler._step_index is None:
         scheduler._init_step_index(timestep)
-    return scheduler._step_index if 0 <= scheduler._step_index < len(scheduler.sigmas) - 1 else None
+    table = prepared(scheduler, key, (scheduler.sigmas,), sample, exact, columns)
+    return table if table.rows is not None and 0 <= scheduler._step_index < len(table.rows) else None
 
 
 def _euler(how: How) -> dict:
@@ -50,13 +44,11 @@ def _euler(how: How) -> dict:
 
     @functools.wraps(stock)
     def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"), s_noise=1.0, generator=None, return_dict=True):
-        index = _index(self, timestep) if s_churn == 0 and _ready(self, model_output, timestep, sample) else None
-        if index is None:
+        kind, sigmas = self._internal_dict["prediction_type"], self.sigmas
+        table = _table(self, model_output, timestep, sample, exact, lambda scalars: _columns(scalars, kind, sigmas[:-1], sigmas[1:] - sigmas[:-1]))
+        if table is None or s_churn != 0:
             return stock(self, model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, return_dict)
-        scalars, kind, sigmas = _scalars(self, sample, exact), self.config.prediction_type, self.sigmas
-        rows = table(self, (sample.dtype,), (sigmas,), sample.device, lambda: _columns(scalars, kind, sigmas[:-1], sigmas[1:] - sigmas[:-1]),
-                     len(sigmas) - 1)
-        previous, x0, _ = ops.solver_step(sample, model_output, rows, index, reciprocal=scalars.reciprocal, numerics=how.numerics)
+        previous, x0, _ = ops.solver_step(sample, model_output, table.rows, self._step_index, reciprocal=table.reciprocal, numerics=how.numerics)
         self._step_index += 1
         if kind in ("sample", "original_sample"):
             x0 = model_output
@@ -74,14 +66,12 @@ def _ancestral(how: How) -> dict:
 
     @functools.wraps(stock)
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-        index = _index(self, timestep) if _ready(self, model_output, timestep, sample) else None
-        if index is None:
+        table = _table(self, model_output, timestep, sample, exact, lambda scalars: _ancestral_columns(scalars, self.config.prediction_type, self.sigmas))
+        if table is None:
             return stock(self, model_output, timestep, sample, generator, return_dict)
-        scalars, sigmas = _scalars(self, sample, exact), self.sigmas
-        rows = table(self, (sample.dtype,), (sigmas,), sample.device, lambda: _ancestral_columns(scalars, self.config.prediction_type, sigmas),
-                     len(sigmas) - 1)
         noise = randn_tensor(model_output.shape, dtype=model_output.dtype, device=model_output.device, generator=generator)
-        previous, x0, _ = ops.solver_step(sample, model_output, rows, index, noise=noise, reciprocal=scalars.reciprocal, numerics=how.numerics)
+        previous, x0, _ = ops.solver_step(sample, model_output, table.rows, self._step_index, noise=noise, reciprocal=table.reciprocal,
+                                          numerics=how.numerics)
         self._step_index += 1
         return EulerAncestralDiscreteSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
 
@@ -105,15 +95,15 @@ def _heun(how: How) -> dict:
     @functools.wraps(stock)
     def step(self, model_output, timestep, sample, return_dict=True):
         first = self.dt is None
-        ready = isinstance(sample, torch.Tensor) and _ready(self, model_output, timestep, sample)
-        index = _index(self, timestep) if ready and (first or usable(self.prev_derivative, sample, self.sample)) else None
-        if index is None:
+        sigmas, table = self.sigmas, None
+        if first or (usable(self.prev_derivative, sample) and usable(self.sample, sample)):
+            table = _table(self, model_output, timestep, sample, exact, lambda scalars: _heun_columns(scalars, self.config, sigmas, first), (first,))
+        if table is None:
             return stock(self, model_output, timestep, sample, return_dict)
-        scalars, sigmas = _scalars(self, sample, exact), self.sigmas
-        rows = table(self, (sample.dtype, first), (sigmas,), sample.device, lambda: _heun_columns(scalars, self.config, sigmas, first), len(sigmas) - 1)
+        index = self._step_index
         previous, x0, slope = ops.solver_step(
-            sample, model_output, rows, index, previous=None if first else self.prev_derivative, base=None if first else self.sample, keep_slope=first,
-            wide_x0=False, wide_out=False, reciprocal=scalars.reciprocal, numerics=how.numerics)
+            sample, model_output, table.rows, index, previous=None if first else self.prev_derivative, base=None if first else self.sample,
+            keep_slope=first, wide_x0=False, wide_out=False, reciprocal=table.reciprocal, numerics=how.numerics)
         if first:
             self.prev_derivative, self.dt, self.sample = slope, sigmas[index + 1] - sigmas[index], sample
         else:

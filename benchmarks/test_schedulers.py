@@ -1,0 +1,63 @@
+"""The steps of diffusers' schedulers, stock and swapped: what a picture's loop pays beside the model.
+
+``python benchmarks/test_schedulers.py [--rounds N] [--json FILE]``
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler,
+                       HeunDiscreteScheduler, LCMScheduler)
+
+import fusewire
+from alternating import main, measure, served
+from fusewire import ops
+
+SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+NO_CLIP = dict(SD, clip_sample=False)  # as Stable Diffusion's pipelines have them
+SCHEDULERS = {
+    "DDIM": (DDIMScheduler, NO_CLIP), "DDPM": (DDPMScheduler, NO_CLIP), "Euler": (EulerDiscreteScheduler, SD), "LCM": (LCMScheduler, {}),
+    "Euler ancestral": (EulerAncestralDiscreteScheduler, SD), "DPM-Solver++ 2M": (DPMSolverMultistepScheduler, SD),
+    "DPM-Solver++ 2M SDE": (DPMSolverMultistepScheduler, dict(SD, algorithm_type="sde-dpmsolver++")), "Heun": (HeunDiscreteScheduler, SD),
+}
+SHAPES = {"SD1.5 512^2": (1, 4, 64, 64), "SDXL 1024^2, two pictures": (2, 4, 128, 128)}
+STEPS, AT = 20, 7
+
+
+def step_of(cls, config: dict, numerics: str | None, sample: torch.Tensor, output: torch.Tensor):
+    """One step in the middle of a schedule, again and again."""
+    scheduler = cls(**config)
+    if numerics:
+        fusewire.swap(scheduler, numerics=numerics)
+    scheduler.set_timesteps(STEPS)
+    for timestep in scheduler.timesteps[:AT]:  # so that a solver of order two has a past
+        scheduler.scale_model_input(sample, timestep)
+        scheduler.step(output, timestep, sample)
+    timestep, state = scheduler.timesteps[AT], {name: value for name, value in vars(scheduler).items() if name[0] != "_" or name == "_step_index"}
+
+    def step():
+        vars(scheduler).update(state)
+        return scheduler.step(output, timestep, sample, return_dict=False)[0]
+
+    return step
+
+
+def rows(arguments):
+    for (name, (cls, config)), (what, shape) in ((one, other) for one in SCHEDULERS.items() for other in SHAPES.items()):
+        for dtype in (torch.float32, torch.bfloat16):
+            sample, output = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+            sides = {side: step_of(cls, config, numerics, sample, output) for side, numerics in
+                     (("exact", "exact"), ("close", "close"), ("diffusers", None))}
+            results = []
+            for side in ("diffusers", "exact"):
+                torch.manual_seed(1)
+                results.append(sides[side]())
+            assert torch.equal(*results)
+            ops.reset_stats()
+            times = measure(sides | {"clone": lambda: sample.clone()}, arguments.rounds, inner=20)
+            yield {"scheduler": name, "shape": what, "size": list(shape), "dtype": str(dtype).removeprefix("torch."), "backend": served("solver_step"),
+                   **times, "diffusers/exact": round(times["diffusers"] / times["exact"], 2)}
+
+
+if __name__ == "__main__":
+    main(__doc__, rows)

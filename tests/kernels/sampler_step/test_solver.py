@@ -9,6 +9,7 @@ from fusewire import ops
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
 from fusewire.kernels.sampler_step import solver_reference
+from tests.kernels.isa_levels import run_at
 from tests.kernels.sampler_step.solver_cases import OPERANDS, STEPS, WIDTHS, in_float64, operands, table
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact
@@ -196,3 +197,9 @@ def test_reference_is_the_formula():
     out = (1 - given["mask"]) * known + given["mask"] * out
     for mine, want in zip(ops.solver_step(**given, table=t, step=1, keep_slope=True), (out, x0, e)):
         assert torch.allclose(mine, want, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.on_reference(reason="a process of its own runs the tests")
+@pytest.mark.parametrize("level", ["base", "avx2", "avx512"])
+def test_isa_levels(level):
+    run_at(level, __file__, "bits_of_the_reference or chain_of_calls or leaves_its_term_out")

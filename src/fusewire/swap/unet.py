@@ -7,14 +7,17 @@ from collections.abc import Iterator
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.autoencoders.vae import Decoder, Encoder
+from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from fusewire import ops
+from fusewire.models.convolution import convolution
 from fusewire.models.layers import How
 from fusewire.models.resnet import resnet_block
 from fusewire.models.transformer_block import affine_block, single_block, zero_block
@@ -23,7 +26,7 @@ from fusewire.swap.families import Candidate, Family
 from fusewire.swap.fused import ANNOUNCE, MAKERS, announce_block, stock_of, unknown_forward
 from fusewire.swap.parts import candidate, described, feed_forward_candidates, norm_candidates
 
-OPS = ("group_norm_silu", "adaln_modulate", "gate_residual", "gate_residual_adaln", "attention", "geglu", "linear")
+OPS = ("group_norm_silu", "convolution", "adaln_modulate", "gate_residual", "gate_residual_adaln", "attention", "geglu", "linear")
 
 # As diffusers 0.40 to 0.42 has them.
 RESNET = {ResnetBlock2D.forward: ("40d2e36e0db5",)}
@@ -32,6 +35,13 @@ BLOCKS = {"layer_norm": affine_block, "ada_norm_zero": zero_block, "ada_norm_sin
 # Where a plain GroupNorm lies, by the class that has it.
 GROUP_NORMS = {UNet2DConditionModel: "conv_norm_out", UNet2DModel: "conv_norm_out", Decoder: "conv_norm_out", Encoder: "conv_norm_out",
                Transformer2DModel: "norm"}
+# Where convolutions lie, by the class that has them; the last of a model gives the format that stock would give.
+CONVOLUTIONS = {ResnetBlock2D: ("conv1", "conv2", "conv_shortcut"), Upsample2D: ("conv",), Downsample2D: ("conv",), Transformer2DModel: ("proj_in", "proj_out"),
+                UNet2DConditionModel: ("conv_in", "conv_out"), UNet2DModel: ("conv_in", "conv_out"), Encoder: ("conv_in", "conv_out"),
+                Decoder: ("conv_in", "conv_out")}
+
+
+LAST = 16  # channels: of pictures and latents, not of what lies inside a model
 
 
 def _resnet(how: How) -> dict:
@@ -52,6 +62,14 @@ def _group_norm(how: How) -> dict:
     return {"forward": forward}
 
 
+def _convolution(how: How) -> dict:
+    def forward(self, input):
+        y = convolution(self, input)
+        return y.contiguous() if self.out_channels <= LAST and self.weight.is_contiguous() else y
+
+    return {"forward": forward}
+
+
 def _block(how: How) -> dict:
     def forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, timestep=None,
                 cross_attention_kwargs=None, class_labels=None, added_cond_kwargs=None):
@@ -68,7 +86,7 @@ def _block(how: How) -> dict:
     return {"forward": forward}
 
 
-MAKERS.update({ResnetBlock2D: _resnet, nn.GroupNorm: _group_norm, BasicTransformerBlock: _block})
+MAKERS.update({ResnetBlock2D: _resnet, nn.Conv2d: _convolution, nn.GroupNorm: _group_norm, BasicTransformerBlock: _block})
 ANNOUNCE[BasicTransformerBlock] = announce_block
 
 
@@ -76,6 +94,11 @@ def candidates(name: str, instance, how: How) -> Iterator[Candidate]:
     """A residual block, a transformer block with its parts, the attention of a block without one, or a GroupNorm between blocks."""
     stock = stock_of(instance) or type(instance)
     dot = f"{name}." if name else ""
+    if how.linear:
+        for part in CONVOLUTIONS.get(stock, ()):
+            layer = getattr(instance, part, None)
+            if (stock_of(layer) or type(layer)) is nn.Conv2d and layer.groups == 1:
+                yield candidate(dot + part, layer, ("convolution",), how, "")
     if stock is ResnetBlock2D:
         yield candidate(name or "block", instance, ("group_norm_silu",), how, unknown_forward(RESNET))
     elif stock is BasicTransformerBlock:

@@ -4,7 +4,7 @@ PYTHON ?= $(VENV)/bin/python
 SYSTEM_PYTHON ?= python3
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test test-all sanitize lib wheel clean kernels-compiled bug-classes
+.PHONY: demo test test-all sanitize lib wheel clean kernels-compiled bug-classes compatibility
 demo: $(STAMP)
 	$(PYTHON) -m fusewire demo
 
@@ -50,3 +50,7 @@ wheel: $(STAMP)
 
 clean:
 	rm -rf build dist src/fusewire/lib report *.egg-info src/*.egg-info
+
+# The README's table of what goes on working: a cell is a test.
+compatibility: $(STAMP)
+	$(PYTHON) -m pytest -q tests/compat --matrix README.md

@@ -1,4 +1,6 @@
-"""The matrix: ``pytest tests/compat --matrix FILE`` writes a Markdown table of what passed, what does not apply and what is refused."""
+"""The matrix: ``pytest tests/compat --matrix FILE`` puts a Markdown table of what passed, what does not apply and what is refused between two marks
+of the file (``make compatibility``: the README).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import torch
 
 from tests.compat.families import FAMILIES
 
+MARKS = ("<!-- compatibility -->", "<!-- /compatibility -->")
 _cells: dict[tuple[str, str], str] = {}
 _columns: list[str] = []
 
@@ -58,4 +61,6 @@ def pytest_sessionfinish(session):
     families = [name for name in FAMILIES if any(family == name for family, _ in _cells)]
     lines = ["| | " + " | ".join(families) + " |", "|---" * (1 + len(families)) + "|"]
     lines += [f"| {column} | " + " | ".join(_cells.get((family, column), "") for family in families) + " |" for column in _columns]
-    Path(file).write_text("\n".join(lines) + "\n")
+    text = Path(file).read_text()
+    before, rest = text.split(MARKS[0], 1)
+    Path(file).write_text("\n".join([before + MARKS[0], *lines, MARKS[1]]) + rest.split(MARKS[1], 1)[1])

@@ -37,6 +37,7 @@ static void forward(const GatedTask& k, int64_t begin, int64_t end) {
   constexpr int N = kLanes<C>, kBlock = 16;
   const GatedMemory<T, kBlock> memory(k);
   const int64_t n = k.width;
+  const C *const hidden_bias = memory.hidden_bias, *const gate_bias = memory.gate_bias;  // not read again after each store
   const T *hidden[kBlock], *gate[kBlock];
   for (int64_t i = begin; i < end; i += kBlock) {
     const int count = end - i < kBlock ? static_cast<int>(end - i) : kBlock;
@@ -46,9 +47,9 @@ static void forward(const GatedTask& k, int64_t begin, int64_t end) {
       T* out = static_cast<T*>(k.out) + (i + r) * n;
       for_columns<N>(0, n, [&](const auto& at) __attribute__((always_inline)) {
         lanes<C, N> g = at.load(gate[r]);
-        if constexpr (Bias) g += at.load(memory.gate_bias);
+        if constexpr (Bias) g += at.load(gate_bias);
         lanes<C, N> y = Act::template value<T, N>(g);
-        if constexpr (Gated) y = (Bias ? at.load(hidden[r]) + at.load(memory.hidden_bias) : at.load(hidden[r])) * y;
+        if constexpr (Gated) y = (Bias ? at.load(hidden[r]) + at.load(hidden_bias) : at.load(hidden[r])) * y;
         at.store(out, y);
       });
     }

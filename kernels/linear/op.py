@@ -37,7 +37,9 @@ def _cpu(x, weight, bias, activation, gate, residual, exact) -> torch.Tensor:
         # Where a graph is recorded (autograd, torch.compile) the registered op, which has a formula; the bare call elsewhere.
         recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()
         y = (_onednn_op if recorded else native.onednn)(x, weight, bias, activation)
-        return y if residual is None else gate_residual(residual, y, gate, numerics="close")
+        if residual is None:
+            return y
+        return residual + y if gate is None else gate_residual(residual, y, gate, numerics="close")
     if gate is not None:
         gate = reference.over_tokens(gate, x)
     if native.apart(residual, gate) and native.recorded(x, weight, bias, gate, residual):

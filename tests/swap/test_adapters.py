@@ -8,9 +8,11 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0, PAGJoint
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import nn
+from torch.nn.utils import parametrize
 
 import fusewire
 from fusewire import ops
+from tests.models import stock_unet
 from tests.models.stock_sd3 import randomise
 from tests.swap.tiny import generate, inputs, run, stock_model, tiny_pipeline
 
@@ -166,3 +168,37 @@ def test_a_weight_of_a_tensor_subclass_is_not_read(numerics):
         assert torch.equal(got, want) if numerics == "exact" else (got - want).abs().max() <= 1e-5
     if numerics == "close":
         assert any("HalfWeight weight is called as it is" in entry.reason for entry in handle.report.left)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@pytest.mark.parametrize("numerics", ["exact", "close"])
+def test_a_parametrisation_put_there_after_the_swap_outlives_it(numerics):
+    """torch derives a class from that of the module, ours, to hold the weight as a property."""
+    model, data = stock_unet.unet(), stock_unet.unet_inputs()
+    plain = run(model, data)
+    parts = [model.conv_norm_out, model.conv_in]
+    stock = [type(part) for part in parts]
+    for part in parts:
+        parametrize.register_parametrization(part, "weight", Doubled())
+    want = run(model, data)
+    for part in parts:
+        parametrize.remove_parametrizations(part, "weight", leave_parametrized=False)
+    assert torch.equal(run(model, data), plain) and not torch.equal(plain, want)
+
+    handle = fusewire.swap(model, numerics)
+    for part in parts:
+        parametrize.register_parametrization(part, "weight", Doubled())
+    got = run(model, data)
+    assert torch.equal(got, want) if numerics == "exact" else (got - want).abs().max() <= 1e-4 * want.abs().max()
+    with fusewire.swapped(model, numerics):
+        assert torch.equal(run(model, data), got)
+    assert torch.equal(run(model, data), got)
+    handle.restore()
+    assert torch.equal(run(model, data), want) and all(parametrize.is_parametrized(part, "weight") for part in parts)
+    for part in parts:
+        parametrize.remove_parametrizations(part, "weight", leave_parametrized=False)
+    assert torch.equal(run(model, data), plain) and [type(part) for part in parts] == stock

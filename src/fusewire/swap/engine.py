@@ -76,6 +76,7 @@ def restore(target) -> int:
 def set_class(instance, new: type) -> None:
     """Change an instance's class, also inside the hooks that hold its old forward (offload, casting and cache hooks wrap the bound method)."""
     old = type(instance)
+    new = _rebased(old, new)
     slots = list(_forward_slots(instance, old))
     instance.__class__ = new
     for holder, key in slots:
@@ -83,6 +84,14 @@ def set_class(instance, new: type) -> None:
     if stock_of(instance) is None:
         for key in [key for key in vars(instance) if key.startswith("_fusewire_")]:
             del vars(instance)[key]
+
+
+def _rebased(old: type, new: type) -> type:
+    """``new``; for an instance whose class was since derived from ours (by FSDP2, by torch's parametrisations), that class derived from ``new``."""
+    if not hasattr(old, "fusewire_stock") or "fusewire_stock" in vars(old) or hasattr(new, "fusewire_stock") and "fusewire_stock" not in vars(new):
+        return new
+    bases = tuple(_rebased(base, new) if hasattr(base, "fusewire_stock") else base for base in old.__bases__)
+    return type(old)(old.__name__, bases, {key: value for key, value in vars(old).items() if key not in ("__dict__", "__weakref__")})
 
 
 def _forward_slots(instance, cls: type) -> Iterator[tuple[dict, str]]:

@@ -56,7 +56,7 @@ def pytest_runtest_makereport(item, call):
 
 def pytest_sessionfinish(session):
     file = session.config.getoption("--matrix")
-    if not file:
+    if not file or not _cells:  # under xdist the cells are in its workers
         return
     families = [name for name in FAMILIES if any(family == name for family, _ in _cells)]
     lines = ["| | " + " | ".join(families) + " |", "|---" * (1 + len(families)) + "|"]

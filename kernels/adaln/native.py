@@ -38,13 +38,13 @@ def _order_agrees(dtype: torch.dtype, order: int) -> bool:
 
 
 @functools.cache
-def finds_order(dtype: torch.dtype) -> bool:
-    """Let exact calls of every room follow the order of summation that the installed torch has, if we know it."""
+def layer_norm_order(dtype: torch.dtype) -> int | None:
+    """The order of summation that the installed torch's layer norm has, if we know it: exact calls of every room follow it from then on."""
     for order in _ORDERS:
         if _order_agrees(dtype, order):
             torch.ops.fusewire.cpu_layer_norm_order(torch.empty(0, dtype=dtype), order)
-            return True
-    return False
+            return order
+    return None
 
 
 def _moments(x: torch.Tensor, order: int) -> torch.Tensor:
@@ -58,7 +58,7 @@ def compare_with_stock(op) -> None:
     if not CPU.loaded:
         return
     for dtype in FLOATS:
-        known = finds_order(dtype)
+        known = layer_norm_order(dtype) is not None
         for rms in (False, True):
             if not known and not rms:
                 _stands_down[dtype, rms] = f"torch {torch.__version__} sums the rows of layer_norm in an order that the kernel does not know"

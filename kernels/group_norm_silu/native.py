@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fusewire.kernels.adaln.native import layer_norm_order
 from fusewire.kernels.checks import FLOATS
 from fusewire.kernels.group_norm_silu import reference
 from fusewire.kernels.library import CPU
@@ -58,7 +59,10 @@ def compare_with_stock(op) -> None:
     for dtype in FLOATS:
         empty, step = torch.empty(0, dtype=dtype), 0
         small, by_length = _small_cases(dtype), _silu_cases(dtype)
-        for order in _ORDERS:
+        # Layer norm's order first, which its statistics show: here rounding to 16 bits hides the difference of two orders in all but a few elements
+        # of a million.
+        of_layer_norm = layer_norm_order(dtype)
+        for order in sorted(_ORDERS, key=lambda order: order[0] != of_layer_norm):
             torch.ops.fusewire.cpu_group_norm_order(empty, *order, step)
             if not (reason := differs_from_stock(op, reference.group_norm_silu, small)):
                 break

@@ -1,4 +1,8 @@
-"""Shared fixtures: a fixed seed per test, two threads, and clean backend counts."""
+"""Shared fixtures: a fixed seed per test, two threads, and clean backend counts.
+
+``FUSEWIRE_TEST_DEVICE=cuda``: the tests' tensors lie on the GPU. benchmarks/gpu.sh runs the rooms' tests of Triton and CUDA kernels so, which on other
+machines run in Triton's interpreter and thread by thread on the CPU.
+"""
 
 import os
 
@@ -10,6 +14,9 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():  # Triton reads it when it is imported: its kernels then run on CPU tensors, where the backend is forced
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if os.environ.get("FUSEWIRE_TEST_DEVICE"):
+    torch.set_default_device(os.environ["FUSEWIRE_TEST_DEVICE"])
 
 from fusewire.kernels import dispatch  # noqa: E402
 

@@ -14,15 +14,15 @@ FLOAT64 = 1e-10
 
 
 def rounding_noise(want: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What a tensor loses by being stored in ``dtype``: half a unit in the last place, element by element."""
-    stored = want.to(dtype)
+    """What a tensor loses by being stored in ``dtype``: half a unit in the last place, element by element. (CUDA has no nextafter for float16.)"""
+    stored = want.cpu().to(dtype)
     above = torch.nextafter(stored.abs(), torch.full_like(stored, torch.inf)) - stored.abs()
     return above.to(torch.float64) / 2
 
 
 def errors(got: torch.Tensor, want: torch.Tensor) -> tuple[float, float]:
     """(maximum, mean) of |got - want| in float64."""
-    difference = (got.to(torch.float64) - want.to(torch.float64)).abs()
+    difference = (got.to(torch.float64) - want.to(got.device, torch.float64)).abs()
     return (difference.max().item(), difference.mean().item()) if difference.numel() else (0.0, 0.0)
 
 

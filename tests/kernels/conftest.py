@@ -14,6 +14,8 @@ from fusewire.kernels.dispatch import forced, forced_backend
 from fusewire.kernels.library import CPU, CUDA
 from tests.kernels.cuda_on_cpu import build
 
+ON_GPU = torch.get_default_device().type == "cuda"  # FUSEWIRE_TEST_DEVICE
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
@@ -61,11 +63,17 @@ def cuda_machine(tmp_path_factory):
 
 
 @pytest.fixture
-def in_cuda(cuda_machine, monkeypatch):
-    """``with in_cuda(op, calls):`` forces the CUDA rows, on CPU tensors, and checks that they served ``calls`` calls of ``op``."""
-    monkeypatch.setattr(cuda_rows, "DEVICE", "cpu")
-    monkeypatch.setattr(CUDA, "loaded", True)
-    monkeypatch.setattr(CUDA, "reason", "")
+def in_cuda(request, monkeypatch):
+    """``with in_cuda(op, calls):`` forces the CUDA rows, and checks that they served ``calls`` calls of ``op``: on CPU tensors, or where the tests'
+    tensors lie on a GPU, there."""
+    if ON_GPU:
+        if not CUDA.loaded:
+            pytest.skip(CUDA.reason)
+    else:
+        request.getfixturevalue("cuda_machine")
+        monkeypatch.setattr(cuda_rows, "DEVICE", "cpu")
+        monkeypatch.setattr(CUDA, "loaded", True)
+        monkeypatch.setattr(CUDA, "reason", "")
 
     @contextlib.contextmanager
     def run(op: str, calls: int = 1):

@@ -21,7 +21,7 @@ import torch
 import fusewire
 from fusewire import ops
 from fusewire.presets import PRESETS, build
-from gpu import machine
+from gpu_timing import machine
 
 
 def timed(call) -> float:

@@ -56,7 +56,7 @@ static void exact_pictures(const GroupNormTask& k) {
     std::vector<compute_t<T>> sums(threads * each);
     torch::stable::parallel_for(0, pixels, 1, [&](int64_t begin, int64_t end) {
       uint32_t thread;
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
+      TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
       thread_sums(k, begin, end, sums.data() + thread * each, T{});
     });
     finish(k, sums.data(), threads, T{});

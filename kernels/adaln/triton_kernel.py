@@ -79,6 +79,8 @@ def adaln_kernel(
         tl.store(residual + o_out, narrow(b_x, residual.dtype.element_ty), mask=mask)
 
     if NORM == 1:
+        # The mean in two steps: the second finds what the first lost beside a large mean
+        b_x = tl.where(mask, b_x - (tl.sum(b_x, 1) / channels)[:, None], 0.0)
         b_x = tl.where(mask, b_x - (tl.sum(b_x, 1) / channels)[:, None], 0.0)
     if NORM >= 1:
         b_x = b_x * tl.rsqrt(tl.sum(b_x * b_x, 1) / channels + eps)[:, None]

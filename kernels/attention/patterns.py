@@ -45,7 +45,7 @@ class BlockPattern:
                 f"{self.computed():.0%} of the blocks computed, {full:.0%} without a mask)")
 
 
-def block_pattern(function: Callable[..., torch.Tensor], q_len: int, k_len: int, *, batch: int = 1, heads: int = 1, device="cpu") -> BlockPattern:
+def block_pattern(function: Callable[..., torch.Tensor], q_len: int, k_len: int, *, batch: int = 1, heads: int = 1, device=None) -> BlockPattern:
     """Compile a function of places into a pattern for ``attention``.
 
     Args:
@@ -54,7 +54,7 @@ def block_pattern(function: Callable[..., torch.Tensor], q_len: int, k_len: int,
             as a mask_mod does. It is called for some queries at a time, here alone: later changes of what it captures do not count.
         q_len, k_len: the numbers of queries and keys.
         batch, heads: how many of each the pattern tells apart: 1, or those of the tensors that it will be used with.
-        device: where the tensors of ``attention`` will be.
+        device: where the tensors of ``attention`` will be; None for PyTorch's default device.
 
     Returns: a ``BlockPattern``, whose blocks of 32 x 32 are what the CPU's kernels compute at a time.
     Raises: TypeError where the function takes other arguments or gives no boolean tensor, ValueError for its shape or a negative length.

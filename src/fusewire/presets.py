@@ -133,10 +133,10 @@ def inputs_for(model: nn.Module, *, size: int | None = None, text_tokens: int | 
     if kind is None:
         raise BadInput(f"inputs is None; for a {type(model).__name__} it should hold the keyword arguments of one call")
     make, usual = kind
-    generator, place = torch.Generator().manual_seed(seed), dict(dtype=model.dtype, device=model.device)
+    generator, place = torch.Generator("cpu").manual_seed(seed), dict(dtype=model.dtype, device=model.device)
 
     def normal(*shape):
-        return torch.randn(batch, *shape, generator=generator).to(**place)
+        return torch.randn(batch, *shape, generator=generator, device="cpu").to(**place)
 
     timestep = torch.full((batch,), 500.0, device=model.device)
     return dict(make(model.config, normal, size, text_tokens or usual, timestep), return_dict=False)

@@ -216,15 +216,17 @@ def test_linear_epilogues(dtype):
         with forced("triton"):
             exact, close = (ops.linear(x, w, b, gate=g, residual=r, numerics=numerics) for numerics in ("exact", "close"))
             gelu = ops.linear(x, w, b, activation="gelu_tanh", numerics="close")
-        with forced("cuda"):
-            lt = ops.linear(x, w, b, activation="gelu_tanh", numerics="close")
+        if dtype is not torch.float32:
+            with forced("cuda"):
+                lt = ops.linear(x, w, b, activation="gelu_tanh", numerics="close")
         with forced("reference"):
             plain, plain_gelu = ops.linear(x, w, b, gate=g, residual=r), ops.linear(x, w, b, activation="gelu_tanh")
             want, want_gelu = ops.linear(*wide[:3], gate=wide[3], residual=wide[4]), ops.linear(*wide[:3], activation="gelu_tanh")
     assert_exact(exact, plain)
     assert_close(close, want, plain)
     assert_close(gelu, want_gelu, plain_gelu)
-    assert_close(lt, want_gelu, plain_gelu)
+    if dtype is not torch.float32:
+        assert_close(lt, want_gelu, plain_gelu)
 
 
 @both
@@ -326,9 +328,9 @@ def test_gradients(backend):
     x, y, m = rand(2, 5, 64), rand(2, 5, 64), rand(2, 64)
     grads = {}
     for side in (backend, "reference"):
-        leaves = [t.clone().requires_grad_() for t in (x, y, m)]
+        leaves = [t.clone().requires_grad_() for t in (x, y, m, m, m)]
         with forced(side):
-            ops.gate_residual_adaln(leaves[0], leaves[1], leaves[2], leaves[2], leaves[2])[1].square().sum().backward()
+            ops.gate_residual_adaln(*leaves)[1].square().sum().backward()
         grads[side] = [leaf.grad for leaf in leaves]
     for got, want in zip(*grads.values()):
         assert_exact(got, want)

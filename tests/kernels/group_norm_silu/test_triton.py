@@ -6,7 +6,7 @@ import torch
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.tuning import cuda_arch, group_tile
 from tests.kernels.group_norm_silu.cases import FORMATS, call, inputs, leaves, stock, wide
-from tests.kernels.interpreted import DTYPES, in_triton, needs_interpreter, unchanged
+from tests.kernels.interpreted import DTYPES, ON_GPU, in_triton, needs_interpreter, unchanged
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact, assert_within
 
@@ -32,7 +32,7 @@ def test_values(dtype, memory_format, shape, groups):
         check()
         want = stock(v, groups, silu=silu)
         assert_close(got, stock(wide(v), groups, silu=silu), want, options)
-        assert got.stride() == want.stride()
+        assert got.stride() == (v["x"] if ON_GPU else want).stride()  # on a GPU PyTorch gives a contiguous picture whatever it gets
 
 
 @pytest.mark.parametrize("shape, groups", SHAPES, ids=str)

@@ -9,7 +9,7 @@ from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TABLE = ops.flow_euler_table(torch.linspace(1, 0, 6), [4.5, 3.0, 1.0, 7.25, 2.0])
+TABLE = ops.flow_euler_table(torch.linspace(1, 0, 6), [4.5, 3.0, 1.0, 7.25, 2.0]).to(torch.get_default_device())
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (1, 4, 6, 5), (3, 2, 8, 16), (1, 3, 2, 37, 41)], ids=str)

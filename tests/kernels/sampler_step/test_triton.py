@@ -9,7 +9,7 @@ from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact
 
 pytestmark = needs_interpreter
-TABLE = ops.flow_euler_table(torch.linspace(1, 0, 6), [4.5, 3.0, 1.0, 7.25, 2.0])
+TABLE = ops.flow_euler_table(torch.linspace(1, 0, 6), [4.5, 3.0, 1.0, 7.25, 2.0]).to(torch.get_default_device())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

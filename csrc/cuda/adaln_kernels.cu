@@ -5,26 +5,52 @@
 
 namespace fusewire::cuda {
 
-template <typename T, int kChunks>
+// A thread's chunks of one row of a tensor. kVector: they are asked for at once, before anything waits for the first, and unpacked later.
+template <typename T, int kChunks, bool kVector>
+struct Chunks;
+
+template <typename T, int kChunks, bool kVector>
 struct Row {
   float value[kChunks][kChunk<T>];
   int64_t batch, token;
   int count[kChunks];  // elements of this thread's chunks that are inside the row: 0 in rows that are not there
 
   __device__ int channel(int j) const { return (threadIdx.x + j * blockDim.x) * kChunk<T>; }
-  __device__ void load(const Tokens& x, int j, float (&r)[kChunk<T>]) const {
-    load_chunk(static_cast<const T*>(x.data) + (batch * x.batch + token * x.token + channel(j) * x.channel), x.channel, count[j], x.vector, r);
+  __device__ bool inside(int j, int i) const { return kVector ? count[j] > 0 : i < count[j]; }
+  __device__ const T* of(const Tokens& x) const { return static_cast<const T*>(x.data) + (batch * x.batch + token * x.token); }
+};
+
+template <typename T, int kChunks>
+struct Chunks<T, kChunks, true> {
+  uint4 bits[kChunks];
+
+  __device__ Chunks(const Row<T, kChunks, true>& row, const Tokens& x) {
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) bits[j] = row.count[j] ? *reinterpret_cast<const uint4*>(row.of(x) + row.channel(j)) : uint4{};
+  }
+  __device__ void get(int j, float (&r)[kChunk<T>]) const { load_vector(reinterpret_cast<const T*>(&bits[j]), r); }
+};
+
+template <typename T, int kChunks>
+struct Chunks<T, kChunks, false> {
+  const Row<T, kChunks, false>& row;
+  const Tokens& x;
+
+  __device__ Chunks(const Row<T, kChunks, false>& row_, const Tokens& x_) : row(row_), x(x_) {}
+  __device__ void get(int j, float (&r)[kChunk<T>]) const {
+    load_chunk(row.of(x) + row.channel(j) * x.channel, x.channel, row.count[j], x.vector, r);
   }
 };
 
 // r + gate * y
-template <typename T, int kChunks>
-__device__ inline void add_gated(Row<T, kChunks>& row, const Tokens& y, const Tokens& gate, bool exact) {
+template <typename T, int kChunks, bool kVector>
+__device__ inline void add_gated(Row<T, kChunks, kVector>& row, const Tokens& y, const Tokens& gate, bool exact) {
+  const Chunks<T, kChunks, kVector> ys(row, y), gates(row, gate);
 #pragma unroll
   for (int j = 0; j < kChunks; ++j) {
     float a[kChunk<T>], g[kChunk<T>];
-    row.load(y, j, a);
-    row.load(gate, j, g);
+    ys.get(j, a);
+    gates.get(j, g);
 #pragma unroll
     for (int i = 0; i < kChunk<T>; ++i) {
       float& r = row.value[j][i];
@@ -34,8 +60,8 @@ __device__ inline void add_gated(Row<T, kChunks>& row, const Tokens& y, const To
 }
 
 // (r - mean) / sqrt(var + eps) * weight + bias, or r / sqrt(mean(r^2) + eps) * weight + bias
-template <typename T, int kChunks>
-__device__ inline void normalise(Row<T, kChunks>& row, const Adaln& k) {
+template <typename T, int kChunks, bool kVector>
+__device__ inline void normalise(Row<T, kChunks, kVector>& row, const Adaln& k) {
   __shared__ float warps[3][kWarp];
   const float channels = static_cast<float>(k.channels);
   const auto total = [&](auto term, float (&slots)[kWarp]) {
@@ -43,7 +69,7 @@ __device__ inline void normalise(Row<T, kChunks>& row, const Adaln& k) {
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
 #pragma unroll
-      for (int i = 0; i < kChunk<T>; ++i) sum += i < row.count[j] ? term(row.value[j][i]) : 0.0f;
+      for (int i = 0; i < kChunk<T>; ++i) sum += row.inside(j, i) ? term(row.value[j][i]) : 0.0f;
     }
     return row_sum(sum, slots);
   };
@@ -62,37 +88,47 @@ __device__ inline void normalise(Row<T, kChunks>& row, const Adaln& k) {
   const float rstd = 1.0f / sqrtf(variance + k.eps);
 #pragma unroll
   for (int j = 0; j < kChunks; ++j) {
-    float w[kChunk<T>], b[kChunk<T>];
-    if (k.weight.data) row.load(k.weight, j, w);
-    if (k.bias.data) row.load(k.bias, j, b);
 #pragma unroll
-    for (int i = 0; i < kChunk<T>; ++i) {
-      float r = (row.value[j][i] - center) * rstd;
-      if (k.weight.data) r *= w[i];
-      if (k.bias.data) r += b[i];
-      row.value[j][i] = r;
-    }
+    for (int i = 0; i < kChunk<T>; ++i) row.value[j][i] = (row.value[j][i] - center) * rstd;
   }
+  const auto with = [&](const Tokens& x, auto apply) {
+    if (!x.data) return;
+    const Chunks<T, kChunks, kVector> values(row, x);
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) {
+      float w[kChunk<T>];
+      values.get(j, w);
+#pragma unroll
+      for (int i = 0; i < kChunk<T>; ++i) row.value[j][i] = apply(row.value[j][i], w[i]);
+    }
+  };
+  with(k.weight, [](float r, float w) { return r * w; });
+  with(k.bias, [](float r, float b) { return r + b; });
 }
 
-// Threads of a block: at most 512 of 16 or 32 values each, 1024 in the longest float32 rows.
+// Threads of a block at most.
 template <typename T, int kChunks>
-constexpr int kThreads = kChunks == 4 ? kMaxChannels / kChunk<T> / kChunks : 256;
+constexpr int kThreads = kChunks == 1 ? 256 : kChunks == 2 ? 512 : kMaxChannels / kChunk<T> / kChunks;
 
-template <typename T, int kChunks>
+// kVector: every row of every tensor can be moved 16 bytes at a time, and is made of whole chunks. The bits are the same either way.
+template <typename T, int kChunks, bool kVector>
 __global__ void __launch_bounds__(kThreads<T, kChunks>) adaln_kernel(const __grid_constant__ Adaln k) {
   const unsigned i_row = blockIdx.x * blockDim.y + threadIdx.y;
   const bool there = i_row < k.rows;  // a row that is not there still takes part in the sums
-  Row<T, kChunks> row;
+  Row<T, kChunks, kVector> row;
   row.batch = there ? i_row / k.tokens : 0, row.token = there ? i_row % k.tokens : 0;
 #pragma unroll
   for (int j = 0; j < kChunks; ++j) {
     const int rest = k.channels - row.channel(j);
     row.count[j] = !there || rest < 0 ? 0 : rest < kChunk<T> ? rest : kChunk<T>;
-    row.load(k.x, j, row.value[j]);
+  }
+  {
+    const Chunks<T, kChunks, kVector> xs(row, k.x);
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) xs.get(j, row.value[j]);
   }
   const auto store = [&](void* out, int j, const float (&r)[kChunk<T>]) {
-    store_chunk(static_cast<T*>(out) + (static_cast<int64_t>(i_row) * k.channels + row.channel(j)), 1, row.count[j], k.vector, r);
+    store_chunk(static_cast<T*>(out) + (static_cast<int64_t>(i_row) * k.channels + row.channel(j)), 1, row.count[j], kVector || k.vector, r);
   };
   if (k.gates > 0) add_gated(row, k.y[0], k.gate[0], k.exact);
   if (k.gates > 1) add_gated(row, k.y[1], k.gate[1], k.exact);
@@ -100,31 +136,43 @@ __global__ void __launch_bounds__(kThreads<T, kChunks>) adaln_kernel(const __gri
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) store(k.residual, j, row.value[j]);
   }
-  if (k.norm != Norm::none) normalise(row, k);
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
-    if (m >= k.modulations) break;
+  const auto modulate = [&](const Chunks<T, kChunks, kVector>& shifts, const Chunks<T, kChunks, kVector>& scales, void* out) {
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
       float h[kChunk<T>], s[kChunk<T>];
-      row.load(k.shift[m], j, h);
-      row.load(k.scale[m], j, s);
+      shifts.get(j, h);
+      scales.get(j, s);
 #pragma unroll
       for (int i = 0; i < kChunk<T>; ++i) {
         const float r = row.value[j][i];
         // r * (1 + scale) + shift
         h[i] = k.exact ? rounded<T>(r * rounded<T>(1.0f + s[i])) + h[i] : r * (1.0f + s[i]) + h[i];
       }
-      store(k.out[m], j, h);
+      store(out, j, h);
     }
+  };
+  if (k.modulations == 0) return;
+  if constexpr (kVector) {
+    const Chunks<T, kChunks, kVector> shifts(row, k.shift[0]), scales(row, k.scale[0]);  // on their way while the row is summed
+    if (k.norm != Norm::none) normalise(row, k);
+    modulate(shifts, scales, k.out[0]);
+  } else {
+    if (k.norm != Norm::none) normalise(row, k);
+    modulate({row, k.shift[0]}, {row, k.scale[0]}, k.out[0]);
   }
+  if (k.modulations > 1) modulate({row, k.shift[1]}, {row, k.scale[1]}, k.out[1]);
 }
 
 template <typename T, int kChunks>
 static const char* launch_rows(const Adaln& task, int64_t chunks, void* stream) {
   const unsigned threads = static_cast<unsigned>(ceil_div(ceil_div(chunks, kChunks), kWarp)) * kWarp;
   const unsigned rows = threads == kWarp ? 4 : 1;  // short rows: one for each of a block's four warps
-  return launch(adaln_kernel<T, kChunks>, ceil_div(task.rows, rows), dim3(threads, rows), stream, task);
+  bool vector = kChunks <= 2 && task.vector && task.channels % kChunk<T> == 0;  // the longest rows leave no registers for it
+  for (const Tokens* x : {&task.x, &task.y[0], &task.y[1], &task.gate[0], &task.gate[1], &task.shift[0], &task.shift[1], &task.scale[0], &task.scale[1],
+                          &task.weight, &task.bias}) {
+    vector = vector && (!x->data || x->vector);
+  }
+  return launch(vector ? adaln_kernel<T, kChunks, kChunks <= 2> : adaln_kernel<T, kChunks, false>, ceil_div(task.rows, rows), dim3(threads, rows), stream, task);
 }
 
 // How a row is cut depends on its channels alone, never on the number of rows.
@@ -132,7 +180,7 @@ const char* launch_adaln(const Adaln& task, Type type, void* stream) {
   FUSEWIRE_CUDA_SWITCH(type, {
     const int64_t chunks = ceil_div(task.channels, kChunk<T>);
     if (chunks <= 256) return launch_rows<T, 1>(task, chunks, stream);
-    if (chunks <= 512) return launch_rows<T, 2>(task, chunks, stream);
+    if (chunks <= 1024) return launch_rows<T, 2>(task, chunks, stream);
     return launch_rows<T, 4>(task, chunks, stream);
   })
   return "unknown dtype";

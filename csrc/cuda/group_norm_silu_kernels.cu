@@ -42,16 +42,42 @@ __global__ void __launch_bounds__(kBlock, 1) group_norm_parts_kernel(const __gri
   const T* x = static_cast<const T*>(k.x) + (n * k.x_batch + static_cast<int64_t>(g) * size);
   const unsigned begin = i_part * mine, end = begin + mine < chunks ? begin + mine : chunks;
   const float count = static_cast<float>(begin >= end ? 0 : end * N < size ? end * N - begin * N : size - begin * N);
+  const auto take_chunk = [&](unsigned e, int values, const float* r, auto take) {
+    if (!k.add.data) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (i < values) take(r[i]);
+      }
+      return;
+    }
+    unsigned channel = e / k.pixels, ends = (channel + 1) * k.pixels;  // the first element of the next channel
+    const auto added = [&] { return parameter<T>(k.add, n, static_cast<int64_t>(g) * k.per_group + channel); };
+    float add = added();
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (i >= values) break;
+      if (e + i == ends) ++channel, ends += k.pixels, add = added();
+      take(r[i] + add);
+    }
+  };
   const auto for_values = [&](auto take) {
-    for (unsigned j = begin + threadIdx.x; j < end; j += kBlock) {
+    unsigned j = begin + threadIdx.x;
+    if (k.vector) {  // several loads on their way at a time
+      const unsigned whole = size / N < end ? size / N : end;
+      for (; j + (kSteps - 1) * kBlock < whole; j += kSteps * kBlock) {
+        float r[kSteps][N];
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) load_vector(x + (j + step * kBlock) * N, r[step]);
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) take_chunk((j + step * kBlock) * N, N, r[step], take);
+      }
+    }
+    for (; j < end; j += kBlock) {
       const unsigned e = j * N;
       const int values = size - e < N ? static_cast<int>(size - e) : N;
       float r[N];
       load_chunk(x + e, 1, values, k.vector, r);
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (i < values) take(k.add.data ? r[i] + parameter<T>(k.add, n, static_cast<int64_t>(g) * k.per_group + (e + i) / k.pixels) : r[i]);
-      }
+      take_chunk(e, values, r, take);
     }
   };
 
@@ -207,14 +233,22 @@ __global__ void __launch_bounds__(kBlock, 1) group_norm_apply_kernel(const __gri
   const int64_t n = i_group / k.groups;
   const T* x = static_cast<const T*>(k.x) + (n * k.x_batch + static_cast<int64_t>(g) * size);
   T* out = static_cast<T*>(k.out) + static_cast<int64_t>(i_group) * size;
+  const unsigned first = blockIdx.x % blocks * kSteps * kBlock;
+  const auto chunk_of = [&](int step) { return (first + step * kBlock + threadIdx.x) * N; };  // where a chunk begins
+  const auto count_of = [&](unsigned e) { return e >= size ? 0 : size - e < N ? static_cast<int>(size - e) : N; };
+  float r[kSteps][N];
+  if (k.vector && (first + kSteps * kBlock) * N <= size) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) load_vector(x + chunk_of(step), r[step]);
+  } else {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) load_chunk(x + chunk_of(step), 1, count_of(chunk_of(step)), k.vector, r[step]);
+  }
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    const unsigned j = (blockIdx.x % blocks * kSteps + step) * kBlock + threadIdx.x;
-    if (j >= chunks) return;
-    const unsigned e = j * N, rest = size - e;
-    const int count = rest < N ? static_cast<int>(rest) : N;
-    float r[N];
-    load_chunk(x + e, 1, count, k.vector, r);
+    const unsigned e = chunk_of(step);
+    const int count = count_of(e);
+    if (count == 0) return;
     unsigned channel = e / k.pixels, ends = (channel + 1) * k.pixels;  // the first element of the next channel
     Affine affine = affine_of<T>(k, n, g * k.per_group + channel);
 #pragma unroll
@@ -224,9 +258,9 @@ __global__ void __launch_bounds__(kBlock, 1) group_norm_apply_kernel(const __gri
         ++channel, ends += k.pixels;
         affine = affine_of<T>(k, n, g * k.per_group + channel);
       }
-      r[i] = affine(r[i], k.silu);
+      r[step][i] = affine(r[step][i], k.silu);
     }
-    store_chunk(out + e, 1, count, k.vector, r);
+    store_chunk(out + e, 1, count, k.vector, r[step]);
   }
 }
 

@@ -118,3 +118,19 @@ def attention_tile(dim: int, itemsize: int, masked: bool, causal: bool, arch: Ar
     else:
         queries, keys, warps, stages = (128, 32, 8, 2) if arch.name == "sm_90" and not masked else (64, 32, 8, 2) if large else (64, 16, 8, 2)
     return AttentionTile(queries, keys, padded, warps, stages, "ieee")
+
+
+def attention_library(dim: int, queries: int, keys: int, arch: str) -> str:
+    """Which library serves attention in 16 bits without a mask before our own kernel: "cudnn", "flash", or "" for neither. Set by what is known of the
+    kernels, not yet by measurements here: cuDNN's is the only one of them that is written for sm_90 and sm_100; fewer tokens than one of its tiles are
+    ours, as FlashAttention's wide heads are on GPUs with little shared memory."""
+    if dim > 256 or min(queries, keys) < 64:
+        return ""
+    if dim <= 128 and arch in ("sm_90", "sm_100", "sm_103"):
+        return "cudnn"
+    return "flash" if dim <= 128 or arch in ("sm_80", "sm_90", "sm_100", "sm_103") else ""
+
+
+def attention_library_backward(dim: int, queries: int, keys: int, arch: str) -> str:
+    """The same for the gradients of q, k and v."""
+    return attention_library(dim, queries, keys, arch)

@@ -59,6 +59,7 @@ def _cpu_gradients(grad, lse_grad, q, k, v, out, highest, total, mask, causal, s
 _gradients = Table("attention_backward", [
     Backend("cpu", native.why_not_backward, _cpu_gradients),
     launched("cuda", _gradients_op, cuda.why_not_backward, cuda.attention_backward),
+    triton_row(_gradients_op, triton_limits.why_not_backward, "attention.triton_backward.attention_backward"),
     Backend("reference", always, reference.attention_backward),
 ])
 

@@ -65,6 +65,7 @@ def fused(reference: Callable, gradients: Callable, recomputed_for: Callable[...
     def setup_context(ctx, inputs, output):
         keep_inputs(ctx, inputs, output)
         if with_outputs:
+            ctx.set_materialize_grads(False)  # None, not zeros: what follows from an output that was not used need not be computed
             ctx.save_for_backward(*(value for value in inputs if isinstance(value, torch.Tensor)), *output)
 
     def backward(ctx, *grads):

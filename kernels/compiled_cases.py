@@ -7,6 +7,7 @@ import itertools
 import torch
 
 from fusewire.kernels.adaln import triton_kernel as adaln
+from fusewire.kernels.attention import triton_backward as attention_backward
 from fusewire.kernels.attention import triton_kernel as attention
 from fusewire.kernels.gated_mlp import triton_kernel as gated_mlp
 from fusewire.kernels.group_norm_silu import triton_kernel as group_norm_silu
@@ -269,6 +270,22 @@ for _dim, _dtype in itertools.product((64, 128), SHORT):
     def _(dim=_dim, dtype=_dtype):
         q, q2, w = meta(2, 1024, 24, dim, dtype=dtype), meta(2, 154, 24, dim, dtype=dtype), meta(dim, dtype=dtype)
         attention.joint_attention(q, q, q, q2, q2, q2, w, None, w, None, None, 1e-6)
+
+for _dim, _dtype, _mask in itertools.product((16, 40, 64, 72, 128, 160, 256), SHORT, (*MASKS, " causal")):
+    if _dtype is torch.float32 and _dim > 128:
+        continue
+
+    @case(f"attention_backward {_dim} {SHORT[_dtype]}{_mask}")
+    def _(dim=_dim, dtype=_dtype, mask=_mask):
+        q, row = meta(2, 1024, 24, dim, dtype=dtype), meta(2, 24, 1024, dtype=torch.float64)
+        hidden = None if mask == " causal" else MASKS[mask](q)
+        attention_backward.attention_backward(q, None, q, q, q, q, row, row, hidden, mask == " causal", None)
+
+    if _dim in (64, 128) and _mask in ("", " causal"):
+        @case(f"attention_varlen_backward {_dim} {SHORT[_dtype]}{_mask}")
+        def _(dim=_dim, dtype=_dtype, mask=_mask):
+            q, row, cu_seqlens = meta(2048, 24, dim, dtype=dtype), meta(24, 2048, dtype=torch.float64), meta(9, dtype=torch.int32)
+            attention_backward.attention_varlen_backward(q, row, q, q, q, q, row, row, cu_seqlens, cu_seqlens, mask == " causal", None)
 
 QUICK = ("adaln_modulate 1536 bf16", "gate_residual_adaln two gates 3072 f32", "gate_residual exact 1536 f32", "linear gate residual 1536 bf16",
          "qk_norm_into joint buffer 64 bf16", "flow_euler_step guided bf16", "attention 64 bf16", "joint_attention 128 bf16", "attention 72 bf16 bool", "attention 128 bf16 causal",

@@ -47,13 +47,14 @@ def why_not(x: torch.Tensor, *tensors: torch.Tensor | None) -> str:
 
 
 def row(op: torch._ops.OpOverload, why_not: Callable[..., str], launcher: str) -> Backend:
-    """The Triton row of ``op``. ``launcher``: "<room>.<function>", the function of the room's triton_kernel.py that takes the op's arguments."""
-    room, function = launcher.split(".")
+    """The Triton row of ``op``. ``launcher``: "<room>.<function>", the function of the room's triton_kernel.py that takes the op's arguments, or
+    "<room>.<file>.<function>"."""
+    room, *file, function = launcher.split(".")
     found: list[Callable] = []
 
     def launch(*args):
         if not found:
-            found.append(getattr(importlib.import_module(f"fusewire.kernels.{room}.triton_kernel"), function))
+            found.append(getattr(importlib.import_module(f"fusewire.kernels.{room}.{file[0] if file else 'triton_kernel'}"), function))
         return found[0](*args)
 
     return launched("triton", op, why_not, launch)

@@ -120,3 +120,59 @@ def attention_tile(dim: int, itemsize: int, masked: bool, causal: bool, arch: Ar
     else:
         queries, keys, warps, stages = (128, 32, 8, 2) if arch.name == "sm_90" and not masked else (64, 32, 8, 2) if large else (64, 16, 8, 2)
     return AttentionTile(queries, keys, padded, warps, stages, "ieee")
+
+
+class BackwardPart(NamedTuple):
+    """One kernel's blocks of queries and keys."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class BackwardTile(NamedTuple):
+    """The two kernels of attention's gradients, the padded head dimension, and how float32 is multiplied."""
+
+    dq: BackwardPart
+    dkdv: BackwardPart
+    dim: int
+    precision: str
+
+
+def attention_backward_tile(dim: int, itemsize: int, masked: bool, arch: Arch) -> BackwardTile:
+    """``masked``: by a mask or as causal. The kernel of dk and dv holds two sums of its keys in registers, and keys, values, queries and gradients in
+    shared memory."""
+    padded = max(power_of_2(dim), 16)
+    large = arch.shared >= 160 * KIB
+    if itemsize == 4:
+        part = BackwardPart(32, 32, 8, 1) if padded <= 64 else BackwardPart(16, 32, 8, 1)
+        return BackwardTile(part, part, padded, "ieee" if arch.kind == "hip" else "tf32x3")
+    if arch.kind == "hip":
+        size = 64 if padded <= 64 else 32 if padded <= 128 else 16
+        dq = dkdv = BackwardPart(size, size, 4, 1)
+    elif padded <= 64:
+        dq, dkdv = BackwardPart(128, 64, 8, 2), BackwardPart(64, 64, 4, 2)
+    elif padded <= 128:
+        dq = BackwardPart(64, 64, 8, 2) if large else BackwardPart(64, 32, 4, 1)
+        dkdv = BackwardPart(64, 64, 8, 2) if large else BackwardPart(32, 64, 8, 1)
+    else:
+        dq = BackwardPart(64, 32, 8, 1) if large else BackwardPart(32, 32, 8, 1)
+        dkdv = BackwardPart(32, 32, 8, 1)
+    return BackwardTile(dq, dkdv, padded, "ieee")
+
+
+def attention_library(dim: int, queries: int, keys: int, arch: str) -> str:
+    """Which library serves attention in 16 bits without a mask before our own kernel: "cudnn", "flash", or "" for neither. Set by what is known of the
+    kernels, not yet by measurements here: cuDNN's is the only one of them that is written for sm_90 and sm_100; fewer tokens than one of its tiles are
+    ours, as FlashAttention's wide heads are on GPUs with little shared memory."""
+    if dim > 256 or min(queries, keys) < 64:
+        return ""
+    if dim <= 128 and arch in ("sm_90", "sm_100", "sm_103"):
+        return "cudnn"
+    return "flash" if dim <= 128 or arch in ("sm_80", "sm_90", "sm_100", "sm_103") else ""
+
+
+def attention_library_backward(dim: int, queries: int, keys: int, arch: str) -> str:
+    """The same for the gradients of q, k and v."""
+    return attention_library(dim, queries, keys, arch)

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 
 from fusewire.kernels import checks
-from fusewire.kernels.attention import native, reference, triton_limits
+from fusewire.kernels.attention import cuda, native, reference, triton_limits
 from fusewire.kernels.attention.patterns import BlockPattern
 from fusewire.kernels.autograd import fused, recomputing
-from fusewire.kernels.dispatch import Backend, Table, always
+from fusewire.kernels.dispatch import Backend, Table, always, launched
 from fusewire.kernels.library import define
 from fusewire.kernels.norm.op import rms_norm
 from fusewire.kernels.rounding import compute_dtype
@@ -58,6 +58,8 @@ def _cpu_gradients(grad, lse_grad, q, k, v, out, highest, total, mask, causal, s
 
 _gradients = Table("attention_backward", [
     Backend("cpu", native.why_not_backward, _cpu_gradients),
+    launched("cuda", _gradients_op, cuda.why_not_backward, cuda.attention_backward),
+    triton_row(_gradients_op, triton_limits.why_not_backward, "attention.triton_backward.attention_backward"),
     Backend("reference", always, reference.attention_backward),
 ])
 
@@ -85,16 +87,19 @@ _softmax_op = define("attention_softmax(Tensor q, Tensor k, Tensor v, Tensor? ma
                      fallback=reference.attention_softmax, fake=_fake_softmax, backward=_backward, setup_context=_setup)
 _softmax = Table("attention_softmax", [
     Backend("cpu", native.why_not_softmax, _softmax_op),
+    launched("cuda", _softmax_op, cuda.why_not_softmax, cuda.attention_softmax),
     triton_row(_softmax_op, triton_limits.why_not_softmax, "attention.attention_softmax"),
     Backend("reference", always, reference.attention_softmax),
 ])
 _attention = Table("attention", [
     Backend("cpu", native.why_not_attention, _attention_op),
+    launched("cuda", _attention_op, cuda.why_not_attention, cuda.attention),
     triton_row(_attention_op, triton_limits.why_not_attention, "attention.attention"),
     Backend("reference", always, reference.attention),
 ])
 _joint = Table("joint_attention", [
     Backend("cpu", native.why_not_joint, _joint_op),
+    launched("cuda", _joint_op, cuda.why_not_joint, cuda.joint_attention),
     triton_row(_joint_op, triton_limits.why_not_joint, "attention.joint_attention"),
     Backend("reference", always, reference.joint_attention),
 ])

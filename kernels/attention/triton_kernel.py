@@ -19,7 +19,7 @@ from fusewire.kernels.triton_base import INTERPRETED, arch_of, fused, inner_cont
 from fusewire.kernels.tuning import attention_tile, power_of_2
 
 NO_MASK, BOOL, ADDITIVE = 0, 1, 2
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 EMPTY, FULL = tl.constexpr(reference.EMPTY), tl.constexpr(reference.FULL)  # blocks of a pattern
 LOWEST = tl.constexpr(-3.4028234e38)  # just above float32's lowest
 
@@ -168,8 +168,10 @@ def _finish(out, highest, total, o_row, b_acc, b_max, b_sum, i_q, i_b, i_h, toke
     o_out = (((i_b * tokens + i_q) * heads + i_h) * DIM)[:, None] + o_d[None, :]
     tl.store(out + o_out, narrow(b_acc, out.dtype.element_ty), mask=(i_q < tokens)[:, None] & (o_d < DIM)[None, :])
     if total is not None:
-        tl.store(highest + (o_row + i_q), b_max / LOG2E, mask=i_q < tokens)
-        tl.store(total + (o_row + i_q), b_sum, mask=i_q < tokens)
+        # float64, so that the gradients' kernels get back what was subtracted here, to the last bit
+        b_highest = b_max.to(tl.float64) * tl.full(b_max.shape, LN2, tl.float64)
+        tl.store(highest + (o_row + i_q), b_highest, mask=i_q < tokens)
+        tl.store(total + (o_row + i_q), b_sum.to(tl.float64), mask=i_q < tokens)
 
 
 # Numbers of tokens are not specialised on: no recompilation for each picture size
@@ -289,7 +291,7 @@ def _tiles_seen(blocks: torch.Tensor, q_tiles: int, k_tiles: int, tile) -> torch
 def _launch(first, second, mask, weights, softmax, causal: bool, scale: float | None, eps: float, cu_seqlens=(None, None),
             pattern=(None, None)) -> None:
     """``first``, ``second``: (q, k, v, out) of a segment, the second of None where there is one only; ``weights``: those of q and q2;
-    ``softmax``: None twice, or float32 [B, H, T] for each query's highest logit and total; ``cu_seqlens``: of packed sequences, q's and k's;
+    ``softmax``: None twice, or float64 [B, H, T] for each query's highest logit and total; ``cu_seqlens``: of packed sequences, q's and k's;
     ``pattern``: its blocks and words."""
     # The norm sums over the head dimension of the queries
     first, second = ((q if weight is None else inner_contiguous(q), *rest) for (q, *rest), weight in zip((first, second), weights))
@@ -333,7 +335,7 @@ def _normalised_keys(keys, weights, eps: float) -> list:
 
 
 def attention(q, k, v, mask, q_weight, k_weight, causal: bool, scale: float | None, eps: float, blocks=None, words=None, softmax=(None, None)) -> torch.Tensor:
-    """``softmax``: None twice, or float32 [B, H, Tq] for each query's highest logit, and for the sum of exp(logit - highest)."""
+    """``softmax``: None twice, or float64 [B, H, Tq] for each query's highest logit, and for the sum of exp(logit - highest)."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     (k,) = _normalised_keys((k,), (k_weight,), eps)
     _launch((q, k, v, out), (None,) * 4, mask, (q_weight, None), softmax, causal, scale, eps, pattern=(blocks, words))
@@ -341,12 +343,12 @@ def attention(q, k, v, mask, q_weight, k_weight, causal: bool, scale: float | No
 
 
 def attention_softmax(q, k, v, mask, causal: bool, scale: float | None, blocks=None, words=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    softmax = tuple(torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device) for _ in range(2))
-    return attention(q, k, v, mask, None, None, causal, scale, 1.0, blocks, words, softmax), *(x.double() for x in softmax)
+    softmax = tuple(torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float64, device=q.device) for _ in range(2))
+    return attention(q, k, v, mask, None, None, causal, scale, 1.0, blocks, words, softmax), *softmax
 
 
 def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal: bool, scale: float | None, softmax=(None, None)) -> torch.Tensor:
-    """``softmax``: None twice, or float32 [H, Tq], as ``attention`` has it."""
+    """``softmax``: None twice, or float64 [H, Tq], as ``attention`` has it."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     segment = tuple(x.unsqueeze(0) for x in (q, k, v, out))
     _launch(segment, (None,) * 4, None, (None, None), softmax, causal, scale, 1.0, (cu_seqlens_q, cu_seqlens_k))
@@ -355,8 +357,8 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal: bool, scale: f
 
 def attention_varlen_softmax(q, k, v, cu_seqlens_q, cu_seqlens_k, causal: bool,
                              scale: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    softmax = tuple(torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device) for _ in range(2))
-    return attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, softmax), *(x.double() for x in softmax)
+    softmax = tuple(torch.empty((q.shape[1], q.shape[0]), dtype=torch.float64, device=q.device) for _ in range(2))
+    return attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, softmax), *softmax
 
 
 def joint_attention(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale: float | None, eps: float) -> tuple[torch.Tensor, torch.Tensor]:

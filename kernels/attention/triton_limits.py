@@ -7,6 +7,7 @@ import torch
 from fusewire.kernels.triton_rows import why_not
 
 MAX_DIM = 512  # head dimensions; a block of queries and its result are held in registers and shared memory
+MAX_DIM_BACKWARD = 256  # there two results, and four blocks that are read
 
 
 def default_scale(scale: float | None, dim: int) -> float:
@@ -39,3 +40,23 @@ def why_not_softmax(q, k, v, mask, causal, scale, blocks=None, words=None) -> st
 
 def why_not_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale) -> str:
     return _why_not(q, scale, k, v)
+
+
+def _why_no_gradient(q, k, scale, tensors: tuple) -> str:
+    if q.numel() == 0 or k.numel() == 0:
+        return "a tensor is empty"
+    if reason := _why_not(q, scale, *tensors):
+        return reason
+    limit = MAX_DIM_BACKWARD if q.dtype.itemsize == 2 else MAX_DIM_BACKWARD // 2
+    return f"the head dimension is {q.shape[-1]}; gradients are served up to {limit} in {q.dtype}" if q.shape[-1] > limit else ""
+
+
+def why_not_backward(grad, lse_grad, q, k, v, out, highest, total, mask, causal, scale, blocks=None, words=None) -> str:
+    if blocks is not None:
+        return "there is a pattern: its gradients are the reference's"
+    additive = None if mask is None or mask.dtype is torch.bool else mask
+    return _why_no_gradient(q, k, scale, (grad, k, v, out, additive))
+
+
+def why_not_varlen_backward(grad, lse_grad, q, k, v, out, highest, total, cu_seqlens_q, cu_seqlens_k, causal, scale) -> str:
+    return _why_no_gradient(q, k, scale, (grad, k, v, out))

@@ -38,6 +38,7 @@ _gradients_op = define("attention_varlen_backward(Tensor grad, Tensor? lse_grad,
                        fallback=reference.attention_varlen_backward, fake=_fake_gradients)
 _gradients = Table("attention_varlen_backward", [
     Backend("cpu", native.why_not_varlen_backward, _gradients_op),
+    triton_row(_gradients_op, triton_limits.why_not_varlen_backward, "attention.triton_backward.attention_varlen_backward"),
     Backend("reference", always, reference.attention_varlen_backward),
 ])
 

@@ -12,6 +12,7 @@ from fusewire.kernels.group_norm_silu import cuda as group_norm_silu
 from fusewire.kernels.library import CUDA
 from fusewire.kernels.qk_norm_rope import cuda as qk_norm_rope
 from fusewire.kernels.sampler_step import cuda as sampler_step
+from tests.kernels.attention.test_cuda import ROWS as ATTENTION_ROWS
 
 X, ROW, HEADS, PICTURE = torch.randn(2, 5, 64), torch.randn(2, 64), torch.randn(2, 5, 2, 32), torch.randn(2, 8, 5, 6)
 TABLE = ops.flow_euler_table(torch.tensor([1.0, 0.5, 0.0]))
@@ -28,7 +29,7 @@ CALLS = {
 
 
 def test_every_row_is_here():
-    assert {op for op, table in dispatch.TABLES.items() if any(row.name == "cuda" for row in table.rows)} == set(CALLS) | {"linear"}
+    assert {op for op, table in dispatch.TABLES.items() if any(row.name == "cuda" for row in table.rows)} == set(CALLS) | {"linear", *ATTENTION_ROWS}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
@@ -79,7 +80,7 @@ def test_a_library_that_lacks_an_op(monkeypatch):
     with pytest.warns(UserWarning, match="the compiled library lacks fusewire::cuda_adaln: it is older than these sources"):
         row = cuda_rows.row(torch.ops.fusewire.gate_residual.default, adaln.op, adaln.why_not_gate, adaln.gate_residual)
     assert "lacks fusewire::cuda_adaln" in row.why_not(X, X, ROW, True)
-    assert "gate_residual" in CUDA.stale and doctor.served("cuda") == f"{len(CALLS)} of {len(dispatch.TABLES)}"
+    assert "gate_residual" in CUDA.stale and doctor.served("cuda") == f"{len(CALLS) + len(ATTENTION_ROWS)} of {len(dispatch.TABLES)}"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     found = doctor._cuda()
     assert not found.ready and found.state.startswith("broken: the compiled library lacks") and found.fix == "make lib"

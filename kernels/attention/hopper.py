@@ -8,12 +8,21 @@ the first; always in this order, so no result depends on the batch.
 
 from __future__ import annotations
 
+import os
+from typing import NamedTuple
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from fusewire.kernels.attention.triton_limits import default_scale
+from fusewire.kernels.triton_base import arch_of, launch
 
 LOG2E = 1.4426950408889634
+TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+MULTIPROCESSORS = 132  # of an H100 or H200: assumed where there is no device
 
 
 @gluon.jit
@@ -33,7 +42,7 @@ def _fetch(desc, i_b, i_h, first, ring, full, empty, slot, parity, STAGES: gl.co
 
 
 @gluon.jit
-def _tile(tile, tiles, tiles2, heads, q_tokens, k_tokens, BLOCK_M: gl.constexpr, CAUSAL: gl.constexpr):
+def _tile(tile, tiles, tiles2, heads, k_tokens, BLOCK_M: gl.constexpr, CAUSAL: gl.constexpr):
     """(sample, head, tile of queries in its segment, whether that is the second segment, keys of the first segment that it may see)"""
     i_tile, i_bh = tile % (tiles + tiles2), tile // (tiles + tiles2)
     second = i_tile >= tiles
@@ -47,11 +56,11 @@ def _tile(tile, tiles, tiles2, heads, q_tokens, k_tokens, BLOCK_M: gl.constexpr,
 @gluon.jit
 def _producer(
     CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, JOINT: gl.constexpr,
-    q, k, v, q2, k2, v2, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full, v_empty, tiles, tiles2, programs, heads, group, q_tokens, k_tokens, k2_tokens,
+    q, k, v, q2, k2, v2, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full, v_empty, tiles, tiles2, programs, heads, group, k_tokens, k2_tokens,
 ):
     k_slot, k_parity, v_slot, v_parity, q_parity = 0, 0, 0, 0, 0
     for tile in range(gl.program_id(0), programs, gl.num_programs(0)):
-        i_b, i_h, first, second, end = _tile(tile, tiles, tiles2, heads, q_tokens, k_tokens, 64 * CONSUMERS, CAUSAL)
+        i_b, i_h, first, second, end = _tile(tile, tiles, tiles2, heads, k_tokens, 64 * CONSUMERS, CAUSAL)
         i_kv = i_h // group
         for i in gl.static_range(CONSUMERS):
             mbarrier.wait(q_empty.index(i), q_parity ^ 1)
@@ -119,6 +128,7 @@ def _step(
     mbarrier.arrive(k_empty.index(k_slot), count=1)
     b_w, b_max, b_alpha = _weights(b_s, b_max, i_q, i_n, end, scale, CHECKED, CAUSAL)
     b_sum = b_sum * b_alpha + gl.sum(b_w, 1)
+    mbarrier.wait(v_full.index(v_slot), v_parity)  # returns at once; without this branch ptxas moves the exponentials behind the next line
     b_acc, b_p = warpgroup_mma_wait(0, deps=[b_acc, b_p])
     mbarrier.arrive(v_empty.index(v_slot), count=1)
     b_acc = b_acc * gl.convert_layout(b_alpha, gl.SliceLayout(1, b_acc.type.layout), assert_trivial=True)[:, None]
@@ -131,7 +141,7 @@ def _step(
 @gluon.jit
 def _consumer(
     mine: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr, CAUSAL: gl.constexpr, JOINT: gl.constexpr,
-    out, out2, s_q, s_k, s_v, s_out, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, tiles, tiles2, programs, heads, q_tokens, k_tokens, k2_tokens, scale,
+    out, out2, s_q, s_k, s_v, s_out, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, tiles, tiles2, programs, heads, k_tokens, k2_tokens, scale,
 ):
     """64 queries of each tile: those from 64 * mine on."""
     l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -145,7 +155,7 @@ def _consumer(
     b_q = s_q.index(mine).reshape([64, DIM])
     b_out = s_out.index(mine)
     for tile in range(gl.program_id(0), programs, gl.num_programs(0)):
-        i_b, i_h, first, second, end = _tile(tile, tiles, tiles2, heads, q_tokens, k_tokens, 64 * CONSUMERS, CAUSAL)
+        i_b, i_h, first, second, end = _tile(tile, tiles, tiles2, heads, k_tokens, 64 * CONSUMERS, CAUSAL)
         first += 64 * mine
         i_q = first + gl.arange(0, 64, l_row)
         i_n = (gl.cdiv(end, BLOCK_N) - 1) * BLOCK_N
@@ -199,9 +209,9 @@ def _consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["tiles", "tiles2", "programs", "heads", "group", "q_tokens", "k_tokens", "k2_tokens"])
+@gluon.jit(do_not_specialize=["tiles", "tiles2", "programs", "heads", "group", "k_tokens", "k2_tokens"])
 def attention_kernel(
-    q, k, v, out, q2, k2, v2, out2, tiles, tiles2, programs, heads, group, q_tokens, k_tokens, k2_tokens, scale,
+    q, k, v, out, q2, k2, v2, out2, tiles, tiles2, programs, heads, group, k_tokens, k2_tokens, scale,
     CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr, CAUSAL: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):
@@ -232,8 +242,8 @@ def attention_kernel(
     if not JOINT:
         q2, k2, v2, out2 = q, k, v, out
     # (an assignment would make tensors of the constants)
-    fetch = (q, k, v, q2, k2, v2, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full, v_empty, tiles, tiles2, programs, heads, group, q_tokens, k_tokens, k2_tokens)
-    attend = (out, out2, s_q, s_k, s_v, s_out, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, tiles, tiles2, programs, heads, q_tokens, k_tokens, k2_tokens, scale)
+    fetch = (q, k, v, q2, k2, v2, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full, v_empty, tiles, tiles2, programs, heads, group, k_tokens, k2_tokens)
+    attend = (out, out2, s_q, s_k, s_v, s_out, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, tiles, tiles2, programs, heads, k_tokens, k2_tokens, scale)
     if CONSUMERS == 1:
         gl.warp_specialize(
             [(_consumer, (0, CONSUMERS, BLOCK_N, DIM, STAGES, ORDERED, CAUSAL, JOINT) + attend),
@@ -249,3 +259,85 @@ def attention_kernel(
              (_consumer, (1, CONSUMERS, BLOCK_N, DIM, STAGES, ORDERED, CAUSAL, JOINT) + attend),
              (_consumer, (2, CONSUMERS, BLOCK_N, DIM, STAGES, ORDERED, CAUSAL, JOINT) + attend),
              (_producer, (CONSUMERS, BLOCK_N, STAGES, CAUSAL, JOINT) + fetch)], [4, 4, 1], [REGISTERS, REGISTERS, PRODUCER_REGISTERS])
+
+
+class HopperTile(NamedTuple):
+    """``consumers`` warpgroups of 64 queries, ``keys`` in each of ``stages`` tiles in flight. ``ordered``: the warpgroups start their products in turn.
+    ``persistent``: one program for each multiprocessor. Registers for each thread: of the producer, and of each consumer but the first, which has the rest."""
+
+    consumers: int
+    keys: int
+    stages: int
+    ordered: bool = False
+    persistent: bool = True
+    producer_registers: int = 24
+    registers: int = 240
+
+
+def hopper_tile(dim: int) -> HopperTile:
+    """Three consumers leave 160 registers a thread: enough for a head dimension of 64."""
+    return HopperTile(3, 128, 3, producer_registers=32, registers=160) if dim <= 64 else HopperTile(2, 128, 2)
+
+
+def why_not_hopper(q, k, v, *more) -> str:
+    """Why the kernel does not serve q, k, v [B, T, H, D] (and those of a second segment); "" where it does. Checks what TMA asks for."""
+    if os.environ.get("FUSEWIRE_HOPPER", "1") == "0":
+        return "FUSEWIRE_HOPPER is 0"
+    if arch_of(q.device).name != "sm_90":
+        return f"the device is not of the Hopper architecture but {arch_of(q.device).name}"
+    if q.dtype not in TYPES:
+        return f"the dtype is {q.dtype}"
+    if q.shape[-1] not in (64, 128):
+        return f"the head dimension is {q.shape[-1]}; 64 and 128 are served"
+    for tensor in (q, k, v, *more):
+        if 0 in tensor.shape:
+            return "a tensor is empty"
+        unit = 16 // tensor.dtype.itemsize
+        if tensor.stride(-1) != 1 or tensor.data_ptr() % 16:
+            return "a row is not contiguous, or a tensor does not start at a multiple of 16 bytes"
+        if any(size > 1 and (stride <= 0 or stride % unit or stride * tensor.dtype.itemsize >= 2**40) for size, stride in zip(tensor.shape[:-1], tensor.stride())):
+            return "a stride is 0, not a multiple of 16 bytes, or too large"
+    return ""
+
+
+def _descriptor(tensor: torch.Tensor | None, rows: int) -> TensorDescriptor | None:
+    """Of tiles of ``rows`` tokens of one head of [B, T, H, D], as [B, H, T, D]. A stride over a single element may be anything, but not 0."""
+    if tensor is None:
+        return None
+    batch, tokens, heads, dim = tensor.shape
+    strides = [stride if size > 1 else dim for size, stride in zip(tensor.shape, tensor.stride())]
+    block = [1, 1, rows, dim]
+    layout = gl.NVMMASharedLayout.get_default_for(block, TYPES[tensor.dtype])
+    return TensorDescriptor(tensor, [batch, heads, tokens, dim], [strides[0], strides[2], strides[1], 1], block, layout)
+
+
+def _launch(first, second, causal: bool, scale: float | None, tile: HopperTile | None) -> None:
+    """``first``, ``second``: (q, k, v, out) of a segment, the second of None where there is one only."""
+    q, k = first[:2]
+    q2, k2 = second[:2]
+    batch, q_tokens, heads, dim = q.shape
+    tile = tile or hopper_tile(dim)
+    queries = 64 * tile.consumers
+    tiles, tiles2 = -(-q_tokens // queries), 0 if q2 is None else -(-q2.shape[1] // queries)
+    programs = launched = batch * heads * (tiles + tiles2)
+    if tile.persistent:
+        launched = min(programs, torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else MULTIPROCESSORS)
+    descriptors = [_descriptor(x, rows) for segment in (first, second) for x, rows in zip(segment, (64, tile.keys, tile.keys, 64))]
+    launch(
+        attention_kernel, launched, q, *descriptors, tiles, tiles2, programs, heads, heads // k.shape[2], k.shape[1], 0 if k2 is None else k2.shape[1],
+        default_scale(scale, dim) * LOG2E, CONSUMERS=tile.consumers, BLOCK_N=tile.keys, DIM=dim, STAGES=tile.stages, ORDERED=tile.ordered, CAUSAL=causal,
+        PRODUCER_REGISTERS=tile.producer_registers, REGISTERS=tile.registers, num_warps=4)
+
+
+def attention(q, k, v, causal: bool = False, scale: float | None = None, tile: HopperTile | None = None) -> torch.Tensor:
+    """q [B, Tq, H, D], k, v [B, Tk, G, D] -> [B, Tq, H, D], contiguous; see ``why_not_hopper``. ``causal``: query i sees the keys up to i."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    _launch((q, k, v, out), (None,) * 4, causal, scale, tile)
+    return out
+
+
+def joint_attention(q, k, v, q2, k2, v2, scale: float | None = None, tile: HopperTile | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The queries of both segments over the keys of both, which are not concatenated."""
+    out, out2 = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, q2))
+    _launch((q, k, v, out), (q2, k2, v2, out2), False, scale, tile)
+    return out, out2

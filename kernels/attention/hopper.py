@@ -91,9 +91,9 @@ def _producer(
 
 
 @gluon.jit
-def _weights(b_s, b_max, i_q, i_n, end, scale, CHECKED: gl.constexpr, CAUSAL: gl.constexpr):
-    """(exp2(scores * scale - new maximum), new maximum, what older sums are multiplied with). CHECKED: some of the keys from i_n on may be hidden."""
-    if CHECKED:
+def _weights(b_s, b_max, i_q, i_n, end, scale, hides, CAUSAL: gl.constexpr):
+    """(exp2(scores * scale - new maximum), new maximum, what older sums are multiplied with). ``hides``: some of the keys from i_n on may be hidden."""
+    if hides:
         o_n = i_n + gl.arange(0, b_s.shape[1], gl.SliceLayout(0, b_s.type.layout))
         m_qn = (o_n < end)[None, :]
         if CAUSAL:
@@ -101,41 +101,11 @@ def _weights(b_s, b_max, i_q, i_n, end, scale, CHECKED: gl.constexpr, CAUSAL: gl
         b_s = gl.where(m_qn, b_s, float("-inf"))
     b_new = gl.maximum(b_max, gl.max(b_s, 1) * scale)
     b_safe = b_new
-    if CHECKED and CAUSAL:
+    if CAUSAL:
         b_safe = gl.where(b_new == float("-inf"), 0.0, b_new)  # a query that has seen no key yet: -inf - -inf would be NaN
-    b_p = gl.exp2(gl.fma(b_s, gl.full(b_s.shape, scale, gl.float32, b_s.type.layout), gl.expand_dims(-b_safe, 1).broadcast_to(b_s.shape)))
+    b_less = gl.expand_dims(-b_safe, 1).broadcast_to(b_s.shape)
+    b_p = gl.exp2(gl.fma(b_s, gl.full(b_s.shape, scale, gl.float32, b_s.type.layout), b_less))
     return b_p, b_new, gl.exp2(b_max - b_safe)
-
-
-@gluon.jit
-def _step(
-    b_acc, b_max, b_sum, b_p, b_q, s_k, s_v, k_full, k_empty, v_full, v_empty, turn, mine, theirs, k_slot, k_parity, v_slot, v_parity, turns, i_q, i_n, end, scale,
-    STAGES: gl.constexpr, ORDERED: gl.constexpr, CHECKED: gl.constexpr, CAUSAL: gl.constexpr,
-):
-    """The scores of one key tile, and the product of the weights ``b_p`` of the tile before with its values."""
-    BLOCK_N: gl.constexpr = b_p.shape[1]
-    DIM: gl.constexpr = b_acc.shape[1]
-    l_s: gl.constexpr = b_max.type.layout.parent
-    mbarrier.wait(k_full.index(k_slot), k_parity)
-    if ORDERED:
-        mbarrier.wait(turn.index(mine), turns & 1)
-    b_s = warpgroup_mma(b_q, s_k.index(k_slot).reshape([BLOCK_N, DIM]).permute((1, 0)), gl.zeros([64, BLOCK_N], gl.float32, l_s), use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(v_slot), v_parity)
-    b_acc = warpgroup_mma(b_p, s_v.index(v_slot).reshape([BLOCK_N, DIM]), b_acc, is_async=True)
-    if ORDERED:
-        mbarrier.arrive(turn.index(theirs), count=1)
-    b_s = warpgroup_mma_wait(1, deps=[b_s])
-    mbarrier.arrive(k_empty.index(k_slot), count=1)
-    b_w, b_max, b_alpha = _weights(b_s, b_max, i_q, i_n, end, scale, CHECKED, CAUSAL)
-    b_sum = b_sum * b_alpha + gl.sum(b_w, 1)
-    mbarrier.wait(v_full.index(v_slot), v_parity)  # returns at once; without this branch ptxas moves the exponentials behind the next line
-    b_acc, b_p = warpgroup_mma_wait(0, deps=[b_acc, b_p])
-    mbarrier.arrive(v_empty.index(v_slot), count=1)
-    b_acc = b_acc * gl.convert_layout(b_alpha, gl.SliceLayout(1, b_acc.type.layout), assert_trivial=True)[:, None]
-    b_p = gl.convert_layout(b_w.to(b_p.dtype), b_p.type.layout, assert_trivial=True)
-    k_slot, k_parity = _next(k_slot, k_parity, STAGES)
-    v_slot, v_parity = _next(v_slot, v_parity, STAGES)
-    return b_acc, b_max, b_sum, b_p, k_slot, k_parity, v_slot, v_parity, turns + 1
 
 
 @gluon.jit
@@ -148,17 +118,20 @@ def _consumer(
     l_acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     l_p: gl.constexpr = gl.DotOperandLayout(0, l_acc, 2)
     l_row: gl.constexpr = gl.SliceLayout(1, l_s)
-    theirs: gl.constexpr = (mine + 1) % CONSUMERS
+    l_acc_row: gl.constexpr = gl.SliceLayout(1, l_acc)
     dtype: gl.constexpr = s_q.dtype
     k_slot, k_parity, v_slot, v_parity, q_parity = 0, 0, 0, 0, 0
     turns = 1 if mine == 0 else 0  # the first warpgroup's first turn is the phase before a fresh barrier's: it has passed
     b_q = s_q.index(mine).reshape([64, DIM])
-    b_out = s_out.index(mine)
     for tile in range(gl.program_id(0), programs, gl.num_programs(0)):
         i_b, i_h, first, second, end = _tile(tile, tiles, tiles2, heads, k_tokens, 64 * CONSUMERS, CAUSAL)
+        whole = (first + 1) // BLOCK_N * BLOCK_N  # causal: the keys before are seen by every query of the tile
         first += 64 * mine
         i_q = first + gl.arange(0, 64, l_row)
-        i_n = (gl.cdiv(end, BLOCK_N) - 1) * BLOCK_N
+        steps = gl.cdiv(end, BLOCK_N)
+        i_n = (steps - 1) * BLOCK_N
+        if JOINT:
+            steps += gl.cdiv(k2_tokens, BLOCK_N)
         mbarrier.wait(q_full.index(mine), q_parity)
         mbarrier.wait(k_full.index(k_slot), k_parity)
         b_s = warpgroup_mma(b_q, s_k.index(k_slot).reshape([BLOCK_N, DIM]).permute((1, 0)), gl.zeros([64, BLOCK_N], gl.float32, l_s), use_acc=False, is_async=True)
@@ -169,28 +142,40 @@ def _consumer(
         b_sum = gl.sum(b_w, 1)
         b_p = gl.convert_layout(b_w.to(dtype), l_p, assert_trivial=True)
         b_acc = gl.zeros([64, DIM], gl.float32, l_acc)
-        if CAUSAL:  # the tiles that some query does not see whole
-            whole = gl.minimum((first - 64 * mine + 1) // BLOCK_N, i_n // BLOCK_N) * BLOCK_N
-            while i_n > whole:
-                i_n -= BLOCK_N
-                b_acc, b_max, b_sum, b_p, k_slot, k_parity, v_slot, v_parity, turns = _step(
-                    b_acc, b_max, b_sum, b_p, b_q, s_k, s_v, k_full, k_empty, v_full, v_empty, turn, mine, theirs, k_slot, k_parity, v_slot, v_parity, turns, i_q, i_n, end, scale,
-                    STAGES, ORDERED, True, CAUSAL)
-        while i_n > 0:
+        for _ in range(1, steps):
+            # The scores of one key tile, and the product of the weights of the tile before with its values
             i_n -= BLOCK_N
-            b_acc, b_max, b_sum, b_p, k_slot, k_parity, v_slot, v_parity, turns = _step(
-                b_acc, b_max, b_sum, b_p, b_q, s_k, s_v, k_full, k_empty, v_full, v_empty, turn, mine, theirs, k_slot, k_parity, v_slot, v_parity, turns, i_q, i_n, end, scale,
-                STAGES, ORDERED, False, CAUSAL)
-        if JOINT:
-            i_n = (gl.cdiv(k2_tokens, BLOCK_N) - 1) * BLOCK_N
-            b_acc, b_max, b_sum, b_p, k_slot, k_parity, v_slot, v_parity, turns = _step(
-                b_acc, b_max, b_sum, b_p, b_q, s_k, s_v, k_full, k_empty, v_full, v_empty, turn, mine, theirs, k_slot, k_parity, v_slot, v_parity, turns, i_q, i_n, k2_tokens, scale,
-                STAGES, ORDERED, True, CAUSAL)
-            while i_n > 0:
-                i_n -= BLOCK_N
-                b_acc, b_max, b_sum, b_p, k_slot, k_parity, v_slot, v_parity, turns = _step(
-                    b_acc, b_max, b_sum, b_p, b_q, s_k, s_v, k_full, k_empty, v_full, v_empty, turn, mine, theirs, k_slot, k_parity, v_slot, v_parity, turns, i_q, i_n, k2_tokens, scale,
-                    STAGES, ORDERED, False, CAUSAL)
+            hides = False
+            if CAUSAL:
+                hides = i_n >= whole
+            if JOINT:
+                hides = i_n < 0
+                if hides:
+                    end = k2_tokens
+                    i_n = (gl.cdiv(k2_tokens, BLOCK_N) - 1) * BLOCK_N
+            mbarrier.wait(k_full.index(k_slot), k_parity)
+            if ORDERED:
+                mbarrier.wait(turn.index(mine), turns & 1)
+            b_s = warpgroup_mma(b_q, s_k.index(k_slot).reshape([BLOCK_N, DIM]).permute((1, 0)), gl.zeros([64, BLOCK_N], gl.float32, l_s), use_acc=False, is_async=True)
+            mbarrier.wait(v_full.index(v_slot), v_parity)
+            b_acc = warpgroup_mma(b_p, s_v.index(v_slot).reshape([BLOCK_N, DIM]), b_acc, is_async=True)
+            if ORDERED:
+                mbarrier.arrive(turn.index((mine + 1) % CONSUMERS), count=1)
+            b_s = warpgroup_mma_wait(1, deps=[b_s])
+            mbarrier.arrive(k_empty.index(k_slot), count=1)
+            if CAUSAL or JOINT:
+                b_w, b_max, b_alpha = _weights(b_s, b_max, i_q, i_n, end, scale, hides, CAUSAL)
+            else:
+                b_w, b_max, b_alpha = _weights(b_s, b_max, i_q, i_n, end, scale, False, CAUSAL)
+            b_sum = b_sum * b_alpha + gl.sum(b_w, 1)
+            mbarrier.wait(v_full.index(v_slot), v_parity)  # returns at once; without this branch ptxas moves the exponentials behind the next line
+            b_acc, b_p = warpgroup_mma_wait(0, deps=[b_acc, b_p])
+            mbarrier.arrive(v_empty.index(v_slot), count=1)
+            b_acc = b_acc * gl.convert_layout(b_alpha, l_acc_row, assert_trivial=True)[:, None]
+            b_p = gl.convert_layout(b_w.to(dtype), l_p, assert_trivial=True)
+            k_slot, k_parity = _next(k_slot, k_parity, STAGES)
+            v_slot, v_parity = _next(v_slot, v_parity, STAGES)
+            turns += 1
         mbarrier.arrive(q_empty.index(mine), count=1)
         q_parity ^= 1
         mbarrier.wait(v_full.index(v_slot), v_parity)
@@ -198,8 +183,9 @@ def _consumer(
         b_acc, b_p = warpgroup_mma_wait(0, deps=[b_acc, b_p])
         mbarrier.arrive(v_empty.index(v_slot), count=1)
         v_slot, v_parity = _next(v_slot, v_parity, STAGES)
-        b_acc = b_acc * gl.convert_layout(1.0 / b_sum, gl.SliceLayout(1, l_acc), assert_trivial=True)[:, None]
+        b_acc = b_acc * gl.convert_layout(1.0 / b_sum, l_acc_row, assert_trivial=True)[:, None]
         tma.store_wait(0)  # of the tile before
+        b_out = s_out.index(mine)
         b_out.reshape([64, DIM]).store(b_acc.to(dtype))
         fence_async_shared()
         if JOINT and second:
@@ -275,8 +261,7 @@ class HopperTile(NamedTuple):
 
 
 def hopper_tile(dim: int) -> HopperTile:
-    """Three consumers leave 160 registers a thread: enough for a head dimension of 64."""
-    return HopperTile(3, 128, 3, producer_registers=32, registers=160) if dim <= 64 else HopperTile(2, 128, 2)
+    return HopperTile(2, 128, 3) if dim <= 64 else HopperTile(2, 128, 2)
 
 
 def why_not_hopper(q, k, v, *more) -> str:

@@ -32,7 +32,7 @@ TIMEOUT = 40
 
 def candidates() -> dict[str, tuple]:
     """name -> (head dimension, module, tile), the likeliest first"""
-    from fusewire.kernels.attention.hopper import HopperTile
+    from fusewire.kernels.attention.hopper_limits import HopperTile
     from fusewire.kernels.attention.hopper_triton import TmaTile
 
     tiles = {
@@ -63,7 +63,7 @@ def _module(name: str):
 
 def _joint(module: str, dim: int, tile) -> bool:
     """Two segments are tried with one candidate of each head dimension only: compiling takes long."""
-    return module == "hopper" and tile == _module(module).hopper_tile(dim)
+    return module == "hopper" and tile == _module("hopper_limits").hopper_tile(dim)
 
 
 def _compile(name: str) -> dict:
@@ -187,7 +187,7 @@ def _measure(name: str, rounds: int, results) -> None:
         with torch.inference_mode():
             if module == "hopper":
                 q = torch.empty(1, 64, 1, dim, dtype=torch.bfloat16, device="cuda")
-                if reason := _module(module).why_not_hopper(q, q, q):
+                if reason := _module("hopper_limits").why_not_hopper(q, q, q):
                     results.put({"name": name, "wrong": [reason]})
                     return
             wrong, ratio = check(attend, joint, dim)

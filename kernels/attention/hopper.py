@@ -8,17 +8,15 @@ the first; always in this order, so no result depends on the batch.
 
 from __future__ import annotations
 
-import os
-from typing import NamedTuple
-
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from fusewire.kernels.attention.hopper_limits import HopperTile, hopper_tile
 from fusewire.kernels.attention.triton_limits import default_scale
-from fusewire.kernels.triton_base import arch_of, launch
+from fusewire.kernels.triton_base import launch
 
 LOG2E = 1.4426950408889634
 TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -91,6 +89,12 @@ def _producer(
 
 
 @gluon.jit
+def _in_threads(b_x):
+    """[64, N] -> [64, N / 8, 4, 2]: a thread has pairs of neighbouring columns, 8 apart; four threads have a row. Sums over dimensions 3 and 1 need no exchange."""
+    return b_x.reshape([64, b_x.shape[1] // 8, 4, 2])
+
+
+@gluon.jit
 def _weights(b_s, b_max, i_q, i_n, end, scale, hides, CAUSAL: gl.constexpr):
     """(exp2(scores * scale - new maximum), new maximum, what older sums are multiplied with). ``hides``: some of the keys from i_n on may be hidden."""
     if hides:
@@ -99,7 +103,8 @@ def _weights(b_s, b_max, i_q, i_n, end, scale, hides, CAUSAL: gl.constexpr):
         if CAUSAL:
             m_qn = m_qn & (i_q[:, None] >= o_n[None, :])
         b_s = gl.where(m_qn, b_s, float("-inf"))
-    b_new = gl.maximum(b_max, gl.max(b_s, 1) * scale)
+    b_high = gl.max(gl.max(gl.max(_in_threads(b_s), 3), 1), 1)  # pairs first: half as long a chain
+    b_new = gl.maximum(b_max, gl.convert_layout(b_high, b_max.type.layout, assert_trivial=True) * scale)
     b_safe = b_new
     if CAUSAL:
         b_safe = gl.where(b_new == float("-inf"), 0.0, b_new)  # a query that has seen no key yet: -inf - -inf would be NaN
@@ -139,7 +144,7 @@ def _consumer(
         mbarrier.arrive(k_empty.index(k_slot), count=1)
         k_slot, k_parity = _next(k_slot, k_parity, STAGES)
         b_w, b_max, b_alpha = _weights(b_s, gl.full([64], float("-inf"), gl.float32, l_row), i_q, i_n, end, scale, True, CAUSAL)
-        b_sum = gl.sum(b_w, 1)
+        b_sum = gl.sum(gl.sum(_in_threads(b_w), 3), 1)
         b_p = gl.convert_layout(b_w.to(dtype), l_p, assert_trivial=True)
         b_acc = gl.zeros([64, DIM], gl.float32, l_acc)
         for _ in range(1, steps):
@@ -167,7 +172,7 @@ def _consumer(
                 b_w, b_max, b_alpha = _weights(b_s, b_max, i_q, i_n, end, scale, hides, CAUSAL)
             else:
                 b_w, b_max, b_alpha = _weights(b_s, b_max, i_q, i_n, end, scale, False, CAUSAL)
-            b_sum = b_sum * b_alpha + gl.sum(b_w, 1)
+            b_sum = b_sum * gl.convert_layout(b_alpha, gl.SliceLayout(1, b_sum.type.layout), assert_trivial=True)[:, None] + gl.sum(gl.sum(_in_threads(b_w), 3), 1)
             mbarrier.wait(v_full.index(v_slot), v_parity)  # returns at once; without this branch ptxas moves the exponentials behind the next line
             b_acc, b_p = warpgroup_mma_wait(0, deps=[b_acc, b_p])
             mbarrier.arrive(v_empty.index(v_slot), count=1)
@@ -183,7 +188,7 @@ def _consumer(
         b_acc, b_p = warpgroup_mma_wait(0, deps=[b_acc, b_p])
         mbarrier.arrive(v_empty.index(v_slot), count=1)
         v_slot, v_parity = _next(v_slot, v_parity, STAGES)
-        b_acc = b_acc * gl.convert_layout(1.0 / b_sum, l_acc_row, assert_trivial=True)[:, None]
+        b_acc = b_acc * gl.convert_layout(1.0 / gl.sum(b_sum, 1), l_acc_row, assert_trivial=True)[:, None]
         tma.store_wait(0)  # of the tile before
         b_out = s_out.index(mine)
         b_out.reshape([64, DIM]).store(b_acc.to(dtype))
@@ -247,44 +252,6 @@ def attention_kernel(
              (_producer, (CONSUMERS, BLOCK_N, STAGES, CAUSAL, JOINT) + fetch)], [4, 4, 1], [REGISTERS, REGISTERS, PRODUCER_REGISTERS])
 
 
-class HopperTile(NamedTuple):
-    """``consumers`` warpgroups of 64 queries, ``keys`` in each of ``stages`` tiles in flight. ``ordered``: the warpgroups start their products in turn.
-    ``persistent``: one program for each multiprocessor. Registers for each thread: of the producer, and of each consumer but the first, which has the rest."""
-
-    consumers: int
-    keys: int
-    stages: int
-    ordered: bool = False
-    persistent: bool = True
-    producer_registers: int = 24
-    registers: int = 240
-
-
-def hopper_tile(dim: int) -> HopperTile:
-    return HopperTile(2, 128, 3) if dim <= 64 else HopperTile(2, 128, 2)
-
-
-def why_not_hopper(q, k, v, *more) -> str:
-    """Why the kernel does not serve q, k, v [B, T, H, D] (and those of a second segment); "" where it does. Checks what TMA asks for."""
-    if os.environ.get("FUSEWIRE_HOPPER", "1") == "0":
-        return "FUSEWIRE_HOPPER is 0"
-    if arch_of(q.device).name != "sm_90":
-        return f"the device is not of the Hopper architecture but {arch_of(q.device).name}"
-    if q.dtype not in TYPES:
-        return f"the dtype is {q.dtype}"
-    if q.shape[-1] not in (64, 128):
-        return f"the head dimension is {q.shape[-1]}; 64 and 128 are served"
-    for tensor in (q, k, v, *more):
-        if 0 in tensor.shape:
-            return "a tensor is empty"
-        unit = 16 // tensor.dtype.itemsize
-        if tensor.stride(-1) != 1 or tensor.data_ptr() % 16:
-            return "a row is not contiguous, or a tensor does not start at a multiple of 16 bytes"
-        if any(size > 1 and (stride <= 0 or stride % unit or stride * tensor.dtype.itemsize >= 2**40) for size, stride in zip(tensor.shape[:-1], tensor.stride())):
-            return "a stride is 0, not a multiple of 16 bytes, or too large"
-    return ""
-
-
 def _descriptor(tensor: torch.Tensor | None, rows: int) -> TensorDescriptor | None:
     """Of tiles of ``rows`` tokens of one head of [B, T, H, D], as [B, H, T, D]. A stride over a single element may be anything, but not 0."""
     if tensor is None:
@@ -315,7 +282,7 @@ def _launch(first, second, causal: bool, scale: float | None, tile: HopperTile |
 
 
 def attention(q, k, v, causal: bool = False, scale: float | None = None, tile: HopperTile | None = None) -> torch.Tensor:
-    """q [B, Tq, H, D], k, v [B, Tk, G, D] -> [B, Tq, H, D], contiguous; see ``why_not_hopper``. ``causal``: query i sees the keys up to i."""
+    """q [B, Tq, H, D], k, v [B, Tk, G, D] -> [B, Tq, H, D], contiguous; see hopper_limits.py. ``causal``: query i sees the keys up to i."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     _launch((q, k, v, out), (None,) * 4, causal, scale, tile)
     return out

@@ -81,7 +81,7 @@ def _descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
 
 
 def attention(q, k, v, causal: bool = False, scale: float | None = None, tile: TmaTile | None = None) -> torch.Tensor:
-    """q [B, Tq, H, D], k, v [B, Tk, G, D] -> [B, Tq, H, D], contiguous; see ``why_not_hopper`` in hopper.py."""
+    """q [B, Tq, H, D], k, v [B, Tk, G, D] -> [B, Tq, H, D], contiguous; see hopper_limits.py."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     batch, tokens, heads, dim = q.shape
     tile = tile or tma_tile(dim)

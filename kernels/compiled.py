@@ -172,8 +172,8 @@ def table(reports: list[Compiled]) -> str:
         f"Made by `make kernels-compiled` with Triton {triton.__version__}; no GPU was used. Registers and spilled bytes: from the machine code. Loads and stores: instructions by width in bytes, asynchronous copies included. "
         "Only float32 attention may spill: three TF32 products keep both halves of a block of queries in registers. "
         "The tests hold a few of these cases to accesses of 16 bytes on the NVIDIA targets, but for what is narrow by nature: "
-        "the scalars of a sampler's step; a mask, whose values lie as the matrix instructions want them; and the stores of adaln_sums_kernel "
-        "(2 bytes in bfloat16, 4 in float32), which reads the partial sums of 64 columns 16 bytes at a time and has one value to write for each column.", "",
+        "the scalars of a sampler's step; a mask, whose values lie as the matrix instructions want them; and the stores of column_sums_kernel "
+        "(2 bytes in bfloat16, 4 in float32), which reads the partial sums of 64 columns 16 bytes at a time and has one value to write for each column; so has a program of qk_norm_rope_backward at its end.", "",
         "| case | target | kernel | warps | stages | registers | spills | shared KiB (limit) | loads | stores | matrix instructions |",
         "|---|---|---|---|---|---|---|---|---|---|---|"]
     for one in reports:

@@ -189,6 +189,11 @@ for _dim, (_name, _layout) in itertools.product((64, 40, 9), {"plain": lambda x:
         q, w = meta(2, 1178, 24, dim), meta(dim)
         qk_norm_rope.qk_norm_rope(layout(q), layout(q), layout(w), w, None, None, 1e-6, RMS, False)
 
+    @case(f"layout of qk_norm_backward {_dim}: {_name}")
+    def _(dim=_dim, layout=_layout):
+        q, w, table = meta(2, 1178, 24, dim), meta(dim), layout(meta(1178, dim // 2, dtype=torch.float32)) if dim % 2 == 0 else None
+        qk_norm_rope.qk_norm_rope_backward(layout(q), layout(q), layout(q), layout(q), layout(w), w, table, table, 1e-6, 15)
+
 for _name, _layout in {"plain": lambda x: x, **LAYOUTS}.items():
     @case(f"layout of attention 64: {_name}")
     def _(layout=_layout):
@@ -201,6 +206,18 @@ for _dim, _dtype in itertools.product((40, 64, 128, 256), SHORT):
         q, k = meta(2, 1178, 3 * 24 * dim, dtype=dtype).view(2, 1178, 3, 24, dim).unbind(2)[:2]
         table = meta(1178, dim // 2, dtype=torch.float32)
         qk_norm_rope.qk_norm_rope(q, k, meta(dim, dtype=dtype), meta(dim, dtype=dtype), table, table, 1e-6, RMS, False)
+
+for _dim, _dtype in itertools.product((40, 64, 72, 128, 256, 1000, 1024), SHORT):
+    @case(f"qk_norm_rope_backward {_dim} {SHORT[_dtype]}")
+    def _(dim=_dim, dtype=_dtype):
+        q, k = meta(2, 1178, 3 * 24 * dim, dtype=dtype).view(2, 1178, 3, 24, dim).unbind(2)[:2]
+        grad, w, table = meta(2, 1178, 24, dim, dtype=dtype), meta(dim, dtype=dtype), meta(1178, dim // 2, dtype=torch.float32)
+        qk_norm_rope.qk_norm_rope_backward(grad, grad, q, k, w, w, table, table, 1e-6, 15)
+
+    @case(f"qk_norm_rope_backward plain {_dim} {SHORT[_dtype]}")
+    def _(dim=_dim, dtype=_dtype):
+        q = meta(2, 1178, 24, dim, dtype=dtype)
+        qk_norm_rope.qk_norm_rope_backward(q, q, q, q, None, None, None, None, 1e-6, 3)
 
 for _dtype in SHORT:
     @case(f"qk_norm_into joint buffer 64 {SHORT[_dtype]}")
@@ -290,9 +307,9 @@ for _dim, _dtype, _mask in itertools.product((16, 40, 64, 72, 128, 160, 256), SH
 QUICK = ("adaln_modulate 1536 bf16", "gate_residual_adaln two gates 3072 f32", "gate_residual exact 1536 f32", "linear gate residual 1536 bf16",
          "qk_norm_into joint buffer 64 bf16", "flow_euler_step guided bf16", "attention 64 bf16", "joint_attention 128 bf16", "attention 72 bf16 bool", "attention 128 bf16 causal",
          "layer_norm 1536 bf16", "rms_norm_backward 4096 bf16", "geglu 5120 bf16", "geglu_backward bias 5120 f32",
-         "gate_residual_backward 1536 bf16", "gate_residual_adaln_backward two gates 1536 bf16")
+         "gate_residual_backward 1536 bf16", "gate_residual_adaln_backward two gates 1536 bf16", "qk_norm_rope_backward 64 bf16")
 DOCUMENTED = (*QUICK, "adaln_modulate_backward 1536 bf16", "adaln_modulate_backward affine 3072 f32", "adaln_modulate 3072 bf16", "adaln_modulate_dual 1536 bf16", "gate_residual_adaln two gates 1536 bf16",
               "gate_residual_adaln two gates 16384 f32", "adaln_modulate exact 1536 bf16", "linear bias gelu_tanh 1536 bf16", "qk_norm_rope 64 bf16",
-              "qk_norm_rope 128 f32", "attention 64 f32", "attention 128 bf16", "attention 128 bf16 additive", "attention 128 f32",
+              "qk_norm_rope 128 f32", "qk_norm_rope_backward 128 f32", "attention 64 f32", "attention 128 bf16", "attention 128 bf16 additive", "attention 128 f32",
               "attention 256 bf16", "attention 512 bf16", "joint_attention 64 bf16", "attention_varlen 64 bf16", "attention_varlen 128 bf16 causal", "attention 64 bf16 pattern",
               "attention 128 bf16 pattern")

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fusewire.kernels.triton_base import arch_of, inner_contiguous, launch, load_rows, narrow, over_tokens, strided
+from fusewire.kernels.triton_sums import add_up, sum_of_rows
 from fusewire.kernels.tuning import Arch, RowTile, aligned, row_tile
 
 NONE, LAYER, RMS = 0, 1, 2  # which norm the forward applied
@@ -24,14 +25,6 @@ VECTORS = ("weight", "bias")  # their sums go over the samples too
 @triton.jit
 def _vector(x, o_c, x_c, channels):
     return tl.load(x + o_c.to(tl.int64) * x_c, mask=o_c < channels, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _sum_of_rows(b, LEVELS: tl.constexpr, BLOCK: tl.constexpr):
-    """[2**LEVELS, BLOCK] -> [BLOCK], by pairs: one order of summation whatever the layout in registers."""
-    for _ in tl.static_range(LEVELS):
-        b = tl.sum(tl.reshape(b, [b.shape[0] // 2, 2, BLOCK]), 1)
-    return tl.sum(b, 0)
 
 
 @triton.jit
@@ -49,7 +42,7 @@ def _give(b_sum, b_grad, out, o_out, mask, SUMMED: tl.constexpr):
 def _finish(b_sum, out, i_program, o_c, channels, SUMMED: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr):
     if out is not None:
         if SUMMED:
-            tl.store(out + (i_program.to(tl.int64) * channels + o_c), _sum_of_rows(b_sum, LEVELS, BLOCK), mask=o_c < channels)
+            tl.store(out + (i_program.to(tl.int64) * channels + o_c), sum_of_rows(b_sum, LEVELS, BLOCK), mask=o_c < channels)
 
 
 @triton.jit(do_not_specialize=["tokens", "parts", "steps", "origin"])  # no recompilation for each picture size
@@ -139,31 +132,12 @@ def adaln_backward_kernel(
     _finish(b_dbias, dbias, i_program, o_c, channels, SUMMED & 128, LEVELS, BLOCK)
 
 
-@triton.jit(do_not_specialize=["parts", "blocks"])
-def adaln_sums_kernel(partial, out, parts, blocks, channels, ROWS: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr):
-    """partial [B, parts, C] -> out [B, C]. Partial sums are fresh and contiguous: their order follows from parts and channels."""
-    i_b, o_c = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    b_sum = tl.zeros([ROWS, BLOCK], tl.float32)
-    for i_first in range(0, parts, ROWS):
-        i_part = i_first + tl.arange(0, ROWS)
-        o_partial = ((i_b.to(tl.int64) * parts + i_part) * channels)[:, None] + o_c[None, :]
-        b_sum += tl.load(partial + o_partial, mask=(i_part < parts)[:, None] & (o_c < channels)[None, :], other=0.0)
-    tl.store(out + (i_b.to(tl.int64) * channels + o_c), narrow(_sum_of_rows(b_sum, LEVELS, BLOCK), out.dtype.element_ty), mask=o_c < channels)
-
-
 def _tile(channels: int, arch: Arch) -> RowTile:
     """8 elements a thread for short rows, 16 for long ones, 8 again where each has an address of its own: the sums leave no more registers."""
     block, rows, warps = row_tile(channels, arch)
     if rows > 1:
         return RowTile(block, rows // 2, warps)
     return RowTile(block, rows, warps if channels % 16 == 0 else min(2 * warps, 16))
-
-
-def _add_up(partial: torch.Tensor, out: torch.Tensor) -> None:
-    samples, parts, channels = partial.shape
-    blocks = triton.cdiv(channels, 64)
-    launch(adaln_sums_kernel, samples * blocks, out, partial, out, parts, blocks, channels, ROWS=32, LEVELS=5, BLOCK=64, num_warps=4, num_stages=1,
-           enable_fp_fusion=False)
 
 
 def _backward(wanted: int, norm: int, eps: float, grad, grad1, grad2, arguments: dict[str, torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
@@ -194,7 +168,7 @@ def _backward(wanted: int, norm: int, eps: float, grad, grad1, grad2, arguments:
         LEVELS=tile.rows.bit_length() - 1, BLOCK=tile.block,
         ALIGNED=aligned(channels, [like.dtype], [like.dtype]), num_warps=tile.warps, num_stages=1, enable_fp_fusion=False)
     for name, sums in partial.items():
-        _add_up(sums.view(1, batch * parts, channels) if name in VECTORS else sums, found[name])
+        add_up(sums.view(1, batch * parts, channels) if name in VECTORS else sums, found[name])
     return tuple(found[name] if name in found else like.new_empty(0) for name in arguments)
 
 

@@ -34,8 +34,11 @@ def _fake_backward(q_grad, k_grad, q, k, q_weight, k_weight, cos, sin, eps, want
 _backward_op = define("qk_norm_rope_backward(Tensor q_grad, Tensor k_grad, Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, "
                       "Tensor? sin, float eps, int wanted) -> (Tensor, Tensor, Tensor, Tensor)",
                       fallback=reference.qk_norm_rope_backward, fake=_fake_backward)
-_gradients = Table("qk_norm_rope_backward", [Backend("cpu", native.why_not_backward, _backward_op),
-                                             Backend("reference", always, reference.qk_norm_rope_backward)])
+_gradients = Table("qk_norm_rope_backward", [
+    Backend("cpu", native.why_not_backward, _backward_op),
+    triton_row(_backward_op, triton_limits.why_not_backward, "qk_norm_rope.qk_norm_rope_backward"),
+    Backend("reference", always, reference.qk_norm_rope_backward),
+])
 
 
 def _gradients_of(needed, grads, q, k, q_weight, k_weight, cos, sin, eps, norm, exact):

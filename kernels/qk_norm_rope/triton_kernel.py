@@ -11,7 +11,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from fusewire.kernels.qk_norm_rope.reference import RMS, ROTATION, TORCH_RMS, result_dtype
+from fusewire.kernels.qk_norm_rope.reference import ROTATION, TORCH_RMS, result_dtype
+from fusewire.kernels.qk_norm_rope.triton_backward import qk_norm_rope_backward  # noqa: F401 (the row looks for its launcher here)
 from fusewire.kernels.triton_base import TYPES, arch_of, inner_contiguous, launch, narrow, rounded, strided, vector_aligned
 from fusewire.kernels.tuning import aligned, row_tile
 

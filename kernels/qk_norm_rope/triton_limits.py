@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from fusewire.kernels.qk_norm_rope.reference import HALVES_ROTATION
+from fusewire.kernels.qk_norm_rope.reference import HALVES_ROTATION, RMS
 from fusewire.kernels.triton_rows import why_not
 
 MAX_DIM = 1024  # head dimensions; a head's row is held in registers
 MAX_ROWS = 2**31 - 4096  # rows (token, head) are numbered in 32 bits; offsets have 64
+MAX_BACKWARD_ROWS = 2**30  # the last program may count on beyond the rows
 
 
 def beyond(q, k, norm: int, dim: int, rows: int) -> str:
@@ -36,3 +37,12 @@ def _serves(norm, q, k, *weights) -> str:
 
 
 why_not_rope, why_not_into = predicates(_serves)
+
+
+def why_not_backward(q_grad, k_grad, q, k, q_weight, k_weight, cos, sin, eps, wanted) -> str:
+    """One dtype throughout: the gradients of others are left to the reference."""
+    if reason := why_not(q, k, q_grad, k_grad, q_weight, k_weight) or beyond(q, k, RMS, MAX_DIM, MAX_BACKWARD_ROWS):
+        return reason
+    if any(tensor is not None and tensor.dtype is not q.dtype for tensor in (q_grad, k_grad, k, q_weight, k_weight)):
+        return "the arguments differ in dtype"
+    return ""

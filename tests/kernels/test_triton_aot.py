@@ -41,8 +41,9 @@ def test_16_byte_loads(quick):
             continue  # (a step's scalars are loaded by themselves)
         mask = {"1", "8"} if "bool" in one["case"] else set()  # a mask's bytes lie as the matrix instructions want them
         assert set(one["loads"]) - mask <= {"16", "32"}, one
-        if one["kernel"] != "adaln_sums_kernel":  # (one value for each column: the loads are what counts)
-            assert set(one["stores"]) <= {"16", "32"}, one
+        if one["kernel"] != "column_sums_kernel":  # (one value for each column: the loads are what counts)
+            sums = {"4"} if "qk_norm_rope_backward" in one["case"] else set()  # one row for a program, of a head's channels
+            assert set(one["stores"]) - sums <= {"16", "32"}, one
 
 
 def test_exact_does_not_fuse(quick):
@@ -59,13 +60,16 @@ def test_matrix_instructions(quick):
             assert one["instructions"].get(wanted[one["target"]]), one
 
 
-@pytest.mark.parametrize("group", ["adaln 1536", "norm_backward 1536", "qk_norm 64", pytest.param("adaln_backward 1536", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("group", ["adaln 1536", "norm_backward 1536", "qk_norm 64", "qk_norm_backward 64", pytest.param("adaln_backward 1536", marks=pytest.mark.slow)])
 def test_one_order_of_summation(group):
     """Bug class strided-input, for the order of the sums: the layouts that are reduced over do not depend on the inputs' strides and alignment."""
     names = ("plain", "unaligned", "transposed", "reversed", "step two", "sliced")
-    orders = {one["case"]: one["reductions"] for one in compiled("--target", "sm_90", *(f"--case=layout of {group}: {name}" for name in names))}
-    assert len(orders) == len(names) and all(orders.values())
-    assert len({tuple(order) for order in orders.values()}) == 1, orders
+    orders: dict[str, list] = {}
+    for one in compiled("--target", "sm_90", *(f"--case=layout of {group}: {name}" for name in names)):
+        assert one["reductions"], one
+        orders.setdefault(one["case"], []).append(one["reductions"])
+    assert len(orders) == len(names)
+    assert all(order == orders[f"layout of {group}: plain"] for order in orders.values()), orders
 
 
 def test_group_norm():

@@ -18,10 +18,21 @@ def sum_of_rows(b, LEVELS: tl.constexpr, BLOCK: tl.constexpr):
     return tl.sum(b, 0)
 
 
-@triton.jit(do_not_specialize=["parts", "blocks"])
-def column_sums_kernel(partial, out, parts, blocks, channels, ROWS: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr):
-    """partial [B, parts, C] -> out [B, C]. Partial sums are fresh and contiguous: their order follows from parts and channels."""
-    i_b, o_c = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+@triton.jit(do_not_specialize=["parts", "blocks", "programs"])
+def column_sums_kernel(partial, out, partial1, out1, partial2, out2, partial3, out3, parts, blocks, programs, channels,
+                       ROWS: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr):
+    """partial [B, parts, C] -> out [B, C], up to four of them. Partial sums are fresh and contiguous: their order follows from parts and channels."""
+    i_pair, i_program = tl.program_id(0) // programs, tl.program_id(0) % programs
+    if partial1 is not None:
+        if i_pair == 1:
+            partial, out = partial1, out1
+    if partial2 is not None:
+        if i_pair == 2:
+            partial, out = partial2, out2
+    if partial3 is not None:
+        if i_pair == 3:
+            partial, out = partial3, out3
+    i_b, o_c = i_program // blocks, i_program % blocks * BLOCK + tl.arange(0, BLOCK)
     b_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     for i_first in range(0, parts, ROWS):
         i_part = i_first + tl.arange(0, ROWS)
@@ -30,9 +41,15 @@ def column_sums_kernel(partial, out, parts, blocks, channels, ROWS: tl.constexpr
     tl.store(out + (i_b.to(tl.int64) * channels + o_c), narrow(sum_of_rows(b_sum, LEVELS, BLOCK), out.dtype.element_ty), mask=o_c < channels)
 
 
-def add_up(partial: torch.Tensor, out: torch.Tensor) -> None:
-    """``out`` [B, C] becomes the sum of ``partial`` [B, parts, C] (float32, contiguous) over its parts: zeros where there are none."""
-    samples, parts, channels = partial.shape
-    blocks = triton.cdiv(channels, 64)
-    launch(column_sums_kernel, samples * blocks, out, partial, out, parts, blocks, channels, ROWS=32, LEVELS=5, BLOCK=64, num_warps=4, num_stages=1,
-           enable_fp_fusion=False)
+AT_ONCE = 4  # pairs that a launch takes
+
+
+def add_up(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Pairs of one shape and dtype: ``out`` [B, C] becomes the sum of ``partial`` [B, parts, C] (float32, contiguous) over its parts, zeros where there
+    are none. One launch for up to four of them: each would be too small for a GPU."""
+    for i in range(0, len(pairs), AT_ONCE):
+        some = pairs[i:i + AT_ONCE]
+        samples, parts, channels = some[0][0].shape
+        blocks = triton.cdiv(channels, 32)
+        launch(column_sums_kernel, len(some) * samples * blocks, some[0][1], *(tensor for pair in (*some, *[(None, None)] * (AT_ONCE - len(some))) for tensor in pair),
+               parts, blocks, samples * blocks, channels, ROWS=64, LEVELS=6, BLOCK=32, num_warps=4, num_stages=1, enable_fp_fusion=False)

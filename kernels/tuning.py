@@ -44,11 +44,11 @@ class RowTile(NamedTuple):
     warps: int
 
 
-def row_tile(channels: int, arch: Arch) -> RowTile:
-    """One program holds whole rows in registers: 16 elements a thread (two 16-byte loads of a 16-bit type), at least 2048 elements a program."""
+def row_tile(channels: int, arch: Arch, each: int = 16) -> RowTile:
+    """One program holds whole rows in registers: ``each`` elements a thread (16: two 16-byte loads of a 16-bit type), at least 2048 a program."""
     block = power_of_2(channels)
     rows = max(1, 2048 // block)
-    return RowTile(block, rows, min(block * rows // (16 * arch.warp), 16))
+    return RowTile(block, rows, max(min(block * rows // (each * arch.warp), 16), 1))
 
 
 def aligned(channels: int, inputs, outputs) -> bool:

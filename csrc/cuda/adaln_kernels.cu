@@ -106,13 +106,9 @@ __device__ inline void normalise(Row<T, kChunks, kVector>& row, const Adaln& k) 
   with(k.bias, [](float r, float b) { return r + b; });
 }
 
-// Threads of a block at most.
-template <typename T, int kChunks>
-constexpr int kThreads = kChunks == 1 ? 256 : kChunks == 2 ? 512 : kMaxChannels / kChunk<T> / kChunks;
-
 // kVector: every row of every tensor can be moved 16 bytes at a time, and is made of whole chunks. The bits are the same either way.
-template <typename T, int kChunks, bool kVector>
-__global__ void __launch_bounds__(kThreads<T, kChunks>) adaln_kernel(const __grid_constant__ Adaln k) {
+template <typename T, int kChunks, int kThreads, bool kVector>
+__global__ void __launch_bounds__(kThreads) adaln_kernel(const __grid_constant__ Adaln k) {
   const unsigned i_row = blockIdx.x * blockDim.y + threadIdx.y;
   const bool there = i_row < k.rows;  // a row that is not there still takes part in the sums
   Row<T, kChunks, kVector> row;
@@ -163,25 +159,29 @@ __global__ void __launch_bounds__(kThreads<T, kChunks>) adaln_kernel(const __gri
   if (k.modulations > 1) modulate({row, k.shift[1]}, {row, k.scale[1]}, k.out[1]);
 }
 
-template <typename T, int kChunks>
+// kThreads: of a block at most. Few threads with several chunks each: their loads overlap, and their sums wait less for one another.
+template <typename T, int kChunks, int kThreads>
 static const char* launch_rows(const Adaln& task, int64_t chunks, void* stream) {
+  constexpr bool kFits = kThreads <= 256;  // the longest rows leave no registers for all loads at once
   const unsigned threads = static_cast<unsigned>(ceil_div(ceil_div(chunks, kChunks), kWarp)) * kWarp;
   const unsigned rows = threads == kWarp ? 4 : 1;  // short rows: one for each of a block's four warps
-  bool vector = kChunks <= 2 && task.vector && task.channels % kChunk<T> == 0;  // the longest rows leave no registers for it
+  bool vector = kFits && task.vector && task.channels % kChunk<T> == 0;
   for (const Tokens* x : {&task.x, &task.y[0], &task.y[1], &task.gate[0], &task.gate[1], &task.shift[0], &task.shift[1], &task.scale[0], &task.scale[1],
                           &task.weight, &task.bias}) {
     vector = vector && (!x->data || x->vector);
   }
-  return launch(vector ? adaln_kernel<T, kChunks, kChunks <= 2> : adaln_kernel<T, kChunks, false>, ceil_div(task.rows, rows), dim3(threads, rows), stream, task);
+  return launch(vector ? adaln_kernel<T, kChunks, kThreads, kFits> : adaln_kernel<T, kChunks, kThreads, false>, ceil_div(task.rows, rows), dim3(threads, rows),
+                stream, task);
 }
 
 // How a row is cut depends on its channels alone, never on the number of rows.
 const char* launch_adaln(const Adaln& task, Type type, void* stream) {
   FUSEWIRE_CUDA_SWITCH(type, {
     const int64_t chunks = ceil_div(task.channels, kChunk<T>);
-    if (chunks <= 256) return launch_rows<T, 1>(task, chunks, stream);
-    if (chunks <= 1024) return launch_rows<T, 2>(task, chunks, stream);
-    return launch_rows<T, 4>(task, chunks, stream);
+    if (chunks <= 128) return launch_rows<T, 1, 128>(task, chunks, stream);
+    if (chunks <= 256) return launch_rows<T, 2, 128>(task, chunks, stream);
+    if (chunks <= 1024) return launch_rows<T, 4, 256>(task, chunks, stream);
+    return launch_rows<T, 4, kMaxChannels / kChunk<T> / 4>(task, chunks, stream);
   })
   return "unknown dtype";
 }

@@ -202,7 +202,19 @@ __global__ void __launch_bounds__(kBlock, 1) group_norm_stats_kernel(const __gri
   }
 }
 
+// exp(-x) / (1 + exp(-x)) for x >= 0. kFast: by the device's own functions, whose errors a 16-bit result does not show.
+template <bool kFast>
+__device__ inline float small_sigmoid(float x) {
+  if constexpr (kFast) {
+    const float e = __expf(-x);
+    return __fdividef(e, 1.0f + e);
+  }
+  const float e = expf(-x);
+  return e / (1.0f + e);
+}
+
 // What becomes of a channel's values: silu((x + add - center) * factor + offset).
+template <typename T>
 struct Affine {
   float add = 0.0f, center = 0.0f, factor = 0.0f, offset = 0.0f;
 
@@ -210,14 +222,14 @@ struct Affine {
     const float y = fmaf((x + add) - center, factor, offset);
     if (!silu) return y;
     // y * sigmoid(y), from the smaller of sigmoid(y) and 1 - sigmoid(y): for positive y one rounding is left
-    const float e = expf(-fabsf(y)), small = e / (1.0f + e);
+    const float small = small_sigmoid<sizeof(T) == 2>(fabsf(y));
     return y < 0.0f ? y * small : small > 0.0f ? fmaf(-y, small, y) : y;
   }
 };
 
 // (xhat * weight + bias) * (1 + scale) + shift
 template <typename T>
-__device__ inline Affine affine_of(const GroupNorm& k, int64_t n, unsigned channel) {
+__device__ inline Affine<T> affine_of(const GroupNorm& k, int64_t n, unsigned channel) {
   const float* stats = k.stats + (n * k.groups + channel / k.per_group) * 4;
   const auto given = [&](const Tokens& p, float otherwise) { return p.data ? parameter<T>(p, n, channel) : otherwise; };
   const float factor = stats[2] * given(k.weight, 1.0f), scale = 1.0f + given(k.scale, 0.0f);
@@ -250,7 +262,7 @@ __global__ void __launch_bounds__(kBlock, 1) group_norm_apply_kernel(const __gri
     const int count = count_of(e);
     if (count == 0) return;
     unsigned channel = e / k.pixels, ends = (channel + 1) * k.pixels;  // the first element of the next channel
-    Affine affine = affine_of<T>(k, n, g * k.per_group + channel);
+    Affine<T> affine = affine_of<T>(k, n, g * k.per_group + channel);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       if (i >= count) break;
@@ -272,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, 1) group_norm_apply_last_kernel(cons
   if (at.count == 0) return;
   const unsigned each = at.rows * kSteps, blocks = (k.pixels + each - 1) / each;
   const int64_t n = blockIdx.x / blocks;
-  Affine affine[N];
+  Affine<T> affine[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     if (i < at.count) affine[i] = affine_of<T>(k, n, at.channel + i);

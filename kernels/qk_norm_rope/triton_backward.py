@@ -93,7 +93,7 @@ def _gradients(grad, x, weight, cos, sin, eps: float, of_x: bool, of_weight: boo
     if not of_weight:
         return dx, x.new_empty(0)
     total = x.new_empty(dim)
-    add_up(sums, total.unsqueeze(0))
+    add_up([(sums, total.unsqueeze(0))])
     return dx if of_x else x.new_empty(0), total
 
 

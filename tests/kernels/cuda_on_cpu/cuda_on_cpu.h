@@ -37,6 +37,9 @@ inline float __half2float(__half x) { return fusewire::to_float(x); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return fusewire::from_float<__nv_bfloat16>(x); }
 inline __half __float2half_rn(float x) { return fusewire::from_float<__half>(x); }
 
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+
 namespace cuda_on_cpu {
 
 constexpr unsigned kWarpSize = 32, kStack = 256 * 1024, kAtBarrier = 1, kAtShuffle = 2, kEnded = 3;

@@ -21,9 +21,9 @@ def norm_activation(norm: nn.Module, activation: nn.Module | None, x: torch.Tens
     """``activation(norm(x + add) * (1 + scale) + shift)`` for x [B, C, H, W] and the others [B, C] or None: one pass for a plain GroupNorm.
 
     Without an activation where it is None. A SiLU goes into the pass; a norm or an activation that is not plain, or that autocast casts for, is
-    called.
+    called. So are all in ``exact`` on a GPU, where no kernel repeats the norm's order of summation.
     """
-    if plain_group_norm(norm) and (norm.weight is None or norm.weight.dtype is x.dtype) and not torch.is_autocast_enabled(x.device.type):
+    if (x.is_cpu or how.numerics == "close") and plain_group_norm(norm) and (norm.weight is None or norm.weight.dtype is x.dtype) and not torch.is_autocast_enabled(x.device.type):
         silu = type(activation) is nn.SiLU and untouched(activation)
         y = ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, shift=shift, scale=scale, add=add, silu=silu,
                                 numerics=how.numerics)

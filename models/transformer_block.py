@@ -58,8 +58,9 @@ def _modulated(norm: nn.Module, x, shift, scale, how: How) -> torch.Tensor:
 
 
 def _sum_norm(norm: nn.Module, x, y, how: How) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x + y, norm(x + y)): in one pass for a LayerNorm with weight and bias, as a gated sum whose gate is 1 and a modulation that changes nothing."""
-    if type(norm) is nn.LayerNorm and norm.weight is not None and norm.weight.dtype is x.dtype and norm.bias is not None and untouched(norm) \
+    """(x + y, norm(x + y)): in one pass for a LayerNorm with weight and bias, as a gated sum whose gate is 1 and a modulation that changes nothing. (On a
+    GPU the two calls are as fast, and cheaper to launch.)"""
+    if x.is_cpu and type(norm) is nn.LayerNorm and norm.weight is not None and norm.weight.dtype is x.dtype and norm.bias is not None and untouched(norm) \
             and not torch.is_autocast_enabled(x.device.type):
         zero, one = (value.expand(x.shape[0], x.shape[2]) for value in (x.new_zeros(()), x.new_ones(())))
         return ops.gate_residual_adaln(x, y, one, zero, zero, weight=norm.weight, bias=norm.bias, eps=norm.eps, numerics=how.numerics)

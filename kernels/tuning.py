@@ -145,6 +145,7 @@ def attention_backward_tile(dim: int, itemsize: int, masked: bool, arch: Arch) -
     shared memory."""
     padded = max(power_of_2(dim), 16)
     large = arch.shared >= 160 * KIB
+    hopper = arch.kind == "cuda" and arch.shared >= 227 * KIB  # as in attention_tile
     if itemsize == 4:
         part = BackwardPart(32, 32, 8, 1) if padded <= 64 else BackwardPart(16, 32, 8, 1)
         return BackwardTile(part, part, padded, "ieee" if arch.kind == "hip" else "tf32x3")
@@ -152,12 +153,16 @@ def attention_backward_tile(dim: int, itemsize: int, masked: bool, arch: Arch) -
         size = 64 if padded <= 64 else 32 if padded <= 128 else 16
         dq = dkdv = BackwardPart(size, size, 4, 1)
     elif padded <= 64:
-        dq, dkdv = BackwardPart(128, 64, 8, 2), BackwardPart(64, 64, 4, 2)
+        dq = BackwardPart(128, 64 if hopper else 32, 8, 2)
+        if arch.name == "sm_90":
+            dkdv = BackwardPart(32 if masked else 64, 64, 4, 2)
+        else:
+            dkdv = BackwardPart(32, 64, 8, 2) if hopper or not masked else BackwardPart(32, 32, 4, 2)
     elif padded <= 128:
-        dq = BackwardPart(64, 64, 8, 2) if large else BackwardPart(64, 32, 4, 1)
-        dkdv = BackwardPart(64, 64, 8, 2) if large else BackwardPart(32, 64, 8, 1)
+        dq = BackwardPart(64, 32 if masked else 64, 8, 2) if large else BackwardPart(64, 32, 8, 1)
+        dkdv = BackwardPart(64 if large and not masked else 32, 64, 8, 2 if large and not (masked and arch.name.startswith("sm_10")) else 1)
     else:
-        dq = BackwardPart(64, 32, 8, 1) if large else BackwardPart(32, 32, 8, 1)
+        dq = BackwardPart(64, 32, 8, 1) if arch.name.startswith("sm_10") else BackwardPart(32, 16 if arch.name == "sm_90" and not masked else 32, 8, 1)
         dkdv = BackwardPart(32, 32, 8, 1)
     return BackwardTile(dq, dkdv, padded, "ieee")
 

@@ -312,4 +312,4 @@ DOCUMENTED = (*QUICK, "adaln_modulate_backward 1536 bf16", "adaln_modulate_backw
               "gate_residual_adaln two gates 16384 f32", "adaln_modulate exact 1536 bf16", "linear bias gelu_tanh 1536 bf16", "qk_norm_rope 64 bf16",
               "qk_norm_rope 128 f32", "qk_norm_rope_backward 128 f32", "attention 64 f32", "attention 128 bf16", "attention 128 bf16 additive", "attention 128 f32",
               "attention 256 bf16", "attention 512 bf16", "joint_attention 64 bf16", "attention_varlen 64 bf16", "attention_varlen 128 bf16 causal", "attention 64 bf16 pattern",
-              "attention 128 bf16 pattern")
+              "attention 128 bf16 pattern", "attention_backward 64 bf16", "attention_backward 128 bf16 causal", "attention_backward 128 f32")

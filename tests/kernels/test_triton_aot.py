@@ -72,6 +72,19 @@ def test_one_order_of_summation(group):
     assert all(order == orders[f"layout of {group}: plain"] for order in orders.values()), orders
 
 
+def test_attention_backward():
+    """Within limits (a spill or an atomic would have ended the command); heads are read and written 16 bytes at a time, a query's numbers one by one."""
+    wanted = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "gfx942": "v_mfma"}
+    found = compiled(*(f"--target={target}" for target in wanted), "--case=attention_backward 64 bf16", "--case=attention_backward 128 bf16 causal")
+    assert {one["kernel"] for one in found} == {"delta_kernel", "dq_kernel", "dkdv_kernel"}
+    for one in found:
+        assert one["spills"] == 0 and one["shared"] <= one["shared_limit"] and one["offsets"] == [64], one
+        if one["kernel"] != "delta_kernel":
+            assert one["instructions"].get(wanted[one["target"]]), one
+            if one["target"] != "gfx942":
+                assert set(one["loads"]) <= {"16", "4"} and one["loads"]["16"] >= 16 and set(one["stores"]) == {"16"}, one
+
+
 def test_group_norm():
     """The picture is read and written 16 bytes at a time; a channel's parameters are read one by one."""
     for one in compiled("--target", "sm_90", "--case=group_norm_silu 320 bf16", "--case=group_norm_silu_backward 320 bf16"):

@@ -157,12 +157,15 @@ def attention_backward_tile(dim: int, itemsize: int, masked: bool, arch: Arch) -
         if arch.name == "sm_90":
             dkdv = BackwardPart(32 if masked else 64, 64, 4, 2)
         else:
-            dkdv = BackwardPart(32, 64, 8, 2) if hopper or not masked else BackwardPart(32, 32, 4, 2)
+            dkdv = BackwardPart(32, 32, 4, 2) if hopper or masked else BackwardPart(32, 64, 8, 2)
     elif padded <= 128:
         dq = BackwardPart(64, 32 if masked else 64, 8, 2) if large else BackwardPart(64, 32, 8, 1)
-        dkdv = BackwardPart(64 if large and not masked and dim == padded else 32, 64, 8, 2 if large and not (masked and arch.name.startswith("sm_10")) else 1)
+        if hopper and arch.name != "sm_90":
+            dkdv = BackwardPart(32, 32, 4, 1)
+        else:
+            dkdv = BackwardPart(64 if large and not masked and dim == padded else 32, 64, 8, 2 if large else 1)
     else:
-        dq = BackwardPart(64, 32, 8, 1) if arch.name.startswith("sm_10") else BackwardPart(32, 16 if arch.name == "sm_90" and not masked else 32, 8, 1)
+        dq = BackwardPart(64, 32, 8, 1) if hopper and arch.name != "sm_90" else BackwardPart(32, 32 if hopper else 16, 8, 1) if masked else BackwardPart(16, 32, 8, 1)
         dkdv = BackwardPart(32, 32, 8, 1)
     return BackwardTile(dq, dkdv, padded, "ieee")
 

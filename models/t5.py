@@ -50,8 +50,6 @@ class T5Config(TransformersConfig):
 class T5LayerNorm(nn.Module):
     """RMS norm with a gain, rounding before a 16-bit gain. ``exact`` takes the mean square in float32, as transformers does, float64's too."""
 
-    may_be_read = True  # t5_block may run it together with the sum before it
-
     def __init__(self, config: T5Config, how: How):
         super().__init__()
         self.variance_epsilon, self.how = config.layer_norm_epsilon, how
@@ -60,6 +58,10 @@ class T5LayerNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., C] -> [..., C]"""
         return t5_norm(self, hidden_states, self.how)
+
+
+# What t5_block may run together with the sum before it. It grows by the stock class, once ``fusewire.swap`` has verified it.
+NORMS: set[type] = {T5LayerNorm}
 
 
 def t5_norm(norm, x, how: How) -> torch.Tensor:
@@ -194,8 +196,8 @@ def t5_block(block, x, mask, position_bias, how: How, attention_kwargs: Mapping 
 def _sum_norm(norm, x, y, how: How) -> tuple[torch.Tensor, torch.Tensor]:
     """(x + y, norm(x + y)): in one pass as a gated sum whose gate is 1 and a modulation that changes nothing. float16 is clamped in between, and the
     mean square of float64 is taken in float32 where stock's bits are wanted."""
-    one_dtype = x.dtype is y.dtype is norm.weight.dtype
-    if one_dtype and x.dtype in (torch.float32, torch.bfloat16) and getattr(type(norm), "may_be_read", False) and untouched(norm):
+    known = getattr(type(norm), "fusewire_stock", type(norm)) in NORMS and untouched(norm)
+    if known and x.dtype in (torch.float32, torch.bfloat16) and x.dtype is y.dtype is norm.weight.dtype:
         zero, one = (value.expand(x.shape[0], x.shape[2]) for value in (x.new_zeros(()), x.new_ones(())))
         return ops.gate_residual_adaln(x, y, one, zero, zero, norm="rms", weight=norm.weight, eps=norm.variance_epsilon, numerics=how.numerics)
     x = _kept_finite(x + y)

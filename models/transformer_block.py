@@ -21,9 +21,9 @@ def affine_block(block, x, how: How, context=None, mask=None, context_mask=None,
     more = attention_kwargs or {}
     attended = block.attn1(block.norm1(x), encoder_hidden_states=context if block.only_cross_attention else None, attention_mask=mask, **more)
     if block.attn2 is not None:
-        x, y = _sum_norm(block.norm2, x, attended, how)
+        x, y = sum_norm(block.norm2, x, attended, how)
         attended = block.attn2(y, encoder_hidden_states=context, attention_mask=context_mask, **more)
-    x, y = _sum_norm(block.norm3, x, attended, how)
+    x, y = sum_norm(block.norm3, x, attended, how)
     return feed_forward_residual(block.ff, y, None, x, how)
 
 
@@ -57,7 +57,7 @@ def _modulated(norm: nn.Module, x, shift, scale, how: How) -> torch.Tensor:
     return norm(x) * (1 + scale[:, None]) + shift[:, None]
 
 
-def _sum_norm(norm: nn.Module, x, y, how: How) -> tuple[torch.Tensor, torch.Tensor]:
+def sum_norm(norm: nn.Module, x, y, how: How) -> tuple[torch.Tensor, torch.Tensor]:
     """(x + y, norm(x + y)): in one pass for a LayerNorm with weight and bias, as a gated sum whose gate is 1 and a modulation that changes nothing. (On a
     GPU the two calls are as fast, and cheaper to launch.)"""
     if x.is_cpu and type(norm) is nn.LayerNorm and norm.weight is not None and norm.weight.dtype is x.dtype and norm.bias is not None and untouched(norm) \

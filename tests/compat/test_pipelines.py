@@ -98,6 +98,28 @@ def test_controlnet(family, numerics):
     assert not same(generate(family, pipe, **image, controlnet_conditioning_scale=0.3), want, "close", 1e-2)
 
 
+T2I_ADAPTERS = {"SD1.5": "StableDiffusionAdapterPipeline", "SDXL": "StableDiffusionXLAdapterPipeline"}
+
+
+def t2i_adapter(family, seed=0):
+    torch.manual_seed(seed)
+    form = dict(adapter_type="full_adapter_xl", downscale_factor=4) if family == "SDXL" else dict(downscale_factor=2)
+    return randomise(diffusers.T2IAdapter(channels=[16, 32], num_res_blocks=1, **form)).eval()
+
+
+@column("T2I-Adapter")
+@pytest.mark.parametrize("count", [1, 2])
+@BOTH
+def test_t2i_adapter(family, numerics, count):
+    adapters = [t2i_adapter(family, seed) for seed in range(count)]
+    pipe = become(family, T2I_ADAPTERS, "T2I-Adapter", adapter=adapters[0] if count == 1 else diffusers.MultiAdapter(adapters))
+    given = dict(image=picture() if count == 1 else [picture(), 1 - picture()])
+    scales = [0.7, 0.3] if count == 1 else [[0.7, 0.2], [0.2, 0.7]]
+    report, want = check(family, pipe, numerics, **given, adapter_conditioning_scale=scales[0])
+    assert [entry.name.startswith("adapter") and "nothing to fuse" in entry.reason for entry in report.left].count(True) == count
+    assert not same(generate(family, pipe, **given, adapter_conditioning_scale=scales[1]), want, "close", 1e-2)
+
+
 IMG2IMG = {"SD3.5": "StableDiffusion3Img2ImgPipeline", "Flux.1": "FluxImg2ImgPipeline", "SD1.5": "StableDiffusionImg2ImgPipeline",
            "SDXL": "StableDiffusionXLImg2ImgPipeline"}
 

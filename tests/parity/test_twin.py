@@ -68,3 +68,14 @@ def test_wrong_weights_would_show(pipe, inputs):
     with torch.inference_mode():
         a, b = (twin.float64_twin(m)(**twin.widen(inputs))[0] for m in (copy, pipe.transformer))
     assert (a - b).abs().max() > 1e-4
+
+
+def test_t5s_norm_is_float64_inside():
+    from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+    norm = T5LayerNorm(64, eps=1e-5)
+    nn.init.normal_(norm.weight)
+    x = torch.randn(3, 64, dtype=torch.float64)
+    want = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * norm.weight.double()
+    assert (twin.float64_twin(norm)(x) - want).abs().max() < 1e-14
+    assert (norm.double()(x) - want).abs().max() > 1e-10

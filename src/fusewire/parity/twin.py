@@ -63,13 +63,14 @@ def _leave(block, args, output):
 
 
 def _true_rms_norm(module: nn.Module) -> None:
-    """diffusers' RMSNorm takes the mean square in float32 whatever its input: the twin takes it in float64."""
-    if type(module).__name__ == "RMSNorm" and type(module).__module__.startswith("diffusers."):
+    """diffusers' RMSNorm and transformers' T5LayerNorm take the mean square in float32 whatever their input: the twin takes it in float64."""
+    if (type(module).__name__, type(module).__module__.split(".")[0]) in (("RMSNorm", "diffusers"), ("T5LayerNorm", "transformers")):
         module.forward = types.MethodType(_rms_norm, module)
 
 
 def _rms_norm(self, hidden_states):
-    y = hidden_states * torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + self.eps)
+    eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
+    y = hidden_states * torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + eps)
     if self.weight is not None:
         y = y * self.weight
     return y if getattr(self, "bias", None) is None else y + self.bias

@@ -91,7 +91,11 @@ def _rebased(old: type, new: type) -> type:
     if not hasattr(old, "fusewire_stock") or "fusewire_stock" in vars(old) or hasattr(new, "fusewire_stock") and "fusewire_stock" not in vars(new):
         return new
     bases = tuple(_rebased(base, new) if hasattr(base, "fusewire_stock") else base for base in old.__bases__)
-    return type(old)(old.__name__, bases, {key: value for key, value in vars(old).items() if key not in ("__dict__", "__weakref__")})
+    kept = {key: value for key, value in vars(old).items() if key not in ("__dict__", "__weakref__")}
+    # A class may wrap what it inherits when it is made (transformers' checkpointed layers do): the new one then wraps what it inherits
+    if getattr(kept.get("forward"), "__wrapped__", None) in [base.forward for base in old.__bases__ if hasattr(base, "forward")]:
+        del kept["forward"]
+    return type(old)(old.__name__, bases, kept)
 
 
 def _forward_slots(instance, cls: type) -> Iterator[tuple[dict, str]]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from fusewire.models.layers import How
 
-MODULES = ("fusewire.swap.sd3", "fusewire.swap.flux", "fusewire.swap.unet", "fusewire.swap.scheduler")
+MODULES = ("fusewire.swap.sd3", "fusewire.swap.flux", "fusewire.swap.unet", "fusewire.swap.text_encoders", "fusewire.swap.scheduler")
 OLDEST_DIFFUSERS = (0, 40)
 
 

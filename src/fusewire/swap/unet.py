@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from diffusers.models.adapter import T2IAdapter
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.downsampling import Downsample2D
@@ -39,6 +40,7 @@ GROUP_NORMS = {UNet2DConditionModel: "conv_norm_out", UNet2DModel: "conv_norm_ou
 CONVOLUTIONS = {ResnetBlock2D: ("conv1", "conv2", "conv_shortcut"), Upsample2D: ("conv",), Downsample2D: ("conv",), Transformer2DModel: ("proj_in", "proj_out"),
                 UNet2DConditionModel: ("conv_in", "conv_out"), UNet2DModel: ("conv_in", "conv_out"), Encoder: ("conv_in", "conv_out"),
                 Decoder: ("conv_in", "conv_out")}
+KEEPS_ADAPTER = "it is convolutions, ReLU and sums, and runs once a picture: there is nothing to fuse"
 
 
 LAST = 16  # channels: of pictures and latents, not of what lies inside a model
@@ -99,6 +101,8 @@ def candidates(name: str, instance, how: How) -> Iterator[Candidate]:
             layer = getattr(instance, part, None)
             if (stock_of(layer) or type(layer)) is nn.Conv2d and layer.groups == 1:
                 yield candidate(dot + part, layer, ("convolution",), how, "")
+    if stock is T2IAdapter:
+        yield Candidate(name or "adapter", instance, ("convolution",), None, KEEPS_ADAPTER, by_choice=True)
     if stock is ResnetBlock2D:
         yield candidate(name or "block", instance, ("group_norm_silu",), how, unknown_forward(RESNET))
     elif stock is BasicTransformerBlock:

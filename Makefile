@@ -4,7 +4,7 @@ PYTHON ?= $(VENV)/bin/python
 SYSTEM_PYTHON ?= python3
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test test-all sanitize lib wheel clean kernels-compiled bug-classes compatibility
+.PHONY: demo test test-all sanitize sanitize-ci lib wheel clean kernels-compiled bug-classes mutation cases compatibility
 demo: $(STAMP)
 	$(PYTHON) -m fusewire demo
 
@@ -24,14 +24,21 @@ $(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find cs
 # The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer, at one ISA level: every op on every layout, on tails and empty tensors.
 # Building it takes several minutes. What PyTorch itself leaks is not looked at.
 ISA ?= $(if $(shell grep -m1 -o avx512bw /proc/cpuinfo),avx512,avx2)
+SANITIZERS = address,undefined
 SANITIZED = build/sanitize-$(ISA)
 sanitize: $(STAMP)
 	PATH="$(abspath $(VENV)/bin):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(abspath $(PYTHON)) \
-	  -DFUSEWIRE_SANITIZE=address,undefined -DFUSEWIRE_ONLY_ISA=$(ISA) -DFUSEWIRE_LIB_DIR=$(abspath $(SANITIZED))/lib
+	  -DFUSEWIRE_SANITIZE=$(SANITIZERS) -DFUSEWIRE_ONLY_ISA=$(ISA) -DFUSEWIRE_LIB_DIR=$(abspath $(SANITIZED))/lib
 	PATH="$(abspath $(VENV)/bin):$$PATH" cmake --build $(SANITIZED)
 	LD_PRELOAD="$(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  FUSEWIRE_LIB=$(SANITIZED)/lib $(PYTHON) -m pytest -n 2 -p no:cacheprovider tests/kernels -k "$(SANITIZED_TESTS)"
 SANITIZED_TESTS = (strided or empty or tail or against_float64 or batch_coupling) and not triton and not isa
+
+# The same in a third of the time, for every run of CI: the whole library, without the checks of each access for null and alignment, which take most
+# of the compiler's time; every op on every layout and on empty tensors, which reach the tails too.
+sanitize-ci:
+	$(MAKE) sanitize SANITIZED=build/sanitize-ci SANITIZERS=address,signed-integer-overflow,shift,bounds,integer-divide-by-zero \
+	  SANITIZED_TESTS="(strided_input or empty) and not triton and not isa and not cuda"
 
 # What the Triton and the CUDA kernels compile to, without a GPU (a few minutes on two cores; nvcc is needed).
 kernels-compiled: $(STAMP)
@@ -41,6 +48,15 @@ kernels-compiled: $(STAMP)
 # Which test looks for which known failure of such kernels.
 bug-classes: $(STAMP)
 	$(PYTHON) -m tests.bug_classes --write docs/bug-classes.md
+
+# Whether the rooms' tests notice that a source is wrong: one textual edit after another (half an hour on
+# two cores). Results that are in the JSON stay: without the file all are run anew; add ARGUMENTS=--again for those that were not killed.
+mutation: $(STAMP)
+	$(PYTHON) -m tests.mutation --json tests/mutants/results.json --write docs/mutation.md $(ARGUMENTS)
+
+# How many cases of each op the rooms' tests run (ten minutes on two cores).
+cases: $(STAMP)
+	$(PYTHON) -m tests.cases --write docs/cases.md
 
 lib:
 	$(PYTHON) setup.py -q build_ext --inplace

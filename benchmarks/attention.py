@@ -1,6 +1,6 @@
 """Attention against PyTorch's, in turn in one process, on the shapes of real models.
 
-``python benchmarks/attention.py [--rounds N] [--training] [--json FILE]``: median times, GFLOP/s (4 * B * H * Tq * Tk * D, softmax not counted) and
+``python benchmarks/attention.py [--case WORDS] [--rounds N] [--training] [--json FILE]``: median times, GFLOP/s (4 * B * H * Tq * Tk * D, softmax not counted) and
 their ratio. ``--training``: of the gradients of q, k and v alone (10 instead of 4), and of both directions together.
 """
 
@@ -11,36 +11,32 @@ import torch.nn.functional as F
 
 from alternating import main, measure, served
 from fusewire import ops
-
-# (what, B, queries, keys, H, D)
-SHAPES = [
-    ("SD3.5-medium 512^2, joint", 1, 1178, 1178, 24, 64),
-    ("SD3.5-medium 512^2, joint, guidance", 2, 1178, 1178, 24, 64),
-    ("Flux width, half its heads", 1, 1178, 1178, 12, 128),
-    ("SD1.5 cross attention, 64x64", 2, 4096, 77, 8, 40),
-    ("SD1.5 self attention, 32x32", 2, 1024, 1024, 8, 80),
-]
+from registry import case_option, chosen
 
 
 def rows(arguments):
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
-        for what, *size in SHAPES:
-            batch, queries, keys, heads, channels = size
+        for case in chosen("attention", arguments):
+            batch, queries, keys, heads, channels = case.shape
             q, k, v = (torch.randn(batch, tokens, heads, channels).to(dtype) for tokens in (queries, keys, keys))
             ops.reset_stats()
-            measured = training(q, k, v, arguments.rounds) if arguments.training else inference(q, k, v, arguments.rounds)
+            measured = training(q, k, v, arguments.rounds) if arguments.training else inference(q, k, v, arguments.rounds, case.flops)
             backend = served("attention_backward" if arguments.training else "attention")
-            yield {"shape": what, "size": size, "dtype": str(dtype)[6:], "backend": backend, **measured}
+            yield {"shape": case.what, "size": list(case.shape), "dtype": str(dtype)[6:], "backend": backend, **measured}
 
 
 def sdpa(q, k, v):
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
-def inference(q, k, v, rounds: int) -> dict:
+def options(parser) -> None:
+    case_option(parser)
+    parser.add_argument("--training", action="store_true", help="the gradients")
+
+
+def inference(q, k, v, rounds: int, flops: int) -> dict:
     times = measure({"close": lambda: ops.attention(q, k, v), "sdpa": lambda: sdpa(q, k, v)}, rounds, warm=1)
-    gflop = 4 * q.numel() * k.shape[1] / 1e9
-    return {**times, "close GFLOP/s": round(gflop / times["close"] * 1e6), "sdpa GFLOP/s": round(gflop / times["sdpa"] * 1e6),
+    return {**times, "close GFLOP/s": round(flops / times["close"] / 1e3), "sdpa GFLOP/s": round(flops / times["sdpa"] / 1e3),
             "sdpa/close": round(times["sdpa"] / times["close"], 2)}
 
 
@@ -57,4 +53,4 @@ def training(q, k, v, rounds: int) -> dict:
 
 
 if __name__ == "__main__":
-    main(__doc__, rows, rounds=9, options=lambda parser: parser.add_argument("--training", action="store_true", help="the gradients"))
+    main(__doc__, rows, rounds=9, options=options)

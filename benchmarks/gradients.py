@@ -8,10 +8,11 @@ import torch
 
 from alternating import measure, served
 from fusewire import ops
-from registry import Case
+from registry import Case, case_option
 
 
 def gradients_option(parser) -> None:
+    case_option(parser)
     parser.add_argument("--gradients", action="store_true", help="time forward and backward together")
 
 

@@ -1,6 +1,6 @@
 """The adaLN ops against the eager chain, torch.compile of it (warm), and a clone of the outputs; with ``--gradients`` both directions against eager.
 
-``python benchmarks/test_adaln.py [--gradients] [--rounds N] [--json FILE]``
+``python benchmarks/test_adaln.py [--case WORDS] [--gradients] [--rounds N] [--json FILE]``
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from alternating import main, measure, served
 from fusewire import ops
 from gradients import gradients_option, with_backward
-from registry import REGISTRY
+from registry import chosen
 
 
 def norm(x):
@@ -51,7 +51,7 @@ def arguments_of(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple
 def rows(arguments):
     for op, eager in EAGER.items():
         ours = getattr(ops, op)
-        for case in REGISTRY[op]:
+        for case in chosen(op, arguments):
             for name in case.dtypes:
                 given = arguments_of(op, case.shape, getattr(torch, name))
                 compiled = torch.compile(eager, dynamic=False)

@@ -1,6 +1,6 @@
 """The gated activations, forward and with backward, against the eager chains, torch.compile of them (warm), and a clone of the output.
 
-``python benchmarks/test_gated_mlp.py [--rounds N] [--json FILE]``. Only ``close`` is measured: ``exact`` is the eager chain itself.
+``python benchmarks/test_gated_mlp.py [--case WORDS] [--rounds N] [--json FILE]``. Only ``close`` is measured: ``exact`` is the eager chain itself.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from alternating import main
 from fusewire import ops
 from gradients import row
-from registry import REGISTRY
+from registry import case_option, chosen
 
 
 # The eager chains, as diffusers' modules spell them after their projection.
@@ -32,10 +32,10 @@ def quick_gelu(x):
 def rows(arguments):
     for eager in (geglu, swiglu, quick_gelu):
         op = eager.__name__
-        for case in REGISTRY[op]:
+        for case in chosen(op, arguments):
             for name in case.dtypes:
                 yield row(op, case, name, getattr(ops, op), eager, (torch.randn(case.shape).to(getattr(torch, name)),), arguments.rounds, ("close",))
 
 
 if __name__ == "__main__":
-    main(__doc__, rows)
+    main(__doc__, rows, options=case_option)

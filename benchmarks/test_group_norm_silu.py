@@ -1,6 +1,6 @@
 """group_norm_silu against the eager chain, torch.compile of it (warm), and a clone of the output; forward, and with ``--gradients`` a whole step.
 
-``python benchmarks/test_group_norm_silu.py [--gradients] [--rounds N] [--json FILE]``
+``python benchmarks/test_group_norm_silu.py [--case WORDS] [--gradients] [--rounds N] [--json FILE]``
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from alternating import main, measure, served
 from fusewire import ops
-from registry import REGISTRY
+from gradients import gradients_option
+from registry import chosen
 
 GROUPS = 32
 
@@ -26,7 +27,7 @@ def step(function, x, weight, bias, grad):
 
 def rows(arguments):
     op = "group_norm_silu"
-    for case in REGISTRY[op]:
+    for case in chosen(op, arguments):
         for memory_format in (torch.contiguous_format, torch.channels_last):
             for name in case.dtypes:
                 dtype = getattr(torch, name)
@@ -62,9 +63,5 @@ def rows(arguments):
                        "GB/s": round(case.elements * given[0].element_size() / times["exact"] / 1e3, 1)}
 
 
-def options(parser) -> None:
-    parser.add_argument("--gradients", action="store_true", help="time forward and backward together")
-
-
 if __name__ == "__main__":
-    main(__doc__, rows, options=options)
+    main(__doc__, rows, options=gradients_option)

@@ -1,6 +1,6 @@
 """Linear layers with an epilogue against eager PyTorch; with ``--gradients`` both directions.
 
-``python benchmarks/test_linear.py [--gradients] [--rounds N] [--json FILE]``
+``python benchmarks/test_linear.py [--case WORDS] [--gradients] [--rounds N] [--json FILE]``
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from alternating import main, measure, served
 from fusewire import ops
 from gradients import gradients_option, with_backward
-from registry import REGISTRY
+from registry import chosen
 
 ACTIVATIONS = {"gelu_tanh": lambda y: F.gelu(y, approximate="tanh"), "gelu": F.gelu, "silu": F.silu}
 
@@ -28,7 +28,7 @@ def epilogues(batch: int, tokens: int, outputs: int, dtype: torch.dtype):
 
 
 def rows(arguments):
-    for case in REGISTRY["linear"]:
+    for case in chosen("linear", arguments):
         batch, tokens, inputs, outputs = case.shape
         for name in case.dtypes:
             dtype = getattr(torch, name)

@@ -1,6 +1,6 @@
 """The norms, forward and with backward, against the eager modules' arithmetic, torch.compile of it (warm), and a clone of the output.
 
-``python benchmarks/test_norm.py [--rounds N] [--json FILE]``
+``python benchmarks/test_norm.py [--case WORDS] [--rounds N] [--json FILE]``
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from alternating import main
 from fusewire import ops
 from gradients import row
-from registry import REGISTRY
+from registry import case_option, chosen
 
 
 # The eager chains, as diffusers' and transformers' modules spell them.
@@ -42,7 +42,7 @@ def rows(arguments):
         def ours(*tensors, numerics, op=op):
             return getattr(ops, op)(*tensors, eps=1e-6, numerics=numerics)
 
-        for case in REGISTRY[op]:
+        for case in chosen(op, arguments):
             for name in case.dtypes:
                 dtype, channels = getattr(torch, name), case.shape[1 if op == "layer_norm_2d" else -1]
                 affine = [torch.randn(channels).to(dtype) for _ in range(1 if op == "rms_norm" else 2)]
@@ -51,4 +51,4 @@ def rows(arguments):
 
 
 if __name__ == "__main__":
-    main(__doc__, rows)
+    main(__doc__, rows, options=case_option)

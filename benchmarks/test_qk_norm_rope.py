@@ -1,6 +1,6 @@
 """QK norm against the eager formula, torch.compile of it (warm), and a clone of the outputs; with ``--gradients`` both directions against eager.
 
-``python benchmarks/test_qk_norm_rope.py [--gradients] [--rounds N] [--json FILE]``
+``python benchmarks/test_qk_norm_rope.py [--case WORDS] [--gradients] [--rounds N] [--json FILE]``
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from alternating import main, measure, served
 from fusewire import ops
 from gradients import gradients_option, with_backward
-from registry import REGISTRY
+from registry import chosen
 
 
 def eager(q, k, weight, rope):
@@ -28,7 +28,7 @@ def eager(q, k, weight, rope):
 
 
 def rows(arguments):
-    for case in REGISTRY["qk_norm_rope"]:
+    for case in chosen("qk_norm_rope", arguments):
         for name in case.dtypes:
             dtype = getattr(torch, name)
             q, k, weight = torch.randn(case.shape).to(dtype), torch.randn(case.shape).to(dtype), torch.rand(case.shape[-1]).to(dtype)

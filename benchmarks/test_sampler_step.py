@@ -1,6 +1,6 @@
 """Guidance and a flow-matching Euler step against diffusers' sequence, and a clone of the latents.
 
-``python benchmarks/test_sampler_step.py [--rounds N] [--json FILE]``
+``python benchmarks/test_sampler_step.py [--case WORDS] [--rounds N] [--json FILE]``
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from alternating import main, measure, served
 from fusewire import ops
-from registry import REGISTRY
+from registry import case_option, chosen
 
 
 def rows(arguments):
-    for case in REGISTRY["sampler_step"]:
+    for case in chosen("sampler_step", arguments):
         for name in case.dtypes:
             scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
             scheduler.set_timesteps(28)
@@ -40,4 +40,4 @@ def rows(arguments):
 
 
 if __name__ == "__main__":
-    main(__doc__, rows)
+    main(__doc__, rows, options=case_option)

@@ -1,6 +1,6 @@
 """The steps of diffusers' schedulers, stock and swapped: what a picture's loop pays beside the model.
 
-``python benchmarks/test_schedulers.py [--rounds N] [--json FILE]``
+``python benchmarks/test_schedulers.py [--case WORDS] [--rounds N] [--json FILE]``
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from diffusers import (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 import fusewire
 from alternating import main, measure, served
 from fusewire import ops
+from registry import case_option, chosen
 
 SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 NO_CLIP = dict(SD, clip_sample=False)  # as Stable Diffusion's pipelines have them
@@ -20,7 +21,6 @@ SCHEDULERS = {
     "Euler ancestral": (EulerAncestralDiscreteScheduler, SD), "DPM-Solver++ 2M": (DPMSolverMultistepScheduler, SD),
     "DPM-Solver++ 2M SDE": (DPMSolverMultistepScheduler, dict(SD, algorithm_type="sde-dpmsolver++")), "Heun": (HeunDiscreteScheduler, SD),
 }
-SHAPES = {"SD1.5 512^2": (1, 4, 64, 64), "SDXL 1024^2, two pictures": (2, 4, 128, 128)}
 STEPS, AT = 20, 7
 
 
@@ -43,9 +43,9 @@ def step_of(cls, config: dict, numerics: str | None, sample: torch.Tensor, outpu
 
 
 def rows(arguments):
-    for (name, (cls, config)), (what, shape) in ((one, other) for one in SCHEDULERS.items() for other in SHAPES.items()):
+    for (name, (cls, config)), case in ((one, other) for one in SCHEDULERS.items() for other in chosen("solver_step", arguments)):
         for dtype in (torch.float32, torch.bfloat16):
-            sample, output = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+            sample, output = torch.randn(case.shape).to(dtype), torch.randn(case.shape).to(dtype)
             sides = {side: step_of(cls, config, numerics, sample, output) for side, numerics in
                      (("exact", "exact"), ("close", "close"), ("diffusers", None))}
             results = []
@@ -55,9 +55,9 @@ def rows(arguments):
             assert torch.equal(*results)
             ops.reset_stats()
             times = measure(sides | {"clone": lambda: sample.clone()}, arguments.rounds, inner=20)
-            yield {"scheduler": name, "shape": what, "size": list(shape), "dtype": str(dtype).removeprefix("torch."), "backend": served("solver_step"),
+            yield {"scheduler": name, "shape": case.what, "size": list(case.shape), "dtype": str(dtype).removeprefix("torch."), "backend": served("solver_step"),
                    **times, "diffusers/exact": round(times["diffusers"] / times["exact"], 2)}
 
 
 if __name__ == "__main__":
-    main(__doc__, rows)
+    main(__doc__, rows, options=case_option)

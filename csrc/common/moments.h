@@ -129,6 +129,17 @@ class StockMoments {
   }
 };
 
+// The sum of a vector's lanes by halves: log2(N) roundings, where one lane after the other would take N.
+template <int N, typename C>
+FUSEWIRE_INLINE C sum_of_lanes(lanes<C, N> v) {
+  C part[N];
+  for (int l = 0; l < N; ++l) part[l] = v[l];
+  for (int width = N / 2; width > 0; width /= 2) {
+    for (int l = 0; l < width; ++l) part[l] += part[l + width];
+  }
+  return part[0];
+}
+
 // Mean and variance of a row of n > 0, accurate whatever the mean: mean = pivot + offset, both needed where the variance is far below mean^2.
 template <typename C>
 struct Moments { C pivot, offset, variance; };
@@ -158,13 +169,13 @@ FUSEWIRE_INLINE Moments<compute_t<X>> pivot_moments(const X* x, int64_t n) {
     }
     for (; i + N <= n; i += N) take(0, load<N>(x + i));
     const V sums = (sum[0] + sum[1]) + (sum[2] + sum[3]), squares = (square[0] + square[1]) + (square[2] + square[3]);
-    C total = 0, total_square = 0;
-    for (int l = 0; l < N; ++l) total += sums[l], total_square += squares[l];
+    C rest = 0, rest_square = 0;  // of the elements beyond the last vector, apart: a small sum rounds finely
     for (; i < n; ++i) {
       const C d = to_float(x[i]) - pivot;
-      total += d;
-      total_square += d * d;
+      rest += d;
+      rest_square += d * d;
     }
+    const C total = sum_of_lanes<N, C>(sums) + rest, total_square = sum_of_lanes<N, C>(squares) + rest_square;
     const C offset = total / static_cast<C>(n), square_offset = offset * offset, variance = total_square / static_cast<C>(n) - square_offset;
     if (pass == 1 || !(square_offset > variance)) return {pivot, offset, variance > 0 ? variance : (variance == variance ? C(0) : variance)};
     pivot += offset;
@@ -189,10 +200,9 @@ FUSEWIRE_INLINE compute_t<X> mean_square(const X* x, int64_t n) {
     square[0] = fma<N, C>(value, value, square[0]);
   }
   const auto squares = (square[0] + square[1]) + (square[2] + square[3]);
-  C total = 0;
-  for (int l = 0; l < N; ++l) total += squares[l];
-  for (; i < n; ++i) total += to_float(x[i]) * to_float(x[i]);
-  return total / static_cast<C>(n);
+  C rest = 0;
+  for (; i < n; ++i) rest += to_float(x[i]) * to_float(x[i]);
+  return (sum_of_lanes<N, C>(squares) + rest) / static_cast<C>(n);
 }
 
 }  // namespace fusewire::FUSEWIRE_ISA

@@ -47,9 +47,7 @@ FUSEWIRE_INLINE GradientMeans<compute_t<X>> gradient_means(const X* x, int64_t n
   }
   for_columns<N>(i, n, [&](const auto& at) __attribute__((always_inline)) { take(0, at); });
   const lanes<C, N> g = (plain[0] + plain[1]) + (plain[2] + plain[3]), g_xhat = (weighted[0] + weighted[1]) + (weighted[2] + weighted[3]);
-  GradientMeans<C> sums{0, 0};
-  for (int l = 0; l < N; ++l) sums.g += g[l], sums.g_xhat += g_xhat[l];
-  return {sums.g / static_cast<C>(n), sums.g_xhat / static_cast<C>(n)};
+  return {sum_of_lanes<N, C>(g) / static_cast<C>(n), sum_of_lanes<N, C>(g_xhat) / static_cast<C>(n)};
 }
 
 // dx = (g - mean(g) - xhat * mean(g * xhat)) * rstd; RMSNorm subtracts no mean.

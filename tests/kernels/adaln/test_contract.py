@@ -7,6 +7,7 @@ import torch
 from torch.library import opcheck
 
 from fusewire import ops
+from fusewire.kernels.adaln import reference
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
 from tests.kernels.adaln.cases import DTYPES, NAMES, call, far_apart, inputs, op_name, repeated, served, stock, used
@@ -178,6 +179,20 @@ def test_autocast(autocast, dtypes):
             wanted = [v[k] for k in used(name)]
             for a, b in zip(torch.autograd.grad([t.sum() for t in got], wanted), torch.autograd.grad([t.sum() for t in want], wanted), strict=True):
                 assert a.dtype is b.dtype and torch.allclose(a, b, equal_nan=True, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("exact", (False, True), ids=("close", "exact"))
+def test_fake_mismatch_of_mixed_dtypes(exact):
+    """fake-mismatch: for arguments that differ in dtype the fake kernels, which the Triton rows have too, promise what PyTorch's promotion gives."""
+    v = inputs(2, 3, 8, torch.bfloat16)
+    for op, names, rest in (("adaln_modulate", ("x", "shift", "scale"), (None, None, 1e-6, False, exact)), ("gate_residual", ("x", "y", "gate"), (exact,)),
+                            ("adaln_modulate_dual", ("x", "shift", "scale", "shift2", "scale2"), (1e-6, exact))):
+        for wide in names:
+            given = [v[name].float() if name == wide else v[name] for name in names]
+            made, want = (f(*tensors, *rest) for f, tensors in ((getattr(torch.ops.fusewire, op).default, [t.to("meta") for t in given]),
+                                                               (getattr(reference, op), given)))
+            made, want = ((made,), (want,)) if isinstance(made, torch.Tensor) else (made, want)
+            assert [out.dtype for out in made] == [out.dtype for out in want], (op, wide)
 
 
 @pytest.mark.on_reference

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fusewire import ops
 from fusewire.kernels.dispatch import forced
+from fusewire.kernels.gated_mlp import reference
 from fusewire.kernels.library import CPU
 from tests.effort import examples
 from tests.kernels.gated_mlp.cases import DTYPES, GATED, KINDS, call, inputs, leaves, served, stock, wide
@@ -128,6 +129,15 @@ def test_fp16_overflow(kind, numerics):
     out = call(kind, these, numerics=numerics)
     assert torch.isfinite(out).all() and out.abs().max() >= 1000
     assert all(torch.isfinite(grad).all() for grad in torch.autograd.grad(out.float().mean(), wanted))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_the_reference_of_close_rounds_once(dtype):
+    x, bias = torch.randn(6, 80).to(dtype), torch.randn(80).to(dtype)
+    for name, rest in (("geglu", ()), ("swiglu", (True,))):
+        function = getattr(reference, name)
+        assert_exact(function(x, None, bias, *rest, False), function(x.float(), None, bias.float(), *rest, True).to(dtype), name)
+    assert_exact(reference.quick_gelu(x, False), reference.quick_gelu(x.float(), True).to(dtype))
 
 
 @pytest.mark.parametrize("kind", ("geglu", "swiglu", "quick_gelu"))

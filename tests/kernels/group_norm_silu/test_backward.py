@@ -69,11 +69,13 @@ def test_one_gradient_alone(wanted, memory_format):
     assert CPU.loaded is (served("group_norm_silu_backward") == (1, 0))
 
 
+@pytest.mark.parametrize("per_pixel", (False, True), ids=("[B, C]", "[B, C, 1, 1]"))
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("of_x", (False, True))
-def test_reference_agrees(of_x, memory_format):
-    """The reference row of the backward means the same as the kernel."""
+def test_reference_agrees(of_x, memory_format, per_pixel):
+    """The reference row of the backward means the same as the kernel, and gives [B, C] for a modulation of either shape."""
     v, grad = inputs((2, 6, 5, 7), torch.float64, "all", memory_format), torch.randn(2, 6, 5, 7).double()
+    v |= {name: v[name].view(2, 6, 1, 1) if per_pixel else v[name].view(2, 6) for name in ("shift", "scale", "add")}
     arguments = (grad, v["x"], 3, v["weight"], v["bias"], 1e-5, v["shift"], v["scale"], v["add"], True, of_x)
     for got, want in zip(torch.ops.fusewire.group_norm_silu_backward(*arguments), reference.group_norm_silu_backward(*arguments), strict=True):
         assert got.shape == want.shape and got.stride() == want.stride()

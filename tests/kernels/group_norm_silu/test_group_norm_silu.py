@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fusewire import ops
 from fusewire.kernels.dispatch import forced
-from fusewire.kernels.group_norm_silu import native
+from fusewire.kernels.group_norm_silu import native, reference
 from fusewire.kernels.library import CPU
 from tests.effort import examples
 from tests.kernels.group_norm_silu.cases import DTYPES, FORMATS, OPTIONS, call, in_format, inputs, served, stock, wide
@@ -145,6 +145,15 @@ def test_eps(eps, memory_format):
     v["x"] = v["x"] * 1e-4
     assert_exact(call(v, 3, eps=eps), stock(v, 3, eps))
     assert_close(call(v, 3, eps=eps, numerics="close"), stock(wide(v), 3, eps), stock(v, 3, eps))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_the_reference_of_close_rounds_once(dtype):
+    v = inputs((2, 12, 5, 7), dtype, "all")
+    given = {name: tensor.float() for name, tensor in v.items()}
+    made, want = (reference.group_norm_silu(t["x"], 3, t["weight"], t["bias"], 1e-5, t["shift"], t["scale"], t["add"], True, exact)
+                  for t, exact in ((v, False), (given, True)))
+    assert_exact(made, want.to(dtype))
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

@@ -71,6 +71,16 @@ def test_gate_residual(dtype, gate_shape):
     assert_close(close(x, weight, bias, gate=gate, residual=residual), want, plain)
 
 
+@pytest.mark.on_reference
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_the_reference_rounds_gate_and_residual_once(dtype):
+    x, weight, bias = layer((2, 77, 96), 80, dtype)
+    gate, residual = torch.randn(2, 80).to(dtype), torch.randn(2, 77, 80).to(dtype)
+    want = (residual.float() + gate[:, None].float() * F.linear(x, weight, bias).float()).to(dtype)
+    with forced("reference"):
+        assert_exact(ops.linear(x, weight, bias, gate=gate, residual=residual, numerics="close"), want)
+
+
 @needs_native
 @pytest.mark.parametrize("dtype", FAST)
 @pytest.mark.parametrize("argument", range(5))
@@ -111,9 +121,10 @@ def test_long_bfloat16_is_never_left_to_stock(activation):
 @pytest.mark.on_reference(reason="what is empty is left to PyTorch")
 @pytest.mark.parametrize("shape, n", [((0, 4), 3), ((2, 0, 4), 3), ((2, 3, 0), 3), ((2, 3, 4), 0)])
 @pytest.mark.parametrize("numerics", ["exact", "close"])
-def test_empty(shape, n, numerics):
+@pytest.mark.parametrize("dtype", FAST)
+def test_empty(shape, n, numerics, dtype):
     """empty: zero rows, zero inputs, zero outputs, forward and backward."""
-    x, weight, bias = (t.requires_grad_() for t in layer(shape, n, torch.float32))
+    x, weight, bias = (t.requires_grad_() for t in layer(shape, n, dtype))
     out = ops.linear(x, weight, bias, activation="gelu_tanh", numerics=numerics)
     assert_exact(out, stock(x, weight, bias, "gelu_tanh"))
     out.sum().backward()
@@ -212,12 +223,34 @@ def test_alias():
 @pytest.mark.on_reference
 def test_autocast():
     """autocast: the stock call runs, in the autocast dtype, for float32 inputs as for mixed ones."""
-    x, weight, bias = layer((2, 5, 24), 16, torch.float32)
+    x, weight, bias = layer((2, 40, 24), 16, torch.float32)  # of so many tokens that a kernel would serve them otherwise
     with torch.autocast("cpu", torch.bfloat16):
         for numerics in ("exact", "close"):
             assert_exact(ops.linear(x.bfloat16(), weight, bias, numerics=numerics), F.linear(x.bfloat16(), weight, bias))
             assert_exact(ops.linear(x, weight, bias, numerics=numerics), F.linear(x, weight, bias))
             assert ops.linear(x, weight, bias, numerics=numerics).dtype is torch.bfloat16
+
+
+@pytest.mark.on_reference
+def test_mixed_dtypes_are_left_to_the_reference():
+    x, weight, bias = layer((2, 40, 24), 16, torch.float32)
+    gate, residual = torch.randn(2, 16, dtype=torch.float64), torch.randn(2, 40, 16)
+    for rest in ({"residual": residual.double()}, {"gate": gate, "residual": residual}):
+        got = ops.linear(x, weight, bias, **rest, numerics="close")
+        assert_exact(got, reference.linear(x, weight, bias, "none", rest.get("gate"), rest["residual"], False))
+        assert got.dtype is torch.float64
+
+
+@pytest.mark.parametrize("tokens", (1, 2, 10, 15, 16, 47, 48, 300))
+@pytest.mark.parametrize("dtype", FAST)
+def test_the_batch_does_not_choose_the_backend(tokens, dtype):
+    """batch-coupling: how many samples there are has no say in which library multiplies one."""
+    weight, found = torch.randn(256, 64).to(dtype), set()
+    for batch in (1, 2, 8, 50):
+        x = torch.zeros(batch, tokens, 64, dtype=dtype)
+        found.add((*(choice.backend for choice in ops.backends("linear", x, weight, numerics="close") if choice.runs),
+                   native.onednn_serves(x, weight, "none", None, None)))
+    assert len(found) == 1
 
 
 @needs_native

@@ -14,7 +14,7 @@ from fusewire.kernels.norm import native
 from tests.effort import examples
 from tests.kernels.isa_levels import run_at
 from tests.kernels.norm.cases import AFFINE, DTYPES, KINDS, NARROWED, call, inputs, leaves, served, stock, true, wide
-from tests.tolerance import assert_close, assert_exact
+from tests.tolerance import assert_close, assert_exact, assert_within
 
 needs_library = pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
 BACKENDS = [pytest.param("cpu", marks=needs_library), "reference"]
@@ -133,6 +133,22 @@ def test_close_gradients(kind, dtype, width, affine, backend):
     for name, got, plain, want in zip(("x", "weight", "bias"), *found, strict=False):
         assert_close(got, want, plain, name)
     assert served(kind, "_backward") == ((1, 0) if backend == "cpu" else (0, 1))
+
+
+@pytest.mark.parametrize("kind", ("rms-torch", "layer", "layer-2d"))
+@settings(max_examples=examples(200), deadline=None)
+@given(st.integers(1, 3), st.integers(1, 60), st.integers(1, 200), st.sampled_from(tuple(AFFINE)), st.sampled_from((1e-6, 1e-2)), st.integers(0, 2**31))
+@needs_library
+def test_gradients_property(kind, batch, rows, width, affine, eps, seed):
+    """tail: in float64, where nothing hides behind rounding: the kernel's gradients are those that autograd takes of the formula."""
+    torch.manual_seed(seed)
+    v, found = inputs(rows, width, torch.float64, kind, affine, batch), []
+    grad = torch.randn_like(v["x"])
+    for function in (lambda these: call(kind, these, eps, numerics="close"), lambda these: true(kind, these, eps)):
+        these, wanted = leaves(v)
+        found.append(torch.autograd.grad(function(these), wanted, grad))
+    for got, want in zip(*found, strict=True):
+        assert_within(got, want, 1)
 
 
 @pytest.mark.parametrize("kind", ("layer", "layer-2d"))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.library import opcheck
 
 from fusewire import ops
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
+from tests.effort import examples
 from tests.kernels.isa_levels import run_at
 from tests.kernels.norm.cases import DTYPES, leaves, wide
 from tests.kernels.on_reference import EXACT, MIXED_DTYPES
@@ -48,6 +51,21 @@ def gradients(v: dict, grad=None, function=call, backward=None, **keywords) -> t
 def served(suffix: str = "") -> tuple[int, int]:
     counts = ops.stats()["global_response_norm" + suffix]
     return counts["cpu"], counts["reference"]
+
+
+@settings(max_examples=examples(200), deadline=None)
+@given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 20), st.integers(1, 70), st.sampled_from((1e-6, 1e-2)), st.integers(0, 2**31))
+@needs_library
+def test_property(batch, height, width, channels, eps, seed):
+    """tail: pictures of any shape in float64: forward and gradients are the formula's and autograd's, and any layout gives the same bits."""
+    torch.manual_seed(seed)
+    v = inputs((batch, height, width, channels), torch.float64)
+    assert_within(call(v, eps=eps, numerics="close"), stock(v, eps), 1)
+    grad = torch.randn_like(v["x"])
+    for got, want in zip(gradients(v, grad, eps=eps, numerics="close"), gradients(v, grad, stock, eps=eps), strict=True):
+        assert_within(got, want, 1)
+    turned = {**v, "x": v["x"].transpose(1, 3).contiguous().transpose(1, 3)}
+    assert_exact(call(turned, eps=eps, numerics="close"), call(v, eps=eps, numerics="close"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -115,10 +115,10 @@ def test_strided_input(dtype, layout, numerics):
 def test_into_slices_of_a_joint_buffer(dtype, backend):
     joint_q, joint_k = (torch.full((2, 3 + 4 + 2, 5, 64), torch.nan, dtype=dtype) for _ in range(2))
     q, k, weight = heads(2, 4, 5, 64, dtype), heads(2, 4, 5, 64, dtype), torch.randn(64).to(dtype)
-    before = joint_q._version
+    before = joint_q._version, joint_k._version
     with forced(backend):
         ops.qk_norm_into(q, k, weight, None, joint_q[:, 3:7], joint_k[:, 3:7], eps=1e-5)
-    assert joint_q._version > before
+    assert joint_q._version > before[0] and joint_k._version > before[1]
     assert_exact(joint_q[:, 3:7], diffusers_norm(q, weight, 1e-5))
     assert_exact(joint_k[:, 3:7], diffusers_norm(k, None, 1e-5))
     for joint in (joint_q, joint_k):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
 
 from fusewire import ops
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
 from fusewire.kernels.sampler_step import solver_reference
+from tests.effort import examples
 from tests.kernels.isa_levels import run_at
 from tests.kernels.sampler_step.solver_cases import OPERANDS, STEPS, WIDTHS, in_float64, operands, table
 from tests.layouts import LAYOUTS
@@ -16,6 +20,7 @@ from tests.tolerance import assert_close, assert_exact
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 needs_library = pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
+SOLVER_TERMS = ("x0_x", "x0_m", "e_x", "e_m", "e_x0", "e_previous", "x", "x0", "e", "noise")
 SHAPES = ((1, 1), (2, 3, 5, 7), (1, 4, 40, 33))  # a tail alone, tails of every lane count, whole vectors
 
 
@@ -50,6 +55,20 @@ def test_exact_has_the_bits_of_the_reference(dtype, names, widths):
 
 
 @needs_library
+@settings(max_examples=examples(200), deadline=None)
+@drawn(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.sampled_from(DTYPES), st.sets(st.sampled_from(("uncond", "previous", "base", "noise", "mask"))),
+       st.sets(st.sampled_from(SOLVER_TERMS)), st.booleans(), st.booleans(), st.booleans(), st.sampled_from(LAYOUTS), st.integers(0, 2**31))
+def test_property(shape, dtype, names, zeros, wide_x0, wide_out, reciprocal, layout, seed):
+    """strided-input: any operands, absent terms and layout: the reference's bits."""
+    given = operands((*sorted(names), *(("known", "known_noise") if "mask" in names else ())), tuple(shape) if len(shape) > 1 else (1, *shape), dtype)
+    options = dict(table=table(tuple(sorted(zeros))), step=seed % STEPS, wide_x0=wide_x0, wide_out=wide_out, reciprocal=reciprocal)
+    laid = {name: x if name == "mask" else layout(x) for name, x in given.items()}
+    if all(torch.equal(laid[name], given[name]) for name in given):  # an expanded layout exists for equal values alone
+        same(on_cpu(**laid, **options), on_reference(**given, **options))
+    same(on_cpu(**given, **options), on_reference(**given, **options))
+
+
+@needs_library
 @pytest.mark.parametrize("names", OPERANDS.values(), ids=OPERANDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_close_is_as_good_as_a_chain_of_calls(dtype, names):
@@ -73,7 +92,8 @@ def test_a_coefficient_of_zero_leaves_its_term_out(column):
     assert not torch.equal(got[0], want[0])
     unused = {"e_previous": "previous", "noise": "noise"}.get(column)
     if unused:
-        same(on_cpu(**given | {unused: torch.full_like(given[unused], torch.inf)}, **options, table=table((column,))), got)
+        for run in (on_cpu, on_reference):
+            same(run(**given | {unused: torch.full_like(given[unused], torch.inf)}, **options, table=table((column,))), got)
 
 
 @needs_library

@@ -31,6 +31,14 @@ def test_values(dtype, names, widths):
         check()
 
 
+def test_nan_passes_the_clamp():
+    given = operands((), (2, 33), torch.float32)
+    given["model_output"][0, 5], given["model_output"][1, 7] = torch.nan, torch.inf
+    with in_triton("solver_step"):
+        _, x0, _ = ops.solver_step(**given, table=table(limit=1.5), step=1)
+    assert x0.isnan().sum() == 1 and x0[0, 5].isnan() and x0[1, 7].abs() == 1.5
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 def test_strided_input(layout):
     given = operands(("uncond", "noise"), (1, 3, 4, 5), torch.bfloat16)

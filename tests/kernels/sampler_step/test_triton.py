@@ -13,9 +13,10 @@ TABLE = ops.flow_euler_table(torch.linspace(1, 0, 6), [4.5, 3.0, 1.0, 7.25, 2.0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 3), (1, 4, 6, 5), (3, 2, 8, 16)])
+@pytest.mark.parametrize("shape", [(2, 3), (1, 4, 6, 5), (3, 2, 8, 16), (1, 1500)])
 @pytest.mark.parametrize("guided", ["none", "one tensor", "two tensors"])
 def test_values(dtype, shape, guided):
+    """tail: the last shape is a block of 1024 and a part of one."""
     sample, cond, uncond = torch.randn(shape), torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     args = {"none": (cond, None), "one tensor": (torch.cat([uncond, cond]), None), "two tensors": (cond, uncond)}[guided]
     check = unchanged(sample, cond, uncond)

@@ -1,0 +1,45 @@
+"""The mutants of tests/mutants can still be applied, and docs/mutation.md is about them. (That tests kill them is `make mutation`.)"""
+
+import pytest
+
+from tests import mutation
+from tests.bug_classes import ROOMS
+
+EVERY = [(room, mutant) for room in ROOMS for mutant in mutation.mutants(room)]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_old_text_occurs_exactly_once(room):
+    found = mutation.mutants(room)
+    for mutant in found:
+        text = mutation.mutated(mutant)
+        if not mutant.native:
+            compile(text, mutant.file, "exec")
+    assert len({mutant.what for mutant in found}) == len(found) and sum(not mutant.native for mutant in found) >= 8
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_killer_is_there(room):
+    for mutant in mutation.mutants(room):
+        assert mutant.tests and all((mutation.ROOT / "tests" / "kernels" / room / test).is_file() for test in mutant.tests), mutant.what
+
+
+def test_the_page_is_what_the_results_make():
+    results = mutation.finished(mutation.ROOT / "tests" / "mutants" / "results.json")
+    assert results and (mutation.ROOT / "docs" / "mutation.md").read_text() == mutation.page(results), "make mutation"
+
+
+def test_most_are_killed():
+    """Four fifths of those that ran and are not equivalent: docs/mutation.md names the others."""
+    equivalent = {(room, mutant.what) for room, mutant in EVERY if mutant.equivalent}
+    results = mutation.finished(mutation.ROOT / "tests" / "mutants" / "results.json")
+    counted = [r["result"] == "killed" for r in results if r["result"] == "killed" or (r["room"], r["what"]) not in equivalent]
+    assert len(counted) >= 100 and sum(counted) >= 0.8 * len(counted)
+
+
+def test_a_text_that_is_gone_is_an_error():
+    mutant = EVERY[0][1]
+    with pytest.raises(ValueError, match="occurs 0 times"):
+        mutation.mutated(mutant._replace(old="what is not there"))
+    with pytest.raises(ValueError, match="times"):
+        mutation.mutated(mutant._replace(old="import"))

@@ -21,7 +21,7 @@ def table(zeros: tuple[str, ...] = (), limit: float = 1.5) -> torch.Tensor:
     columns = {name: 0.5 + torch.rand(STEPS).bfloat16().double() for name in SOLVER}
     columns |= {name: -columns[name] for name in ("x0_m", "e_x0", "e")}
     columns |= {"guidance": torch.full((STEPS,), 4.3), "x0_limit": torch.full((STEPS,), limit)}
-    return ops.solver_table(STEPS, **columns | {name: 0.0 for name in zeros})
+    return ops.solver_table(STEPS, **columns | {name: 0.0 for name in zeros}).to(torch.get_default_device())
 
 
 def operands(names: tuple[str, ...], shape: tuple[int, ...], dtype: torch.dtype, wide: bool = False) -> dict:

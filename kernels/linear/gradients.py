@@ -6,19 +6,28 @@ slope of the activation would need it done again. Gate and residual are then ``g
 
 from __future__ import annotations
 
+import torch.nn.functional as F
+
 from fusewire.kernels.autograd import fused
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import define
-from fusewire.kernels.linear import native, reference
+from fusewire.kernels.linear import native, reference, triton_limits
+from fusewire.kernels.triton_rows import row as triton_row
 
 _bias_activation_op = define("bias_activation(Tensor y, Tensor? bias, str activation) -> Tensor", fallback=reference.bias_activation,
                              fake=lambda y, bias, activation: y.new_empty(y.shape))
+_bias_activation = Table("bias_activation", [
+    Backend("cpu", native.why_not_bias_activation, _bias_activation_op),
+    triton_row(_bias_activation_op, triton_limits.why_not_bias_activation, "linear.bias_activation"),
+    Backend("reference", always, reference.bias_activation),
+])
 _bias_activation_backward_op = define(
     "bias_activation_backward(Tensor grad, Tensor y, Tensor? bias, str activation, bool of_bias) -> (Tensor, Tensor)",
     fallback=reference.bias_activation_backward,
     fake=lambda grad, y, bias, activation, of_bias: (y.new_empty(y.shape), y.new_empty(y.shape[-1] if of_bias and bias is not None else 0)))
 _bias_activation_backward = Table("bias_activation_backward", [
     Backend("cpu", native.why_not_bias_activation_backward, _bias_activation_backward_op),
+    triton_row(_bias_activation_backward_op, triton_limits.why_not_bias_activation_backward, "linear.bias_activation_backward"),
     Backend("reference", always, reference.bias_activation_backward),
 ])
 
@@ -35,8 +44,8 @@ def recomputed(x, weight, bias, activation, gate, residual, exact) -> bool:
 
 
 def _activated(x, weight, bias, activation):
-    y = native.product(x, weight)
-    return _bias_activation_op(y, bias, activation), y
+    y = native.product(x, weight) if x.is_cpu else F.linear(x, weight)
+    return _bias_activation(y, bias, activation), y
 
 
 def _fake_activated(x, weight, bias, activation):

@@ -133,6 +133,10 @@ def _ours_is_faster(x, rows: int, outputs: int, of_weight: bool) -> bool:
     return x.dtype in (torch.float32, torch.float16) and rows >= AMX_TOKENS
 
 
+def why_not_bias_activation(y, bias, activation) -> str:
+    return why_not_bias_activation_backward(y, y, bias, activation, True)
+
+
 def why_not_bias_activation_backward(grad, y, bias, activation, of_bias) -> str:
     if not CPU.loaded:
         return CPU.reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from fusewire.kernels import checks
 from fusewire.kernels.adaln.op import gate_residual
@@ -48,10 +49,24 @@ def _cpu(x, weight, bias, activation, gate, residual, exact) -> torch.Tensor:
     return _linear_op(x, weight, bias, activation, gate, residual, exact)
 
 
+_epilogue = triton_row(_linear_op, triton_limits.why_not_epilogue, "linear.linear")
+
+
+def _triton(x, weight, bias, activation, gate, residual, exact) -> torch.Tensor:
+    if not exact and triton_limits.trained(x, weight, bias, activation):
+        return gradients.activated(x, weight, bias, activation)[0]
+    if not exact and residual is not None and native.recorded(x, weight, bias, gate, residual):
+        over_tokens = None if gate is None else reference.over_tokens(gate, x)
+        if native.apart(residual, over_tokens):  # the pass of their own has gradients, and the product is not done again for them
+            y = F.linear(x, weight, bias)
+            return residual + y if gate is None else gate_residual(residual, y, over_tokens, numerics="close")
+    return _epilogue.run(x, weight, bias, activation, gate, residual, exact)
+
+
 _linear = Table("linear", [
     Backend("cpu", native.why_not_cpu, _cpu),
     Backend("cuda", triton_limits.why_not_cublaslt, triton_limits.cublaslt),
-    triton_row(_linear_op, triton_limits.why_not_epilogue, "linear.linear"),
+    _epilogue._replace(run=_triton),
     Backend("reference", always, reference.linear),
 ])
 

@@ -1,4 +1,5 @@
-"""The epilogue of a linear layer in Triton, over what the GEMM library returned: bias and activation, or gate and residual, in one pass.
+"""The epilogue of a linear layer in Triton, over what the GEMM library returned: bias and activation, or gate and residual, in one pass; and the
+gradients of bias and activation.
 
 The matrix product itself stays cuBLAS's (hipBLASLt's). With ``exact`` each operation rounds as eager PyTorch's does.
 """
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 
 from fusewire.kernels.linear.reference import over_tokens
+from fusewire.kernels.linear.triton_backward import bias_activation_backward  # noqa: F401 (the row looks for its launcher here)
 from fusewire.kernels.triton_base import TYPES, arch_of, elementwise, launch, narrow, rounded
 from fusewire.kernels.tuning import flat_tile
 
@@ -60,12 +62,12 @@ def epilogue_kernel(
     tl.store(out + i_0 * out_0 + i_1 * out_1 + i_2 * out_2 + o * out_3, narrow(b_y, out.dtype.element_ty), mask=mask)
 
 
-def epilogue(y, bias, activation: str, gate, residual, exact: bool) -> torch.Tensor:
-    """``act(y + bias)``, or ``residual + gate * (y + bias)``: y [..., N] of at most four dimensions, written in place where the dtype allows."""
+def epilogue(y, bias, activation: str, gate, residual, exact: bool, keep: bool = False) -> torch.Tensor:
+    """``act(y + bias)``, or ``residual + gate * (y + bias)``: y [..., N] of at most four dimensions, written in place unless ``keep`` or the dtype forbids."""
     dtype = y.dtype
     for tensor in (gate, residual):
         dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
-    out = y if dtype is y.dtype else torch.empty_like(y, dtype=dtype)
+    out = y if dtype is y.dtype and not keep else y.new_empty(y.shape, dtype=dtype)
     tensors = (tensor if tensor is None else tensor.expand_as(y) for tensor in (bias, gate, residual))
     sizes, views = elementwise(out, y, *tensors, out)
     block, warps = flat_tile(sizes[3], arch_of(y.device))
@@ -83,3 +85,7 @@ def linear(x, weight, bias, activation: str, gate, residual, exact: bool) -> tor
     if activation == "none":  # the GEMM library adds the bias to its accumulator
         return epilogue(F.linear(x, weight, bias), None, activation, gate, residual, exact)
     return epilogue(F.linear(x, weight), bias, activation, gate, residual, exact)
+
+
+def bias_activation(y, bias, activation: str) -> torch.Tensor:
+    return epilogue(y, bias, activation, None, None, False, keep=True)

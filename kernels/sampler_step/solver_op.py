@@ -6,10 +6,11 @@ import torch
 
 from fusewire.kernels import checks
 from fusewire.kernels.autograd import recomputing
+from fusewire.kernels.cuda_rows import row as cuda_row
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import define
 from fusewire.kernels.rounding import compute_dtype, is_exact
-from fusewire.kernels.sampler_step import native, solver_reference, triton_limits
+from fusewire.kernels.sampler_step import native, solver_cuda, solver_reference, triton_limits
 from fusewire.kernels.sampler_step.tables import SOLVER
 from fusewire.kernels.triton_rows import row as triton_row
 
@@ -28,6 +29,7 @@ _solver_op = define("solver_step(Tensor sample, Tensor model_output, Tensor? unc
                     fallback=solver_reference.solver_step, fake=_fake_solver, backward=_backward, setup_context=_setup)
 _solver = Table("solver_step", [
     Backend("cpu", native.why_not_solver, _solver_op),
+    cuda_row(_solver_op, solver_cuda.op, solver_cuda.why_not_solver, solver_cuda.solver_step),
     triton_row(_solver_op, triton_limits.why_not_solver, "sampler_step.solver_step"),
     Backend("reference", always, solver_reference.solver_step),
 ])

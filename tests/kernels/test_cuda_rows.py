@@ -12,10 +12,12 @@ from fusewire.kernels.group_norm_silu import cuda as group_norm_silu
 from fusewire.kernels.library import CUDA
 from fusewire.kernels.qk_norm_rope import cuda as qk_norm_rope
 from fusewire.kernels.sampler_step import cuda as sampler_step
+from fusewire.kernels.sampler_step import solver_cuda
 from tests.kernels.attention.test_cuda import ROWS as ATTENTION_ROWS
 
 X, ROW, HEADS, PICTURE = torch.randn(2, 5, 64), torch.randn(2, 64), torch.randn(2, 5, 2, 32), torch.randn(2, 8, 5, 6)
 TABLE = ops.flow_euler_table(torch.tensor([1.0, 0.5, 0.0]))
+SOLVER = ops.solver_table(2, x0_x=0.5, e_previous=1.0, x=1.0, x0=-0.5, noise=0.25).to(X.device)
 CALLS = {
     "adaln_modulate": (X, ROW, ROW, None, None, 1e-6, False, False),
     "adaln_modulate_dual": (X, ROW, ROW, ROW, ROW, 1e-6, True),
@@ -25,6 +27,7 @@ CALLS = {
     "qk_norm_into": (HEADS, HEADS, None, None, torch.zeros_like(HEADS), torch.zeros_like(HEADS), None, None, 1e-6, 0, False),
     "group_norm_silu": (PICTURE, 4, None, None, 1e-5, None, None, None, True, False),
     "flow_euler_step": (X, X, None, TABLE, 1, None, True),
+    "solver_step": (X, X, None, X, None, X, None, None, None, SOLVER, 1, None, True, True, True, False, True),
 }
 
 
@@ -53,6 +56,7 @@ def test_the_ops_of_csrc_change_their_outputs_alone(in_cuda):
     for op, args in ((adaln.op, (X, X, ROW, None, None, *none[:2], ROW, ROW, None, None, out, torch.zeros_like(X), None, 1e-6, 1, False)),
                      (qk_norm_rope.op, (HEADS, HEADS, None, None, None, None, heads, torch.zeros_like(HEADS), None, None, 1e-6, 2, False)),
                      (sampler_step.op, (X, X, None, TABLE, 1, None, out, False)),
+                     (solver_cuda.op, (X, X, *none, SOLVER, 1, None, out, torch.zeros_like(X), torch.zeros_like(X), True, False, True)),
                      (group_norm_silu.op, (PICTURE, *none[:5], picture, torch.zeros(8, 1, 4), torch.zeros(8, 4), 4, 1e-5, False, True))):
         opcheck(op, args, test_utils=("test_schema",))
 

@@ -284,7 +284,7 @@ def _launch(first, second, causal: bool, scale: float | None) -> None:
         return
     multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else MULTIPROCESSORS
     descriptors = [_descriptor(x, tokens) for x, tokens in zip(rows, (64, tile.keys, tile.keys, 64) * 2)]
-    kernel = launch(hopper_attention_kernel, min(programs, multiprocessors), q, *descriptors, *rest, num_warps=4)
+    kernel = launch(hopper_attention_kernel, min(programs, multiprocessors), q, *descriptors, *rest, num_warps=4, num_stages=tile.stages)
     if kernel is not None:
         _started[key] = kernel, multiprocessors
 

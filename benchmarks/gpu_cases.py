@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fusewire import ops
+from fusewire.kernels.attention import cuda
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CUDA
 
@@ -109,6 +110,11 @@ def attention_cases():
                 if dim % 8 == 0 and dim <= 128:
                     sides["sdpa cudnn"] = lambda q=q, k=k, v=v: sdpa(q, k, v, SDPBackend.CUDNN_ATTENTION)
             yield "attention", f"{list(q.shape)} {SHORT[dtype]}", 0, 4 * 2 * heads * tokens**2 * dim, sides
+    for queries, keys, heads, dim in (() if DRY else ((4096, 77, 10, 64), (1024, 77, 20, 64), (256, 256, 24, 64), (512, 512, 24, 64), (512, 512, 24, 128))):
+        q, k, v = (rand(2, tokens, heads, dim) for tokens in (queries, keys, keys))
+        yield "attention", f"{list(q.shape)} on {keys} bf16", 0, 4 * 2 * heads * queries * keys * dim, {
+            "eager": lambda q=q, k=k, v=v: sdpa(q, k, v), "triton close": with_backend("triton", lambda q=q, k=k, v=v: ops.attention(q, k, v)),
+            "sdpa cudnn": lambda q=q, k=k, v=v: sdpa(q, k, v, SDPBackend.CUDNN_ATTENTION)}
     for tokens, text, heads, dim in (((8, 3, 1, 16),) if DRY else ((1024, 154, 24, 64), (4096, 154, 24, 64), (4096, 512, 24, 128))):
         q, k, v = (rand(2, tokens, heads, dim) for _ in range(3))
         q2, k2, v2 = (rand(2, text, heads, dim) for _ in range(3))
@@ -122,7 +128,8 @@ def attention_cases():
         joint = lambda q=q, k=k, v=v, q2=q2, k2=k2, v2=v2, w=w: ops.joint_attention(  # noqa: E731
             q, k, v, q2, k2, v2, q_weight=w, k_weight=w, q2_weight=w, k2_weight=w)
         yield ("joint_attention", f"{list(q.shape)} + {text} bf16, norm", 0, 4 * 2 * heads * (tokens + text)**2 * dim,
-               {"eager": stock, "triton close": with_backend("triton", joint)})
+               {"eager": stock, "triton close": with_backend("triton", joint)} | ({} if DRY else {
+                   "cudnn close": lambda q=q, k=k, v=v, q2=q2, k2=k2, v2=v2, w=w: cuda.joint_attention(q, k, v, q2, k2, v2, w, w, w, w, None, 1e-6)}))
 
 
 def backward_cases():

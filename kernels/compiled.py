@@ -95,6 +95,11 @@ def _widths(asm: str, kind: str, what: str) -> dict[str, int]:
     return found
 
 
+def written_in_gluon(case: str) -> bool:
+    """Such kernels compute no offset: what they read and write is addressed by TMA. They have no form that Triton optimises."""
+    return " hopper " in case
+
+
 def report(case: str, target: str, kernel, options: dict, compiled) -> Compiled:
     arch, asm = TARGETS[target], compiled.asm
     shared = compiled.metadata.shared
@@ -106,9 +111,10 @@ def report(case: str, target: str, kernel, options: dict, compiled) -> Compiled:
         code, names = asm["amdgcn"], AMD_INSTRUCTIONS
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", code).group(1))
         spills = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", code).group(1))  # scalar registers spill into lanes of vector ones, not to memory
+    ir = asm["ttgir" if written_in_gluon(case) else "ttir"]
     # A pointer to one element is advanced by scalars; to a block, by a tensor of offsets
-    offsets = re.findall(r"tt\.addptr [^:]*: tensor<[^!]*!tt\.ptr<[^>]*>[^>]*>, tensor<[0-9x]*xi(\d+)>", asm["ttir"])
-    scalars = re.findall(r"tt\.addptr [^:]*: !tt\.ptr<[^>]*>, i(\d+)", asm["ttir"])
+    offsets = re.findall(r"tt\.addptr [^:]*: tensor<[^!]*!tt\.ptr<[^>]*>[^>]*>, tensor<[0-9x]*xi(\d+)>", ir)
+    scalars = re.findall(r"tt\.addptr [^:]*: !tt\.ptr<[^>]*>, i(\d+)", ir)
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", asm["ttgir"], re.MULTILINE))
     reduced = re.findall(r"\}\) : \(tensor<([0-9x]+x\w+), (#\w+)[^)]*\) -> ", asm["ttgir"])
     return Compiled(
@@ -137,8 +143,8 @@ def compile_case(name: str, target: str) -> list[Compiled]:
 
 
 def compile_all(names, targets, processes: int = 2) -> Iterator[Compiled]:
-    """The cases on the targets, compiled in ``processes`` processes."""
-    pairs = [(name, target) for name in names for target in targets]
+    """The cases on the targets that they are for, compiled in ``processes`` processes."""
+    pairs = [(name, target) for name in names for target in targets if target == "sm_90" or not written_in_gluon(name)]
     with ProcessPoolExecutor(processes) as pool:
         for found in pool.map(compile_case, *zip(*pairs)):
             yield from found
@@ -156,7 +162,7 @@ def faults(one: Compiled) -> list[str]:
         found.append(f"{one.spills} bytes spilled")
     if one.shared > one.shared_limit:
         found.append(f"{one.shared} bytes of shared memory, more than {one.shared_limit}")
-    if one.offsets != [64]:
+    if one.offsets != ([] if written_in_gluon(one.case) else [64]):
         found.append(f"offsets of {one.offsets} bits")
     if any(name in one.instructions for name in (" atom.", " red.", "\tatom.", "\tred.", "global_atomic", "buffer_atomic")):
         found.append("atomics")
@@ -173,7 +179,8 @@ def table(reports: list[Compiled]) -> str:
         "Only float32 attention may spill: three TF32 products keep both halves of a block of queries in registers. "
         "The tests hold a few of these cases to accesses of 16 bytes on the NVIDIA targets, but for what is narrow by nature: "
         "the scalars of a sampler's step; a mask, whose values lie as the matrix instructions want them; and the stores of column_sums_kernel "
-        "(2 bytes in bfloat16, 4 in float32), which reads the partial sums of 64 columns 16 bytes at a time and has one value to write for each column; so has a program of qk_norm_rope_backward at its end.", "",
+        "(2 bytes in bfloat16, 4 in float32), which reads the partial sums of 64 columns 16 bytes at a time and has one value to write for each column; so has a program of qk_norm_rope_backward at its end. "
+        "What TMA moves, which is all that hopper_attention_kernel reads and writes, is not counted.", "",
         "| case | target | kernel | warps | stages | registers | spills | shared KiB (limit) | loads | stores | matrix instructions |",
         "|---|---|---|---|---|---|---|---|---|---|---|"]
     for one in reports:

@@ -7,6 +7,7 @@ import itertools
 import torch
 
 from fusewire.kernels.adaln import triton_kernel as adaln
+from fusewire.kernels.attention import hopper
 from fusewire.kernels.attention import triton_backward as attention_backward
 from fusewire.kernels.attention import triton_kernel as attention
 from fusewire.kernels.gated_mlp import triton_kernel as gated_mlp
@@ -288,6 +289,22 @@ for _dim, _dtype in itertools.product((64, 128), SHORT):
         q, q2, w = meta(2, 1024, 24, dim, dtype=dtype), meta(2, 154, 24, dim, dtype=dtype), meta(dim, dtype=dtype)
         attention.joint_attention(q, q, q, q2, q2, q2, w, None, w, None, None, 1e-6)
 
+for _dim in (64, 128):
+    @case(f"attention hopper {_dim} bf16")
+    def _(dim=_dim):
+        q = meta(2, 1024, 24, dim)
+        hopper.attention(q, q, q)
+
+    @case(f"attention hopper {_dim} bf16 causal")
+    def _(dim=_dim):
+        q = meta(2, 1024, 24, dim)
+        hopper.attention(q, q, q, True)
+
+    @case(f"joint_attention hopper {_dim} bf16")
+    def _(dim=_dim):
+        q, q2 = meta(2, 1024, 24, dim), meta(2, 154, 24, dim)
+        hopper.joint_attention(q, q, q, q2, q2, q2)
+
 for _dim, _dtype, _mask in itertools.product((16, 40, 64, 72, 128, 160, 256), SHORT, (*MASKS, " causal")):
     if _dtype is torch.float32 and _dim > 128:
         continue
@@ -305,11 +322,12 @@ for _dim, _dtype, _mask in itertools.product((16, 40, 64, 72, 128, 160, 256), SH
             attention_backward.attention_varlen_backward(q, row, q, q, q, q, row, row, cu_seqlens, cu_seqlens, mask == " causal", None)
 
 QUICK = ("adaln_modulate 1536 bf16", "gate_residual_adaln two gates 3072 f32", "gate_residual exact 1536 f32", "linear gate residual 1536 bf16",
-         "qk_norm_into joint buffer 64 bf16", "flow_euler_step guided bf16", "attention 64 bf16", "joint_attention 128 bf16", "attention 72 bf16 bool", "attention 128 bf16 causal",
+         "qk_norm_into joint buffer 64 bf16", "flow_euler_step guided bf16", "attention 64 bf16", "attention hopper 64 bf16", "attention hopper 128 bf16", "joint_attention 128 bf16", "attention 72 bf16 bool", "attention 128 bf16 causal",
          "layer_norm 1536 bf16", "rms_norm_backward 4096 bf16", "geglu 5120 bf16", "geglu_backward bias 5120 f32",
          "gate_residual_backward 1536 bf16", "gate_residual_adaln_backward two gates 1536 bf16", "qk_norm_rope_backward 64 bf16")
 DOCUMENTED = (*QUICK, "adaln_modulate_backward 1536 bf16", "adaln_modulate_backward affine 3072 f32", "adaln_modulate 3072 bf16", "adaln_modulate_dual 1536 bf16", "gate_residual_adaln two gates 1536 bf16",
               "gate_residual_adaln two gates 16384 f32", "adaln_modulate exact 1536 bf16", "linear bias gelu_tanh 1536 bf16", "qk_norm_rope 64 bf16",
               "qk_norm_rope 128 f32", "qk_norm_rope_backward 128 f32", "attention 64 f32", "attention 128 bf16", "attention 128 bf16 additive", "attention 128 f32",
               "attention 256 bf16", "attention 512 bf16", "joint_attention 64 bf16", "attention_varlen 64 bf16", "attention_varlen 128 bf16 causal", "attention 64 bf16 pattern",
-              "attention 128 bf16 pattern", "attention_backward 64 bf16", "attention_backward 128 bf16 causal", "attention_backward 128 f32")
+              "attention 128 bf16 pattern", "attention_backward 64 bf16", "attention_backward 128 bf16 causal", "attention_backward 128 f32",
+              "joint_attention hopper 64 bf16", "joint_attention hopper 128 bf16")

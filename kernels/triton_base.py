@@ -37,20 +37,28 @@ def arch_of(device: torch.device) -> Arch:
     return _archs[index]
 
 
-def launch(kernel, programs: int, tensor: torch.Tensor, *args, **options) -> None:
+def launch(kernel, programs: int, tensor: torch.Tensor, *args, **options):
     """Run ``programs`` programs of ``kernel`` on the device of ``tensor`` and its current stream. No program: no launch.
 
-    Neither synchronises nor tunes, so that a call can be captured in a CUDA graph (once the kernel is compiled).
+    Neither synchronises nor tunes, so that a call can be captured in a CUDA graph (once the kernel is compiled). Returns the compiled kernel, or None
+    where nothing was launched.
     """
     if programs > GRID_LIMIT:
         raise ValueError(f"{kernel.__name__} would need {programs} programs; the limit is {GRID_LIMIT}")
     if programs == 0:
-        return
+        return None
     if _elsewhere is not None:
         _elsewhere[1](kernel, programs, args, options)
-        return
+        return None
     with torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext():
-        kernel[(programs,)](*args, **options)
+        return kernel[(programs,)](*args, **options)
+
+
+def relaunch(compiled, programs: int, tensor: torch.Tensor, *args) -> None:
+    """Run again what ``launch`` returned, on the same device, with all of the kernel's arguments in order: constants as they were, the others of the
+    same types. Triton then does not ask anew what they are specialised by."""
+    with torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext():
+        compiled[programs, 1, 1](*args)
 
 
 @contextmanager

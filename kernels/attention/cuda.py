@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import torch
 
+from fusewire.kernels.attention import hopper_limits
 from fusewire.kernels.qk_norm_rope import op as qk_norm
 from fusewire.kernels.qk_norm_rope.reference import RMS
 from fusewire.kernels.triton_rows import too_old
-from fusewire.kernels.tuning import attention_library, attention_library_backward
+from fusewire.kernels.tuning import attention_library, attention_library_backward, attention_ours
 
 DEVICE = "cuda"  # the tests, which have no GPU, make it "cpu", and put functions for the CPU into the two tables below
 MAX_BATCH = 65535  # samples, and heads: of a cuDNN graph
@@ -118,7 +119,19 @@ def _hides(mask, blocks) -> str:
     return "mask" if mask is not None else "pattern" if blocks is not None else ""
 
 
+def _ours(q, queries: int, keys: int, causal: bool) -> str:
+    """That our kernel for Hopper is preferred, or ``""``."""
+    index = q.device.index
+    if attention_ours(q.shape[3], queries, keys, causal, _gpu(index)[1]) and not hopper_limits.unavailable(index):
+        return f"our own kernel for Hopper is preferred for heads of {q.shape[3]}, {queries} queries and {keys} keys"
+    return ""
+
+
 def why_not_attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps, blocks=None, words=None) -> str:
+    return _why_not(q, k, v, mask, q_weight, k_weight, causal, scale, blocks) or _ours(q, q.shape[1], k.shape[1], causal)
+
+
+def _why_not(q, k, v, mask, q_weight, k_weight, causal, scale, blocks) -> str:
     if reason := _hides(mask, blocks):
         return f"there is a {reason}"
     read = tuple(x for x, weight in ((q, q_weight), (k, k_weight), (v, None)) if weight is None)
@@ -126,12 +139,14 @@ def why_not_attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps, blo
 
 
 def why_not_softmax(q, k, v, mask, causal, scale, blocks=None, words=None) -> str:
-    return why_not_attention(q, k, v, mask, None, None, causal, scale, 0.0, blocks, words)
+    return _why_not(q, k, v, mask, None, None, causal, scale, blocks)
 
 
 def why_not_joint(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale, eps) -> str:
-    return (_choice(q, k, q.shape[1] + q2.shape[1], k.shape[1] + k2.shape[1], False, scale, attention_library, ())[1]
-            or _weights_differ(q, q_weight, k_weight, q2_weight, k2_weight))
+    queries, keys = q.shape[1] + q2.shape[1], k.shape[1] + k2.shape[1]
+    if reason := _choice(q, k, queries, keys, False, scale, attention_library, ())[1] or _weights_differ(q, q_weight, k_weight, q2_weight, k2_weight):
+        return reason
+    return "" if 0 in (q.shape[1], q2.shape[1], k.shape[1], k2.shape[1]) else _ours(q, queries, keys, False)  # ours reads no empty segment
 
 
 def why_not_backward(grad, lse_grad, q, k, v, out, highest, total, mask, causal, scale, blocks=None, words=None) -> str:

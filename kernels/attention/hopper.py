@@ -8,15 +8,17 @@ the first; always in this order, so no result depends on the batch.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fusewire.kernels.attention.hopper_limits import HopperTile, hopper_tile
+from fusewire.kernels.attention.hopper_limits import hopper_tile
 from fusewire.kernels.attention.triton_limits import default_scale
-from fusewire.kernels.triton_base import launch
+from fusewire.kernels.triton_base import launch, relaunch
 
 LOG2E = 1.4426950408889634
 TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -115,8 +117,8 @@ def _weights(b_s, b_max, i_q, i_n, end, scale, hides, CAUSAL: gl.constexpr):
 
 @gluon.jit
 def _consumer(
-    mine: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr, CAUSAL: gl.constexpr, JOINT: gl.constexpr,
-    out, out2, s_q, s_k, s_v, s_out, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, tiles, tiles2, programs, heads, k_tokens, k2_tokens, scale,
+    mine: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, JOINT: gl.constexpr,
+    out, out2, s_q, s_k, s_v, s_out, q_full, q_empty, k_full, k_empty, v_full, v_empty, tiles, tiles2, programs, heads, k_tokens, k2_tokens, scale,
 ):
     """64 queries of each tile: those from 64 * mine on."""
     l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -126,7 +128,6 @@ def _consumer(
     l_acc_row: gl.constexpr = gl.SliceLayout(1, l_acc)
     dtype: gl.constexpr = s_q.dtype
     k_slot, k_parity, v_slot, v_parity, q_parity = 0, 0, 0, 0, 0
-    turns = 1 if mine == 0 else 0  # the first warpgroup's first turn is the phase before a fresh barrier's: it has passed
     b_q = s_q.index(mine).reshape([64, DIM])
     for tile in range(gl.program_id(0), programs, gl.num_programs(0)):
         i_b, i_h, first, second, end = _tile(tile, tiles, tiles2, heads, k_tokens, 64 * CONSUMERS, CAUSAL)
@@ -159,13 +160,9 @@ def _consumer(
                     end = k2_tokens
                     i_n = (gl.cdiv(k2_tokens, BLOCK_N) - 1) * BLOCK_N
             mbarrier.wait(k_full.index(k_slot), k_parity)
-            if ORDERED:
-                mbarrier.wait(turn.index(mine), turns & 1)
             b_s = warpgroup_mma(b_q, s_k.index(k_slot).reshape([BLOCK_N, DIM]).permute((1, 0)), gl.zeros([64, BLOCK_N], gl.float32, l_s), use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(v_slot), v_parity)
             b_acc = warpgroup_mma(b_p, s_v.index(v_slot).reshape([BLOCK_N, DIM]), b_acc, is_async=True)
-            if ORDERED:
-                mbarrier.arrive(turn.index((mine + 1) % CONSUMERS), count=1)
             b_s = warpgroup_mma_wait(1, deps=[b_s])
             mbarrier.arrive(k_empty.index(k_slot), count=1)
             if CAUSAL or JOINT:
@@ -180,7 +177,6 @@ def _consumer(
             b_p = gl.convert_layout(b_w.to(dtype), l_p, assert_trivial=True)
             k_slot, k_parity = _next(k_slot, k_parity, STAGES)
             v_slot, v_parity = _next(v_slot, v_parity, STAGES)
-            turns += 1
         mbarrier.arrive(q_empty.index(mine), count=1)
         q_parity ^= 1
         mbarrier.wait(v_full.index(v_slot), v_parity)
@@ -201,10 +197,9 @@ def _consumer(
 
 
 @gluon.jit(do_not_specialize=["tiles", "tiles2", "programs", "heads", "group", "k_tokens", "k2_tokens"])
-def attention_kernel(
+def hopper_attention_kernel(
     q, k, v, out, q2, k2, v2, out2, tiles, tiles2, programs, heads, group, k_tokens, k2_tokens, scale,
-    CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr, CAUSAL: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr,
+    CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):
     """softmax(q k^T * scale) v; ``scale`` is in base 2; q, k, v, out: descriptors of [B, H, T, D]. Programs take tiles of queries in turn: tiles fastest, then heads, then samples."""
     dtype: gl.constexpr = q.dtype
@@ -214,7 +209,6 @@ def attention_kernel(
     s_v = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, DIM], v.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -222,7 +216,6 @@ def attention_kernel(
     for i in gl.static_range(CONSUMERS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
-        mbarrier.init(turn.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=CONSUMERS)
@@ -234,62 +227,77 @@ def attention_kernel(
         q2, k2, v2, out2 = q, k, v, out
     # (an assignment would make tensors of the constants)
     fetch = (q, k, v, q2, k2, v2, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full, v_empty, tiles, tiles2, programs, heads, group, k_tokens, k2_tokens)
-    attend = (out, out2, s_q, s_k, s_v, s_out, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, tiles, tiles2, programs, heads, k_tokens, k2_tokens, scale)
-    if CONSUMERS == 1:
-        gl.warp_specialize(
-            [(_consumer, (0, CONSUMERS, BLOCK_N, DIM, STAGES, ORDERED, CAUSAL, JOINT) + attend),
-             (_producer, (CONSUMERS, BLOCK_N, STAGES, CAUSAL, JOINT) + fetch)], [1], [PRODUCER_REGISTERS])
-    elif CONSUMERS == 2:
-        gl.warp_specialize(
-            [(_consumer, (0, CONSUMERS, BLOCK_N, DIM, STAGES, ORDERED, CAUSAL, JOINT) + attend),
-             (_consumer, (1, CONSUMERS, BLOCK_N, DIM, STAGES, ORDERED, CAUSAL, JOINT) + attend),
-             (_producer, (CONSUMERS, BLOCK_N, STAGES, CAUSAL, JOINT) + fetch)], [4, 1], [REGISTERS, PRODUCER_REGISTERS])
-    else:
-        gl.warp_specialize(
-            [(_consumer, (0, CONSUMERS, BLOCK_N, DIM, STAGES, ORDERED, CAUSAL, JOINT) + attend),
-             (_consumer, (1, CONSUMERS, BLOCK_N, DIM, STAGES, ORDERED, CAUSAL, JOINT) + attend),
-             (_consumer, (2, CONSUMERS, BLOCK_N, DIM, STAGES, ORDERED, CAUSAL, JOINT) + attend),
-             (_producer, (CONSUMERS, BLOCK_N, STAGES, CAUSAL, JOINT) + fetch)], [4, 4, 1], [REGISTERS, REGISTERS, PRODUCER_REGISTERS])
+    attend = (out, out2, s_q, s_k, s_v, s_out, q_full, q_empty, k_full, k_empty, v_full, v_empty, tiles, tiles2, programs, heads, k_tokens, k2_tokens, scale)
+    # Registers of each thread: 24 of the producer, 240 of the second warpgroup; the first has the rest
+    gl.warp_specialize(
+        [(_consumer, (0, CONSUMERS, BLOCK_N, DIM, STAGES, CAUSAL, JOINT) + attend),
+         (_consumer, (1, CONSUMERS, BLOCK_N, DIM, STAGES, CAUSAL, JOINT) + attend),
+         (_producer, (CONSUMERS, BLOCK_N, STAGES, CAUSAL, JOINT) + fetch)], [4, 1], [240, 24])
 
 
-def _descriptor(tensor: torch.Tensor | None, rows: int) -> TensorDescriptor | None:
-    """Of tiles of ``rows`` tokens of one head of [B, T, H, D], as [B, H, T, D]. A stride over a single element may be anything, but not 0."""
-    if tensor is None:
+class _Rows(NamedTuple):
+    """Of a tensor [B, T, H, D] in tiles of some tokens of one head, as [B, H, T, D]: what Triton's launcher reads of a tensor descriptor. Triton's own
+    class checks all of it again, and a launch asks anew what every argument specialises the kernel by: most of the time that a call takes the processor."""
+
+    base: torch.Tensor
+    shape: list[int]
+    strides: list[int]
+    padding: str = "zero"
+    round_f32_to_tf32: bool = False
+
+
+def _rows(x: torch.Tensor) -> _Rows:
+    """x [B, T, H, D], or a copy where TMA cannot read it: from multiples of 16 bytes on, rows as far apart, in the order of memory."""
+    (batch, tokens, heads, dim), (x_b, x_t, x_h, x_d) = x.shape, x.stride()
+    # A stride over a single element may be anything, but not 0
+    strides = [dim if batch == 1 else x_b, dim if heads == 1 else x_h, dim if tokens == 1 else x_t, 1]
+    if x_d != 1 or x.data_ptr() % 16 or any(not 0 < stride < 2**39 or stride % 8 for stride in strides[:3]):
+        return _rows(x.clone(memory_format=torch.contiguous_format))
+    return _Rows(x, [batch, heads, tokens, dim], strides)
+
+
+def _descriptor(rows: _Rows | None, tokens: int) -> TensorDescriptor | None:
+    if rows is None:
         return None
-    batch, tokens, heads, dim = tensor.shape
-    strides = [stride if size > 1 else dim for size, stride in zip(tensor.shape, tensor.stride())]
-    block = [1, 1, rows, dim]
-    layout = gl.NVMMASharedLayout.get_default_for(block, TYPES[tensor.dtype])
-    return TensorDescriptor(tensor, [batch, heads, tokens, dim], [strides[0], strides[2], strides[1], 1], block, layout)
+    block = [1, 1, tokens, rows.shape[3]]
+    return TensorDescriptor(rows.base, rows.shape, rows.strides, block, gl.NVMMASharedLayout.get_default_for(block, TYPES[rows.base.dtype]))
 
 
-def _launch(first, second, causal: bool, scale: float | None, tile: HopperTile | None) -> None:
+_started: dict[tuple, tuple] = {}  # what a launch is specialised by -> (the compiled kernel, multiprocessors of the device)
+
+
+def _launch(first, second, causal: bool, scale: float | None) -> None:
     """``first``, ``second``: (q, k, v, out) of a segment, the second of None where there is one only."""
     q, k = first[:2]
     q2, k2 = second[:2]
     batch, q_tokens, heads, dim = q.shape
-    tile = tile or hopper_tile(dim)
+    tile = hopper_tile(dim)
     queries = 64 * tile.consumers
     tiles, tiles2 = -(-q_tokens // queries), 0 if q2 is None else -(-q2.shape[1] // queries)
-    programs = launched = batch * heads * (tiles + tiles2)
-    if tile.persistent:
-        launched = min(programs, torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else MULTIPROCESSORS)
-    descriptors = [_descriptor(x, rows) for segment in (first, second) for x, rows in zip(segment, (64, tile.keys, tile.keys, 64))]
-    launch(
-        attention_kernel, launched, q, *descriptors, tiles, tiles2, programs, heads, heads // k.shape[2], k.shape[1], 0 if k2 is None else k2.shape[1],
-        default_scale(scale, dim) * LOG2E, CONSUMERS=tile.consumers, BLOCK_N=tile.keys, DIM=dim, STAGES=tile.stages, ORDERED=tile.ordered, CAUSAL=causal,
-        PRODUCER_REGISTERS=tile.producer_registers, REGISTERS=tile.registers, num_warps=4)
+    programs = batch * heads * (tiles + tiles2)
+    rows = [None if x is None else _rows(x) for x in (*first, *second)]
+    rest = (tiles, tiles2, programs, heads, heads // k.shape[2], k.shape[1], 0 if k2 is None else k2.shape[1], default_scale(scale, dim) * LOG2E,
+            tile.consumers, tile.keys, dim, tile.stages, causal)
+    key = (q.device, q.dtype, dim, causal, q2 is not None)
+    if (known := _started.get(key)) is not None:
+        relaunch(known[0], min(programs, known[1]), q, *rows, *rest)
+        return
+    multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else MULTIPROCESSORS
+    descriptors = [_descriptor(x, tokens) for x, tokens in zip(rows, (64, tile.keys, tile.keys, 64) * 2)]
+    kernel = launch(hopper_attention_kernel, min(programs, multiprocessors), q, *descriptors, *rest, num_warps=4, num_stages=tile.stages)
+    if kernel is not None:
+        _started[key] = kernel, multiprocessors
 
 
-def attention(q, k, v, causal: bool = False, scale: float | None = None, tile: HopperTile | None = None) -> torch.Tensor:
+def attention(q, k, v, causal: bool = False, scale: float | None = None) -> torch.Tensor:
     """q [B, Tq, H, D], k, v [B, Tk, G, D] -> [B, Tq, H, D], contiguous; see hopper_limits.py. ``causal``: query i sees the keys up to i."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    _launch((q, k, v, out), (None,) * 4, causal, scale, tile)
+    _launch((q, k, v, out), (None,) * 4, causal, scale)
     return out
 
 
-def joint_attention(q, k, v, q2, k2, v2, scale: float | None = None, tile: HopperTile | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def joint_attention(q, k, v, q2, k2, v2, scale: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The queries of both segments over the keys of both, which are not concatenated."""
     out, out2 = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, q2))
-    _launch((q, k, v, out), (q2, k2, v2, out2), False, scale, tile)
+    _launch((q, k, v, out), (q2, k2, v2, out2), False, scale)
     return out, out2

@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 
 from fusewire.kernels.attention import reference
+from fusewire.kernels.attention.hopper_limits import why_not_hopper
 from fusewire.kernels.attention.triton_limits import default_scale
+from fusewire.kernels.qk_norm_rope import op as qk_norm_op
 from fusewire.kernels.qk_norm_rope import triton_kernel as qk_norm
 from fusewire.kernels.qk_norm_rope.reference import RMS
 from fusewire.kernels.triton_base import INTERPRETED, arch_of, fused, inner_contiguous, launch, narrow, strided
@@ -320,24 +322,28 @@ def _launch(first, second, mask, weights, softmax, causal: bool, scale: float | 
     )
 
 
-def _normalised_keys(keys, weights, eps: float) -> list:
-    """The keys, those with a weight RMS-normalised into fresh tensors by one launch: every block of queries reads them again, so once is best."""
+def _normalised(tensors, weights, eps: float, into=qk_norm.qk_norm_into) -> list:
+    """The two tensors, those with a weight RMS-normalised into fresh ones by one launch (keys: every block of queries reads them again, so once is best)."""
     wanted = [i for i, weight in enumerate(weights) if weight is not None]
     if not wanted:
-        return list(keys)
-    fresh = {i: torch.empty_like(keys[i], memory_format=torch.contiguous_format) for i in wanted}
+        return list(tensors)
+    fresh = {i: torch.empty_like(tensors[i], memory_format=torch.contiguous_format) for i in wanted}
     one, other = wanted[0], wanted[-1]
     if one == other:  # the second tensor of the launch has no tokens
-        qk_norm.qk_norm_into(keys[one], keys[one][:, :0], weights[one], None, fresh[one], fresh[one][:, :0], None, None, eps, RMS, False)
+        into(tensors[one], tensors[one][:, :0], weights[one], None, fresh[one], fresh[one][:, :0], None, None, eps, RMS, False)
     else:
-        qk_norm.qk_norm_into(keys[one], keys[other], weights[one], weights[other], fresh[one], fresh[other], None, None, eps, RMS, False)
-    return [fresh.get(i, x) for i, x in enumerate(keys)]
+        into(tensors[one], tensors[other], weights[one], weights[other], fresh[one], fresh[other], None, None, eps, RMS, False)
+    return [fresh.get(i, x) for i, x in enumerate(tensors)]
 
 
 def attention(q, k, v, mask, q_weight, k_weight, causal: bool, scale: float | None, eps: float, blocks=None, words=None, softmax=(None, None)) -> torch.Tensor:
     """``softmax``: None twice, or float64 [B, H, Tq] for each query's highest logit, and for the sum of exp(logit - highest)."""
+    if mask is None and blocks is None and softmax[0] is None and not why_not_hopper(q, k, scale):
+        from fusewire.kernels.attention import hopper
+
+        return hopper.attention(*_normalised((q, k), (q_weight, k_weight), eps, qk_norm_op._into), v, causal, scale)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    (k,) = _normalised_keys((k,), (k_weight,), eps)
+    (k,) = _normalised((k,), (k_weight,), eps)
     _launch((q, k, v, out), (None,) * 4, mask, (q_weight, None), softmax, causal, scale, eps, pattern=(blocks, words))
     return out
 
@@ -362,7 +368,13 @@ def attention_varlen_softmax(q, k, v, cu_seqlens_q, cu_seqlens_k, causal: bool,
 
 
 def joint_attention(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale: float | None, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    if not why_not_hopper(q, k, scale, q2, k2):
+        from fusewire.kernels.attention import hopper
+
+        (q, k), (q2, k2) = (_normalised(pair, weights, eps, qk_norm_op._into)
+                            for pair, weights in (((q, k), (q_weight, k_weight)), ((q2, k2), (q2_weight, k2_weight))))
+        return hopper.joint_attention(q, k, v, q2, k2, v2, scale)
     out, out2 = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, q2))
-    k, k2 = _normalised_keys((k, k2), (k_weight, k2_weight), eps)
+    k, k2 = _normalised((k, k2), (k_weight, k2_weight), eps)
     _launch((q, k, v, out), (q2, k2, v2, out2), None, (q_weight, q2_weight), (None, None), False, scale, eps)
     return out, out2

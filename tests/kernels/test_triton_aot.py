@@ -32,7 +32,7 @@ def quick():
 def test_within_limits(quick):
     for one in quick:
         assert one["spills"] == 0 and one["shared"] <= one["shared_limit"], one
-        assert one["offsets"] == [64], one  # bug classes int32-numel, int32-stride
+        assert one["offsets"] == ([] if "hopper" in one["case"] else [64]), one  # bug classes int32-numel, int32-stride
 
 
 def test_16_byte_loads(quick):
@@ -56,7 +56,7 @@ def test_exact_does_not_fuse(quick):
 def test_matrix_instructions(quick):
     wanted = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
     for one in quick:
-        if one["kernel"] == "attention_kernel":
+        if one["kernel"].endswith("attention_kernel"):
             assert one["instructions"].get(wanted[one["target"]]), one
 
 

@@ -29,12 +29,12 @@ ROUNDS = 3
 SECTIONS = {"attention": attention_cases, "elementwise": elementwise_cases, "backward": backward_cases, "linear": linear_cases}
 
 
-def once(call) -> float:
+def once(call, gradients: bool = False) -> float:
     if DRY:
         start = time.perf_counter()
         call()
         return (time.perf_counter() - start) * 1e6
-    return device_us(call)
+    return device_us(call, 15, gradients)
 
 
 def sweep_rows(deadline: float):
@@ -75,8 +75,8 @@ def rows(deadline: float, compiling: bool, sections: list[str]):
         for op, what, size, flops, sides in cases():
             if time.monotonic() > deadline:
                 return
-            if compiling and "attention" not in op and "backward" not in op and (op, what.split()[-1]) not in compiled_ops:
-                compiled_ops.add((op, what.split()[-1]))  # one shape for each op and dtype: compiling takes seconds
+            if compiling and "attention" not in op and "backward" not in op and "bf16" in what and (op, "rotated" in what) not in compiled_ops:
+                compiled_ops.add((op, "rotated" in what))  # one shape for each op: compiling takes seconds
                 torch._dynamo.reset()
                 sides["torch.compile"] = torch.compile(sides["eager"], dynamic=False)
             reference = sides["eager"]()
@@ -97,7 +97,7 @@ def rows(deadline: float, compiling: bool, sections: list[str]):
             times: dict[str, list[float]] = {side: [] for side in sides}
             for _ in range(1 if DRY else ROUNDS):
                 for side, call in sides.items():
-                    times[side].append(once(call))
+                    times[side].append(once(call, "backward" in op))
             for side, taken in times.items():
                 took = statistics.median(taken)
                 row = {"op": op, "what": what, "side": side, "us": round(took, 2), "rounds": [round(t, 2) for t in taken], "difference": error[side][0],

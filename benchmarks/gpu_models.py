@@ -1,4 +1,4 @@
-"""One call of a denoiser on a GPU: stock diffusers, torch.compile, swapped in exact and in close, and close as one CUDA graph; alternating, medians.
+"""One call of a denoiser on a GPU: stock diffusers, torch.compile, swapped in exact and in close, each also as one CUDA graph; alternating, medians.
 
     python benchmarks/gpu_models.py flux-dev:1024 sd3.5-large:1024 --json benchmarks/results/gpu-models.json
 
@@ -82,13 +82,15 @@ def rows(what: str, dtype: torch.dtype, compile_mode: str | None, rounds: int):
         torch.cuda.synchronize()
         first[side] = time.perf_counter() - begin
         served[side] = {op: {backend: n for backend, n in counts.items() if n} for op, counts in ops.stats().items() if any(counts.values())}
-    try:
-        calls["close, CUDA graph"] = graphed(calls["close"])
-        outputs["close, CUDA graph"] = calls["close, CUDA graph"]()
-    except Exception as reason:
-        yield {"model": what, "side": "close, CUDA graph", "failed": f"{type(reason).__name__}: {reason}"[:300]}
-        calls.pop("close, CUDA graph", None)
-        torch.cuda.synchronize()
+    for side in ("eager", "exact", "close"):
+        graph = f"{side}, CUDA graph"
+        try:
+            replay = graphed(calls[side])
+            outputs[graph] = replay().clone()
+            calls[graph] = replay
+        except Exception as reason:  # what synchronises cannot be captured
+            yield {"model": what, "side": graph, "failed": f"{type(reason).__name__}: {reason}"[:300]}
+            torch.cuda.synchronize()
     times: dict[str, list[float]] = {side: [] for side in calls}
     for i in range(rounds + 1):
         for side, call in calls.items():

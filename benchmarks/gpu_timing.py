@@ -13,10 +13,11 @@ from fusewire.kernels.library import CUDA
 
 CACHE = 256 * 2**20  # bytes written before each call: several times the L2 cache
 _AHEAD = 1_000_000  # clock cycles that the device waits, so that all launches of a call are queued before its first kernel starts
+_AHEAD_OF_GRADIENTS = 4_000_000  # autograd's take longer
 _flush: torch.Tensor | None = None
 
 
-def device_us(call, repeats: int = 25) -> float:
+def device_us(call, repeats: int = 25, gradients: bool = False) -> float:
     """Median microseconds between the first kernel's start and the last one's end; the L2 cache is flushed before each call."""
     global _flush
     if _flush is None:
@@ -24,7 +25,7 @@ def device_us(call, repeats: int = 25) -> float:
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for start, end in events:
         _flush.zero_()
-        torch.cuda._sleep(_AHEAD)
+        torch.cuda._sleep(_AHEAD_OF_GRADIENTS if gradients else _AHEAD)
         start.record()
         call()
         end.record()

@@ -28,7 +28,7 @@ struct LinearCall {
 // The part of the output that one task computes. Results do not depend on how the output is cut.
 struct LinearBlock { int64_t row, rows, col, cols; };
 
-constexpr int64_t kLinearRows = 1008, kLinearCols = 256;  // the largest block
+constexpr int64_t kLinearRows = 1260, kLinearCols = 256;  // the largest block
 constexpr int64_t kLinearPacked = 1 << 20;                // floats of packed weight that one thread may hold, where a panel is not more
 
 FUSEWIRE_DECLARE(int64_t, linear_panel, ())    // a block's columns should be a multiple of it

@@ -16,6 +16,7 @@ namespace fusewire::FUSEWIRE_ISA {
 constexpr int kPanel = 2 * kLanes;
 constexpr int64_t kDepth = 384;
 constexpr int64_t kGroup = 252;  // rows whose sums stay in the second-level cache, beside a slice of the packed weight; 18 or 42 tiles
+constexpr int64_t kAhead = 8;     // units of a panel that are fetched before they are multiplied
 constexpr int64_t kStride = kDepth + 16;  // of the copied rows; an odd number of cache lines, so that they spread over the cache's sets
 
 template <typename T>
@@ -45,6 +46,8 @@ static void tile(const float* a, const float* b, int64_t depth, float* block, in
     __builtin_prefetch(block + r * stride + kLanes, 1);
   }
   for (int64_t k = 0; k < depth; ++k, b += kPanel) {
+    __builtin_prefetch(b + kAhead * kPanel);
+    __builtin_prefetch(b + kAhead * kPanel + kLanes);
     const Units b0 = load(b), b1 = load(b + kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
@@ -100,6 +103,7 @@ static void pack(const T* weight, int64_t row_stride, int64_t col_stride, int64_
         alignas(64) float row[kLanes] = {};
         const T* from = weight + (n + r) * row_stride + k * unit * col_stride;
         if (n + r < rows) {
+          if (col_stride == 1) __builtin_prefetch(from + 2 * kLanes * unit);  // many rows at a time: no prefetcher follows
           if ((std::is_same_v<T, float> || paired<T>) && col_stride == 1 && (k + kLanes) * unit <= count) {
             block[r] = load(reinterpret_cast<const float*>(from));
             continue;
@@ -138,8 +142,16 @@ static void block(const LinearCall& c, const LinearBlock& b, float* scratch) {
       for (int64_t r = begin; r < end; ++r)
         copy_row(x + c.x.offset(b.row + r) + k * c.x.channel, c.x.channel, count, rows + (r - begin) * kStride);
       const Tile multiply = tile_of<paired<T>>(end - begin);
-      for (int64_t n = 0; n < b.cols; n += kPanel)
+      const int64_t next = t + 1 < (group + 1) * (tiles / groups) ? std::min(end + kTileRows, b.rows) : end;
+      for (int64_t n = 0; n < b.cols; n += kPanel) {
+        // A share of the rows that are copied next, while these are multiplied
+        const int64_t from = end + (next - end) * n / b.cols, to = end + (next - end) * std::min(n + kPanel, b.cols) / b.cols;
+        for (int64_t r = from; r < to && c.x.channel == 1; ++r) {
+          const char* line = reinterpret_cast<const char*>(x + c.x.offset(b.row + r) + k);
+          for (int64_t at = 0; at < count * static_cast<int64_t>(sizeof(T)); at += 64) __builtin_prefetch(line + at);
+        }
         multiply(rows, panels + s * slice + n * kDepth, units, sums + (begin - top) * kLinearCols + n, kLinearCols, s == 0);
+      }
       if (s + 1 < slices) continue;
       for (int64_t r = begin; r < end; ++r) epilogue.row(b.row + r, sums + (r - top) * kLinearCols);
     }

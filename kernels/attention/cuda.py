@@ -3,11 +3,13 @@ CUDA rows.
 
 They serve 16-bit heads without a mask or a pattern; their norms are the fused op of qk_norm_rope, which reads q and k where they lie and writes what
 they multiply. Which of the two libraries, if any, is the faster for a shape says kernels/tuning.py. A query's log-sum-exp stands in the place of its
-highest logit, with a total of 1: the weights exp(logit - highest) / total are the same. Their gradients are summed by atomics: where PyTorch is asked for
-deterministic algorithms, the next row serves.
+highest logit, with a total of 1: the weights exp(logit - highest) / total are the same. Their gradients are summed by atomics, so by default the next row
+serves, whose gradients are the same every time; ``FUSEWIRE_NONDETERMINISTIC=1`` lets the libraries' serve where PyTorch is not asked for deterministic ones.
 """
 
 from __future__ import annotations
+
+import os
 
 import torch
 
@@ -18,6 +20,7 @@ from fusewire.kernels.triton_rows import too_old
 from fusewire.kernels.tuning import attention_library, attention_library_backward, attention_ours
 
 DEVICE = "cuda"  # the tests, which have no GPU, make it "cpu", and put functions for the CPU into the two tables below
+NONDETERMINISTIC = os.environ.get("FUSEWIRE_NONDETERMINISTIC") == "1"
 MAX_BATCH = 65535  # samples, and heads: of a cuDNN graph
 SPLITS_FROM = 256  # see _splits
 
@@ -154,8 +157,8 @@ def why_not_backward(grad, lse_grad, q, k, v, out, highest, total, mask, causal,
         return f"there is a {reason}"
     if lse_grad is not None:
         return "the log-sum-exp has a gradient"
-    if torch.are_deterministic_algorithms_enabled():
-        return "deterministic algorithms are asked for, and gradients are summed by atomics"
+    if torch.are_deterministic_algorithms_enabled() or not NONDETERMINISTIC:
+        return "its gradients are summed by atomics (FUSEWIRE_NONDETERMINISTIC=1 allows that, unless PyTorch is asked for deterministic algorithms)"
     return _choice(q, k, q.shape[1], k.shape[1], causal, scale, attention_library_backward, (q, k, v))[1]
 
 

@@ -84,6 +84,7 @@ def test_triton_heads(dtype, dim):
 
 
 def pick(monkeypatch, library):
+    monkeypatch.setattr(cuda, "NONDETERMINISTIC", True)
     for name in ("attention_library", "attention_library_backward"):
         monkeypatch.setattr(cuda, name, lambda dim, queries, keys, arch: library)
 
@@ -155,10 +156,13 @@ def test_nondeterminism(dtype, shape):
 
 
 @on_nvidia
-def test_deterministic_algorithms():
+@pytest.mark.parametrize("allowed", (False, True))
+def test_deterministic_algorithms(monkeypatch, allowed):
+    """By default, and where PyTorch is asked for them whatever is allowed."""
+    monkeypatch.setattr(cuda, "NONDETERMINISTIC", allowed)
     tensors, grad, _, _ = inputs((2, 1178, 4, 64), torch.bfloat16, "plain")
     try:
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(allowed)
         first = gradients(ops.attention, tensors, grad)
         assert all(torch.equal(one, other) for _ in range(10) for one, other in zip(gradients(ops.attention, tensors, grad), first))
     finally:

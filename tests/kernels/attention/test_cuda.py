@@ -55,6 +55,7 @@ def libraries(request, monkeypatch):
     """Everything goes to one library."""
     found = Libraries()
     pretend(monkeypatch)
+    monkeypatch.setattr(cuda, "NONDETERMINISTIC", True)
     for table, make in ((cuda.FORWARD, found.forward), (cuda.BACKWARD, found.backward)):
         for name in tuple(table):
             monkeypatch.setitem(table, name, make(name))
@@ -282,3 +283,10 @@ def test_misaligned(libraries, own):
         cuda.FORWARD[name] = lambda *args, run=run: aligned.append([x.data_ptr() % 16 == 0 for x in args[:3]]) or run(*args)
     assert_exact(ops.attention(at, k, at), ops.attention(q, k, q))
     assert aligned == [[True] * 3] * 2
+
+
+def test_nondeterministic_gradients_are_not_the_default(libraries, monkeypatch):
+    monkeypatch.setattr(cuda, "NONDETERMINISTIC", False)
+    q, k, v = (torch.randn(1, 70, 2, 64, dtype=torch.bfloat16) for _ in range(3))
+    out, highest, total = cuda.attention_softmax(q, k, v, None, False, None)
+    assert "atomics" in cuda.why_not_backward(out, None, q, k, v, out, highest, total, None, False, None)

@@ -40,7 +40,9 @@ def test_16_byte_loads(quick):
         if one["target"] == "gfx942" or "flow_euler" in one["case"]:
             continue  # (a step's scalars are loaded by themselves)
         mask = {"1", "8"} if "bool" in one["case"] else set()  # a mask's bytes lie as the matrix instructions want them
-        assert set(one["loads"]) - mask <= {"16", "32"}, one
+        # In the tile of heads of 128 on sm_90 so do a norm's weights, two loads of 210 (there the kernel for Hopper serves the op)
+        weights = {"2"} if (one["case"], one["target"]) == ("joint_attention 128 bf16", "sm_90") else set()
+        assert set(one["loads"]) - mask - weights <= {"16", "32"}, one
         if one["kernel"] != "column_sums_kernel":  # (one value for each column: the loads are what counts)
             sums = {"4"} if "qk_norm_rope_backward" in one["case"] else set()  # one row for a program, of a head's channels
             assert set(one["stores"]) - sums <= {"16", "32"}, one

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import torch
 
-from fusewire.kernels.dispatch import Backend, launched
+from fusewire.kernels.dispatch import Backend, forced_backend, launched
 from fusewire.kernels.library import CUDA, declare
-from fusewire.kernels.triton_rows import FLOATS, too_old
+from fusewire.kernels.triton_rows import FLOATS, INTERPRETED, MISSING, too_old
 
 DEVICE = "cuda"  # the tests' library for the CPU (tests/kernels/cuda_on_cpu) makes it "cpu"
 
@@ -36,6 +36,17 @@ def why_not(x: torch.Tensor, *tensors: torch.Tensor | None) -> str:
         if tensor is not None and tensor.dtype is not dtype:
             return f"an argument has dtype {tensor.dtype}, x has {dtype}"
     return too_old(x.device.index) if DEVICE == "cuda" else ""
+
+
+LARGE = 2**22  # elements of a sample
+
+
+def better_by_triton(x: torch.Tensor) -> str:
+    """Why Triton's kernel is preferred to CUDA's, or ``""``: it takes less time on the device, but 60 us more to launch, which large tensors hide. By the
+    size of a sample: the batch around it must not choose its kernel. Measured in benchmarks/results/gpu.json."""
+    if x.shape[0] and x.numel() // x.shape[0] >= LARGE and not MISSING and not INTERPRETED and forced_backend() != "cuda":
+        return f"for samples of {LARGE} elements and more Triton's kernel is faster"
+    return ""
 
 
 def row(op: torch._ops.OpOverload, needs: torch._ops.OpOverload, why_not: Callable[..., str], launch: Callable) -> Backend:

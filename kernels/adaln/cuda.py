@@ -22,7 +22,9 @@ op = cuda_rows.raw(
 
 
 def _serves(x, *tensors) -> str:
-    return cuda_rows.why_not(x, *tensors) or too_large(x, MAX_CHANNELS, MAX_ROWS)
+    if reason := cuda_rows.why_not(x, *tensors) or too_large(x, MAX_CHANNELS, MAX_ROWS):
+        return reason
+    return cuda_rows.better_by_triton(x) if x.dtype.itemsize == 2 else ""  # in float32 both are as fast
 
 
 why_not_modulate, why_not_modulate_dual, why_not_gate, why_not_gate_modulate = predicates(_serves)

@@ -9,14 +9,11 @@ from __future__ import annotations
 import torch
 
 from fusewire.kernels import cuda_rows
-from fusewire.kernels.dispatch import forced_backend
 from fusewire.kernels.group_norm_silu.reference import suggest_memory_format
-from fusewire.kernels.triton_rows import INTERPRETED, MISSING
 
 MAX_GROUP = 2**31 - 2**20  # elements of a group are numbered in 32 bits; offsets have 64
 MAX_BYTES_LAST = 8192  # a block of 512 threads holds all channels of a pixel
 MAX_PARTS = 1024
-LARGE = 2**22  # elements of a sample: Triton's kernels take 0.6 of the time for contiguous pictures, but 70 us more to launch (H100: 346 us, 578 us)
 
 op = cuda_rows.raw("cuda_group_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? shift, Tensor? scale, Tensor? add, Tensor(a!) out, Tensor(b!) parts, "
                    "Tensor(c!) stats, int groups, float eps, bool channels_last, bool silu) -> ()")
@@ -31,10 +28,7 @@ def why_not(x, groups, weight, bias, eps, shift, scale, add, silu, exact) -> str
         return f"x has groups of more than {MAX_GROUP} elements"
     if x.shape[1] * x.element_size() > MAX_BYTES_LAST and suggest_memory_format(x) is not torch.contiguous_format:
         return f"x is channels-last and has {x.shape[1]} channels, more than {MAX_BYTES_LAST // x.element_size()}"
-    if (x[:1].numel() >= LARGE and not MISSING and not INTERPRETED and forced_backend() != "cuda"
-            and suggest_memory_format(x) is torch.contiguous_format):
-        return f"for contiguous pictures of {LARGE} elements and more Triton's kernels are faster"
-    return ""
+    return cuda_rows.better_by_triton(x) if suggest_memory_format(x) is torch.contiguous_format else ""
 
 
 def parts_of(channels: int, groups: int, pixels: int, channels_last: bool) -> int:

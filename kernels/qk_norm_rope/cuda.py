@@ -22,7 +22,7 @@ op = cuda_rows.raw("cuda_qk_norm(Tensor q, Tensor k, Tensor? q_weight, Tensor? k
 
 
 def _serves(norm, q, k, *weights) -> str:
-    return cuda_rows.why_not(q, k, *weights) or beyond(q, k, norm, MAX_DIM, MAX_ROWS)
+    return cuda_rows.why_not(q, k, *weights) or beyond(q, k, norm, MAX_DIM, MAX_ROWS) or cuda_rows.better_by_triton(q)
 
 
 why_not_rope, why_not_into = predicates(_serves)

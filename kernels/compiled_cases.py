@@ -131,6 +131,30 @@ for _channels, _dtype in itertools.product((64, 1536, 4096, 8192), SHORT):
         x = meta(1, 512, channels, dtype=dtype)
         norm.rms_norm_backward(x, x, meta(channels, dtype=dtype), 1e-6, True, True, False)
 
+for (_channels, _side), _dtype, _format in itertools.product(((320, 16), (1536, 64), (63, 24)), SHORT, ("", " channels last")):
+    @case(f"layer_norm_2d {_channels} {SHORT[_dtype]}{_format}")
+    def _(channels=_channels, side=_side, dtype=_dtype, last=_format):
+        x, w = meta(2, channels, side, side, dtype=dtype), meta(channels, dtype=dtype)
+        x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        norm.layer_norm_2d(x, w, w, 1e-6, False)
+
+    @case(f"layer_norm_2d_backward {_channels} {SHORT[_dtype]}{_format}")
+    def _(channels=_channels, side=_side, dtype=_dtype, last=_format):
+        x, w = meta(2, channels, side, side, dtype=dtype), meta(channels, dtype=dtype)
+        x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        norm.layer_norm_2d_backward(x, x, w, 1e-6, True, True, True)
+
+for _width, _dtype in itertools.product((63, 6144), SHORT):
+    @case(f"bias_activation_backward gelu_tanh {_width} {SHORT[_dtype]}")
+    def _(width=_width, dtype=_dtype):
+        y, b = meta(2, 1024, width, dtype=dtype), meta(width, dtype=dtype)
+        linear.bias_activation_backward(y, y, b, "gelu_tanh", True)
+        linear.bias_activation_backward(y, y, b, "gelu", False)
+
+    @case(f"bias_activation silu {_width} {SHORT[_dtype]}")
+    def _(width=_width, dtype=_dtype):
+        linear.bias_activation(meta(2, 1024, width, dtype=dtype), meta(width, dtype=dtype), "silu")
+
 for _width, _dtype in itertools.product((5120, 10240), SHORT):
     @case(f"geglu {_width} {SHORT[_dtype]}")
     def _(width=_width, dtype=_dtype):
@@ -327,7 +351,8 @@ QUICK = ("adaln_modulate 1536 bf16", "gate_residual_adaln two gates 3072 f32", "
          "gate_residual_backward 1536 bf16", "gate_residual_adaln_backward two gates 1536 bf16", "qk_norm_rope_backward 64 bf16")
 DOCUMENTED = (*QUICK, "adaln_modulate_backward 1536 bf16", "adaln_modulate_backward affine 3072 f32", "adaln_modulate 3072 bf16", "adaln_modulate_dual 1536 bf16", "gate_residual_adaln two gates 1536 bf16",
               "gate_residual_adaln two gates 16384 f32", "adaln_modulate exact 1536 bf16", "linear bias gelu_tanh 1536 bf16", "qk_norm_rope 64 bf16",
-              "qk_norm_rope 128 f32", "qk_norm_rope_backward 128 f32", "attention 64 f32", "attention 128 bf16", "attention 128 bf16 additive", "attention 128 f32",
+              "qk_norm_rope 128 f32", "qk_norm_rope_backward 128 f32", "layer_norm_2d 1536 bf16", "layer_norm_2d_backward 1536 bf16", "bias_activation_backward gelu_tanh 6144 bf16",
+              "attention 64 f32", "attention 128 bf16", "attention 128 bf16 additive", "attention 128 f32",
               "attention 256 bf16", "attention 512 bf16", "joint_attention 64 bf16", "attention_varlen 64 bf16", "attention_varlen 128 bf16 causal", "attention 64 bf16 pattern",
               "attention 128 bf16 pattern", "attention_backward 64 bf16", "attention_backward 128 bf16 causal", "attention_backward 128 f32",
               "joint_attention hopper 64 bf16", "joint_attention hopper 128 bf16")

@@ -81,6 +81,20 @@ def group_tile(elements: int, arch: Arch) -> GroupTile:
     return GroupTile(block, max(-(-elements // (block * 128)), 1), max(block // (16 * arch.warp), 1))
 
 
+class PictureTile(NamedTuple):
+    """``channels`` channels of ``pixels`` pixels in one program of ``warps`` warps."""
+
+    channels: int
+    pixels: int
+    warps: int
+
+
+def picture_tile(pixels: int, arch: Arch) -> PictureTile:
+    """For sums over the channels of pictures of so many pixels: 8 elements a thread, and at least 32 bytes side by side in either memory format. A
+    small picture gives few programs: each has fewer pixels."""
+    return PictureTile(32, 64, 256 // arch.warp) if pixels >= 4096 else PictureTile(128, 16, 256 // arch.warp)
+
+
 class AttentionTile(NamedTuple):
     """Blocks of queries and keys, the padded head dimension, and how float32 is multiplied."""
 

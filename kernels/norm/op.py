@@ -6,7 +6,7 @@ import torch
 
 from fusewire.kernels import checks
 from fusewire.kernels.autograd import fused
-from fusewire.kernels.dispatch import Backend, Table, always
+from fusewire.kernels.dispatch import Backend, Table, always, forced_backend
 from fusewire.kernels.library import define
 from fusewire.kernels.norm import native, reference, triton_limits
 from fusewire.kernels.rounding import is_exact, promoted
@@ -41,13 +41,26 @@ def _fake_backward(grad, x, weight, eps, of_x, of_weight, of_bias):
     return x.new_empty(x.shape if of_x else 0), x.new_empty(channels if of_weight else 0), x.new_empty(channels if of_bias else 0)
 
 
+_BACKWARD = "(Tensor grad, Tensor x, Tensor? weight, float eps, bool of_x, bool of_weight, bool of_bias) -> (Tensor, Tensor, Tensor)"
+
+
 def _backward_table(name: str, meaning) -> Table:
-    op = define(f"{name}(Tensor grad, Tensor x, Tensor? weight, float eps, bool of_x, bool of_weight, bool of_bias) -> (Tensor, Tensor, Tensor)",
-                fallback=meaning, fake=_fake_backward)
+    op = define(f"{name}{_BACKWARD}", fallback=meaning, fake=_fake_backward)
     return Table(name, [Backend("cpu", native.why_not_backward, op), triton_row(op, triton_limits.why_not_backward, f"norm.{name}"),
                         Backend("reference", always, meaning)])
 
 
+def _fake_backward_2d(grad, x, weight, eps, of_x, of_weight, of_bias):
+    channels = x.shape[1]
+    return (_fake_layer_2d(x, None, None, eps, False) if of_x else x.new_empty(0), x.new_empty(channels if of_weight else 0),
+            x.new_empty(channels if of_bias else 0))
+
+
+_layer_2d_backward_op = define(f"layer_norm_2d_backward{_BACKWARD}", fallback=reference.layer_norm_2d_backward, fake=_fake_backward_2d)
+_layer_2d_backward = Table("layer_norm_2d_backward", [
+    triton_row(_layer_2d_backward_op, triton_limits.why_not_picture_backward, "norm.layer_norm_2d_backward"),
+    Backend("reference", always, reference.layer_norm_2d_backward),
+])
 _rms_backward = _backward_table("rms_norm_backward", reference.rms_norm_backward)
 _layer_backward = _backward_table("layer_norm_backward", reference.layer_norm_backward)
 
@@ -68,6 +81,9 @@ def _gradients(table: Table):
 
 
 def _gradients_2d(needed, grads, x, weight, bias, eps, exact):
+    if not x.is_cpu or forced_backend() == "triton":
+        return _wanted(needed, *_layer_2d_backward(grads[0], x, weight, eps, *needed[:3]))
+    # On the CPU the kernel for rows reads the channels of a picture where they lie
     dx, *affine = _layer_backward(grads[0].permute(0, 2, 3, 1), x.permute(0, 2, 3, 1), weight, eps, *needed[:3])
     return _wanted(needed, dx.permute(0, 3, 1, 2) if needed[0] else None, *affine)
 
@@ -104,7 +120,9 @@ _rms = Table("rms_norm", [Backend("cpu", native.why_not_rms, _rms_op), triton_ro
                           Backend("reference", always, reference.rms_norm)])
 _layer = Table("layer_norm", [Backend("cpu", native.why_not_layer, _layer_op), triton_row(_layer_op, triton_limits.why_not_norm, "norm.layer_norm"),
                               Backend("reference", always, reference.layer_norm)])
-_layer_2d = Table("layer_norm_2d", [Backend("cpu", native.why_not_layer_2d, _layer_2d_op), Backend("reference", always, reference.layer_norm_2d)])
+_layer_2d = Table("layer_norm_2d", [Backend("cpu", native.why_not_layer_2d, _layer_2d_op),
+                                    triton_row(_layer_2d_op, triton_limits.why_not_picture, "norm.layer_norm_2d"),
+                                    Backend("reference", always, reference.layer_norm_2d)])
 _response = Table("global_response_norm", [Backend("cpu", native.why_not_response, lambda *args: _response_op(*args[:4])),
                                            Backend("reference", always, reference.global_response_norm)])
 native.compare_with_stock(_rms_op, _layer_op)

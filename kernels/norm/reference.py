@@ -98,6 +98,12 @@ def layer_norm_backward(grad, x, weight, eps: float, of_x: bool, of_weight: bool
     return norm_backward(grad, x, weight, eps, False, of_x, of_weight, of_bias)
 
 
+def layer_norm_2d_backward(grad, x, weight, eps: float, of_x: bool, of_weight: bool, of_bias: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``layer_norm_backward`` over the channels of x [B, C, H, W]; the gradient of x lies in memory as ``layer_norm_2d``'s result."""
+    dx, *affine = norm_backward(grad.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1), weight, eps, False, of_x, of_weight, of_bias)
+    return dx.permute(0, 3, 1, 2).contiguous(memory_format=picture_layout(x)) if of_x else dx, *affine
+
+
 def global_response_norm(x, weight, bias, eps: float, exact: bool) -> torch.Tensor:
     """x + weight * (x * n) + bias for x [B, H, W, C], where n = g / (mean(g) + eps) and g is the norm of each channel of a picture."""
     x = x.contiguous()  # the order in which torch sums depends on the layout: that of channels side by side is meant

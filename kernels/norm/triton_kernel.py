@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from fusewire.kernels.norm.reference import rms_dtype
+from fusewire.kernels.norm.triton_picture import layer_norm_2d, layer_norm_2d_backward  # noqa: F401 (the rows look for their launchers here)
 from fusewire.kernels.triton_base import arch_of, as_tokens, inner_contiguous, launch, load_rows, narrow, strided
 from fusewire.kernels.tuning import aligned, row_tile
 
@@ -20,7 +21,8 @@ PROGRAMS = 512  # of the backward: one row of sums each
 @triton.jit
 def _normalised(b_x, mask, channels, eps, RMS: tl.constexpr):
     """(xhat, 1 / standard deviation): the mean first, then the centred squares, so that nothing cancels."""
-    if not RMS:
+    if not RMS:  # the mean in two steps: what rounding left of a large one would be in every element, and come back in every gradient
+        b_x = tl.where(mask, b_x - (tl.sum(b_x, 1) / channels)[:, None], 0.0)
         b_x = tl.where(mask, b_x - (tl.sum(b_x, 1) / channels)[:, None], 0.0)
     b_rstd = tl.rsqrt(tl.sum(b_x * b_x, 1) / channels + eps)[:, None]
     return b_x * b_rstd, b_rstd
@@ -103,19 +105,20 @@ def layer_norm(x, weight, bias, eps: float, wide: bool, exact: bool) -> torch.Te
 
 def _backward(grad, x, weight, eps: float, rms: bool, of_x: bool, of_weight: bool, of_bias: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     channels = x.shape[-1]
-    tile = row_tile(channels, arch_of(x.device))
+    block, tile_rows, warps = row_tile(channels, arch_of(x.device))
+    tile_rows = max(tile_rows // 2, 1)  # 8 elements a thread of short rows: the sums take registers
     dx = x.new_empty(x.shape) if of_x else None
     grad, x, weight = inner_contiguous(as_tokens(grad)), inner_contiguous(as_tokens(x)), inner_contiguous(weight)
     rows = x.shape[0] * x.shape[1]
-    tiles = triton.cdiv(rows, tile.rows)
+    tiles = triton.cdiv(rows, tile_rows)
     steps = max(triton.cdiv(tiles, PROGRAMS), 1)
     programs = triton.cdiv(tiles, steps)
     sums = x.new_empty((programs, 2, channels), dtype=torch.float32) if of_weight or of_bias else None
     written = [tensor.dtype for tensor in (dx, sums) if tensor is not None]
     read = [tensor.dtype for tensor in (grad, x, weight) if tensor is not None]
     launch(norm_backward_kernel, programs if channels else 0, grad, *strided(grad, 3), *strided(x, 3), *strided(weight, 1), dx, sums, rows, x.shape[1],
-           steps, channels, eps, 0, RMS=rms, ROWS=tile.rows, BLOCK=tile.block, ALIGNED=aligned(channels, read, written),
-           num_warps=tile.warps, num_stages=1, enable_fp_fusion=False)
+           steps, channels, eps, 0, RMS=rms, ROWS=tile_rows, BLOCK=block, ALIGNED=aligned(channels, read, written),
+           num_warps=warps, num_stages=1, enable_fp_fusion=False)
     total = [] if sums is None else sums.sum(0).to(x.dtype).unbind(0)
     return (x.new_empty(0) if dx is None else dx, total[0].clone() if of_weight else x.new_empty(0), total[1].clone() if of_bias else x.new_empty(0))
 

@@ -36,8 +36,9 @@ CALLS = {
 }
 # Reached where gradients are wanted, from no public op of that name
 _WITH_BACKWARD = ("adaln_modulate", "adaln_modulate_dual", "attention", "gate_residual", "gate_residual_adaln", "geglu", "global_response_norm",
-                  "group_norm_silu", "layer_norm", "qk_norm_rope", "quick_gelu", "rms_norm", "swiglu")
-BACKWARD = {f"{op}_backward" for op in _WITH_BACKWARD} | {"attention_softmax", "attention_varlen_backward", "attention_varlen_softmax", "bias_activation_backward"}
+                  "group_norm_silu", "layer_norm", "layer_norm_2d", "qk_norm_rope", "quick_gelu", "rms_norm", "swiglu")
+BACKWARD = {f"{op}_backward" for op in _WITH_BACKWARD} | {"attention_softmax", "attention_varlen_backward", "attention_varlen_softmax", "bias_activation",
+                                                          "bias_activation_backward"}
 
 
 def test_every_op_is_here():

@@ -5,7 +5,7 @@ import torch
 
 from fusewire import ops
 from fusewire.kernels import dispatch
-from fusewire.kernels.norm import triton_kernel
+from fusewire.kernels.norm import triton_kernel, triton_limits
 from tests.kernels.interpreted import DTYPES, in_triton, needs_interpreter
 from tests.kernels.norm.cases import call, inputs, leaves, stock, true, wide
 from tests.layouts import LAYOUTS
@@ -73,6 +73,32 @@ def test_cancellation():
     with in_triton("layer_norm"):
         got = ops.layer_norm(x, eps=1e-6, numerics="close")
     assert_close(got, true("layer", {"x": x.double(), "weight": None, "bias": None}), stock("layer", {"x": x, "weight": None, "bias": None}))
+
+
+@pytest.mark.parametrize("channels", (1536, 4096))
+def test_cancellation_in_gradients(channels):
+    """cancellation: mean 100, standard deviation 0.01."""
+    v, grad = {"x": 100 + 0.01 * torch.randn(1, 8, channels), "weight": torch.ones(channels), "bias": None}, torch.randn(1, 8, channels)
+
+    def found(v, grad, function):
+        these, leaf = leaves(v)
+        with dispatch.forced("triton"):
+            return torch.autograd.grad(function("layer", these, eps=1e-12), leaf, grad)
+
+    pairs = zip(found(v, grad, lambda *args, **options: call(*args, numerics="close", **options)), found(wide(v), grad.double(), true))
+    for name, (got, want) in zip(("x", "weight"), pairs):
+        assert ((got - want).abs().amax(-1) / want.abs().amax(-1)).max() <= 1e-5, name
+
+
+def test_limits():
+    """silent-off: the last program of the backward may count on beyond the rows, in 32 bits."""
+    x = torch.empty(1).expand(2**16, 2**15, 1)
+    arguments = x[:2**15 + 1], x[:2**15 + 1], None, 1e-6, True, True, True
+    with dispatch.forced("triton"):
+        assert not triton_limits.why_not_norm(x[:2**15 + 1], None, None, 1e-6, False, False)
+        assert f"more than {2**30} rows" in triton_limits.why_not_backward(*arguments)
+        assert not triton_limits.why_not_backward(x[:2**15], x[:2**15], *arguments[2:])
+        assert "rows" in triton_limits.why_not_norm(x, None, None, 1e-6, False, False)
 
 
 def test_fp16_overflow():

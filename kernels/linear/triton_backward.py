@@ -70,5 +70,5 @@ def bias_activation_backward(grad, y, bias, activation: str, of_bias: bool) -> t
            enable_fp_fusion=False)
     dbias = y.new_empty(channels if of_bias else 0)
     if of_bias:
-        add_up(sums, dbias.unsqueeze(0))
+        add_up([(sums, dbias.unsqueeze(0))])
     return dy, dbias

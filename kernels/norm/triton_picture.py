@@ -159,5 +159,5 @@ def layer_norm_2d_backward(grad, x, weight, eps: float, of_x: bool, of_weight: b
     if sums is None:
         return dx, x.new_empty(0), x.new_empty(0)
     total = x.new_empty((1, 2 * channels))
-    add_up(sums, total)
+    add_up([(sums, total)])
     return dx, total[0, :channels].clone() if of_weight else x.new_empty(0), total[0, channels:].clone() if of_bias else x.new_empty(0)

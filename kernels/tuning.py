@@ -89,10 +89,12 @@ class PictureTile(NamedTuple):
     warps: int
 
 
-def picture_tile(pixels: int, arch: Arch) -> PictureTile:
-    """For sums over the channels of pictures of so many pixels: 8 elements a thread, and at least 32 bytes side by side in either memory format. A
-    small picture gives few programs: each has fewer pixels."""
-    return PictureTile(32, 64, 256 // arch.warp) if pixels >= 4096 else PictureTile(128, 16, 256 // arch.warp)
+def picture_tile(pixels: int, run: int, itemsize: int, backward: bool, arch: Arch) -> PictureTile:
+    """For sums over the channels of pictures of so many pixels: 8 elements a thread, 4 where the ``run`` that lies side by side in memory (pixels, or
+    channels) is no multiple of 16, and in a float32 forward: what ptxas compiles without spills for every target. At least 32 bytes side by side in
+    either memory format. A small picture gives few programs: each has fewer pixels."""
+    warps = (512 if run % 16 or (itemsize == 4 and not backward) else 256) // arch.warp
+    return PictureTile(32, 64, warps) if pixels >= 4096 else PictureTile(128, 16, warps)
 
 
 class AttentionTile(NamedTuple):

@@ -14,7 +14,7 @@ from fusewire.kernels.triton_base import as_tokens, launch, load_rows, narrow, s
 from fusewire.kernels.triton_sums import add_up, sum_of_rows
 
 PARTS = 128  # of the rows, where the bias has a gradient: one row of partial sums each
-ROWS, BLOCK, WARPS = 8, 256, 4  # 16 elements a thread
+ROWS, BLOCK, WARPS = 8, 256, 8
 
 
 @triton.jit

@@ -38,6 +38,8 @@ class Task {
     transform_ = call.mask.data || call.scale <= 0;
     guard_ = call.mask.data || call.causal || call.pattern.blocks;
     factor_ = static_cast<float>(transform_ ? kLog2e : call.scale * kLog2e);
+    // Among few keys no average hides the rounding of a logit's chain; and few queries PyTorch multiplies as vectors, in many partial sums
+    chain_ = Units::pack == 1 && (call.keys <= kFewKeys || call.queries < kFewQueries) ? kShortChain : kChain;
   }
 
   void run() {
@@ -113,10 +115,10 @@ class Task {
         // As packed: the last panel of the super-block is as wide as its keys need.
         const int64_t width = std::min<int64_t>(kPanel, round_up(count - block - panel, kLanes)) / kLanes;
         with_vectors(width, [&](auto n) {
-          for (int64_t u = 0; u < units_; u += kChain) {
+          for (int64_t u = 0; u < units_; u += chain_) {
             const uint32_t* k = k_ + (block + panel) * units_ + u * n * kLanes;
             for (int64_t r = 0; r < padded_rows; r += kRows) {
-              logits_tile<Units, n>(q_ + r * kPadded + u, k, std::min(kChain, units_ - u), u > 0, logits_ + r * kKeys + panel,
+              logits_tile<Units, n>(q_ + r * kPadded + u, k, std::min(chain_, units_ - u), u > 0, logits_ + r * kKeys + panel,
                                     lane_highest + r * kLanes);
             }
           }
@@ -126,7 +128,7 @@ class Task {
       const bool cut = transform_ || keys % kLanes != 0 || (call_.causal && first_key + block + round_up(keys, kPanel) > query + 1) ||
                        (call_.pattern.blocks && !pattern_is_full(call_.pattern, task_, query, query + rows, first_key + block, first_key + end));
       if (cut) mask_block(query, rows, padded_rows, first_key + block, keys);
-      if (cut || units_ > kChain) {
+      if (cut || units_ > chain_) {
         for (int64_t r = 0; r < padded_rows; ++r) highest_of(logits_ + r * kKeys, vectors, lane_highest + r * kLanes);
       }
       for (int64_t r = 0; r < padded_rows; ++r) {
@@ -138,10 +140,10 @@ class Task {
       for (int64_t column = 0; column < columns_; column += kPanel) {
         const int64_t width = std::min<int64_t>(kPanel, columns_ - column) / kLanes;
         with_vectors(width, [&](auto n) {
-          for (int64_t u = 0; u < steps; u += kChain) {
+          for (int64_t u = 0; u < steps; u += chain_) {
             const uint32_t* v = v_ + column * value_units + (block / Units::pack + u) * n * kLanes;
             for (int64_t r = 0; r < padded_rows; r += kRows) {
-              output_tile<Units, n>(weights + r * kKeys + u, v, std::min(kChain, steps - u), u ? ones : decay + r,
+              output_tile<Units, n>(weights + r * kKeys + u, v, std::min(chain_, steps - u), u ? ones : decay + r,
                                     state.out + r * columns_ + column, columns_);
             }
           }
@@ -218,7 +220,7 @@ class Task {
   const AttentionCall& call_;
   const AttentionTask& task_;
   const int64_t units_, columns_;
-  int64_t block_keys_, states_, bad_ = 0;
+  int64_t block_keys_, states_, chain_, bad_ = 0;
   bool transform_, guard_;
   float factor_;
   uint32_t *k_, *v_, *q_;

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from fusewire.kernels.dispatch import forced_backend
 from fusewire.kernels.library import CPU
 
 FEW_QUERIES = 16
 MAX_CHANNELS = 512  # rows are staged in buffers of this size
 
 
-def _why_not_this(q) -> str:
+def _why_not(q) -> str:
     if not CPU.loaded:
         return CPU.reason
     if not q.is_cpu:
@@ -21,16 +20,8 @@ def _why_not_this(q) -> str:
     return ""
 
 
-def _why_not(q) -> str:
-    if q.shape[1] == 1 and q.is_cpu and forced_backend() != "cpu":
-        return CPU.reason or "one query: packing the keys would take longer than attending to them"
-    return _why_not_this(q)
-
-
 def why_not_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale) -> str:
-    if q.shape[0] < cu_seqlens_q.shape[0] and q.is_cpu and forced_backend() != "cpu":
-        return CPU.reason or "one query a sequence: packing the keys would take longer than attending to them"
-    return _why_not_this(q)
+    return _why_not(q)
 
 
 def why_not_attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps, blocks=None, words=None) -> str:
@@ -58,4 +49,4 @@ def why_not_backward(grad, lse_grad, q, k, v, out, highest, total, mask, causal,
 
 
 def why_not_varlen_backward(grad, lse_grad, q, k, v, out, highest, total, cu_seqlens_q, cu_seqlens_k, causal, scale) -> str:
-    return _why_no_gradient(q, k) or _why_not_this(q)
+    return _why_no_gradient(q, k) or _why_not(q)

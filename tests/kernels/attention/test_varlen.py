@@ -124,12 +124,11 @@ def test_log_sum_exp(dtype, backend):
         assert (lse[:, queries] - logits.logsumexp(-1)).abs().max() < {torch.float64: 1e-12, torch.bfloat16: 1e-3}.get(dtype, 1e-5)
 
 
-@pytest.mark.on_reference(reason="one query a sequence is left to PyTorch")
 def test_one_query():
-    """One query a sequence: PyTorch multiplies matrix by vector in many partial sums, which a tile's one chain cannot match."""
+    """One query a sequence: PyTorch multiplies matrix by vector in many partial sums, which a tile's one long chain could not match."""
     q, k, v, *cu = packed(([1] * 50, [65] * 50), (8, 8, 64))
     assert_close(ops.attention_varlen(q, k, v, *cu), one_by_one(q, k, v, *cu), one_by_one(q, k, v, *cu, dtype=torch.float32))
-    assert served("reference")
+    assert served("cpu" if CPU.loaded else "reference")
 
 
 def test_gradient_of_the_log_sum_exp():
@@ -159,13 +158,13 @@ def test_property(lengths, key_heads, group, channels, dtype, causal, layouts, s
     got = ops.attention_varlen(q, k, v, *cu, causal=causal)
     assert_within(got, one_by_one(q, k, v, *cu, causal), 8)
     assert_exact(ops.attention_varlen(*(layout(x) for layout, x in zip(layouts, (q, k, v))), *cu, causal=causal), got)
-    assert ops.stats()["attention_varlen"]["cpu"] - before["attention_varlen"] == 2 * (CPU.loaded and q.shape[0] > len(lengths))
+    assert ops.stats()["attention_varlen"]["cpu"] - before["attention_varlen"] == 2 * CPU.loaded
     grad = torch.randn_like(q)
     want = gradients(lambda *x: one_by_one(*x, *cu, causal), *(x.double() for x in (q, k, v)), grad)
     for name, one, wanted in zip("qkv", gradients(lambda *x: ops.attention_varlen(*x, *cu, causal=causal), q, k, v, grad), want):
         # A sum over queries, which is 0 for a single key: its rounding grows with the root of their number
         assert_within(one, wanted, 8 + 4 * (group * max(queries for queries, _ in lengths)) ** 0.5, f"d{name}")
-    few = q.shape[0] <= len(lengths) or dtype is torch.float32 and q.shape[0] < native.FEW_QUERIES * len(lengths)
+    few = dtype is torch.float32 and q.shape[0] < native.FEW_QUERIES * len(lengths)
     fused = CPU.loaded and dtype is not torch.float64 and not few and q.numel() > 0 and k.numel() > 0
     assert ops.stats()["attention_varlen_backward"]["cpu"] - before["attention_varlen_backward"] == fused
 
@@ -210,7 +209,8 @@ def test_batch_coupling_and_nondeterminism(dtype):
                 again = packed_call(q, k, v), *gradients(packed_call, q, k, v, grad)
             finally:
                 torch.set_num_threads(threads)
-            for got, want in zip(again, whole):
+            # (float64's gradients are PyTorch's own products, which follow the number of threads on some processors)
+            for got, want in zip(again[:1] if dtype is torch.float64 else again, whole):
                 assert_exact(got, want, f"{n} threads")
 
 

@@ -25,7 +25,8 @@ static const double* weight_of(const std::optional<Tensor>& weight, std::vector<
 
 // Cuts the queries of all calls into tasks and runs them. Threads take tasks as they become free; results do not depend on which thread ran what.
 void run_attention(const AttentionCall* calls, int64_t count, int64_t batch) {
-  auto kernel = FUSEWIRE_PICK(void (*)(const AttentionCall&, const AttentionTask&), attention_task);
+  const auto vectors = FUSEWIRE_PICK(void (*)(const AttentionCall&, const AttentionTask&), attention_task);
+  auto kernel = vectors;
   int64_t block = kAttentionQueryBlock;
 #if defined(FUSEWIRE_HAS_AMX)
   if (active_isa() == Isa::amx) {
@@ -56,7 +57,9 @@ void run_attention(const AttentionCall* calls, int64_t count, int64_t batch) {
       const AttentionCall& call = calls[at];
       const int64_t pieces = pieces_of(call), length = (blocks_of(call) + pieces - 1) / pieces * block;  // as equal as can be
       const int64_t piece = task % pieces, head = task / pieces % call.heads, b = task / pieces / call.heads;
-      kernel(call, {b, head, piece * length, std::min(call.queries, (piece + 1) * length)});
+      // Few float32 queries fill no tile, and sum in shorter chains without
+      const bool few = call.type == AttentionType::f32 && call.queries < kAttentionFewQueries;
+      (few ? vectors : kernel)(call, {b, head, piece * length, std::min(call.queries, (piece + 1) * length)});
     }
   });
 }

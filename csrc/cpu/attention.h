@@ -55,6 +55,7 @@ struct AttentionTask { int64_t batch, head, begin, end; };
 constexpr int64_t kAttentionQueryBlock = 48;
 constexpr int64_t kAttentionAmxQueryBlock = 32;
 constexpr int64_t kAttentionMaxBlocks = 60;  // of a task
+constexpr int64_t kAttentionFewQueries = 16;
 constexpr int64_t kAttentionMaxChannels = 512;
 
 FUSEWIRE_DECLARE(void, attention_task, (const AttentionCall&, const AttentionTask&))

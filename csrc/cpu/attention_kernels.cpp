@@ -39,7 +39,7 @@ class Task {
     guard_ = call.mask.data || call.causal || call.pattern.blocks;
     factor_ = static_cast<float>(transform_ ? kLog2e : call.scale * kLog2e);
     // Among few keys no average hides the rounding of a logit's chain; and few queries PyTorch multiplies as vectors, in many partial sums
-    chain_ = Units::pack == 1 && (call.keys <= kFewKeys || call.queries < kFewQueries) ? kShortChain : kChain;
+    chain_ = Units::pack == 1 && (call.keys <= kFewKeys || call.queries < kAttentionFewQueries) ? kShortChain : kChain;
   }
 
   void run() {

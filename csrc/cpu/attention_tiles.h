@@ -11,7 +11,7 @@ namespace fusewire::FUSEWIRE_ISA {
 
 constexpr int64_t kKeys = 256;   // keys of a block, and the length of a row of logits
 constexpr int64_t kChain = 128;  // units summed before the sum is added to memory: rounding errors grow with the length of a chain
-constexpr int64_t kFewKeys = 64, kFewQueries = 16, kShortChain = 16;
+constexpr int64_t kFewKeys = 64, kShortChain = 16;
 static_assert(kKeys % kPanel == 0);
 
 // acc[r][c] += sum over steps of a[r] * b[c]. `a` is read at r * a_row + step * a_step.

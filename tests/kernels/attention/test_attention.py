@@ -84,8 +84,8 @@ def test_long_vectors(dtype, direction, lengths, keys):
 
 @pytest.mark.parametrize("keys", [65, 700])
 def test_one_query(keys):
-    """One query in float32, over 12 x 512 heads: PyTorch multiplies matrix by vector in many partial sums, which a tile's one long chain could not match."""
-    for _ in range(12):
+    """One query in float32, over thousands of heads: PyTorch multiplies matrix by vector in many partial sums, which a tile's one long chain could not match."""
+    for _ in range(12 if keys < 100 else 2):
         q, k, v = qkv(64, 1, keys, 8, 64)
         assert_close(ops.attention(q, k, v), stock(q, k, v), stock(q, k, v, dtype=torch.float32))
 

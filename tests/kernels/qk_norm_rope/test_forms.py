@@ -394,7 +394,7 @@ def test_rotation_of_halves_is_left_to_pytorch_on_a_gpu():
     v = inputs("rotation")
     for limits, module in ((triton_limits, "why_not"), (cuda, "cuda_rows")):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(limits, module, (lambda *_: "") if module == "why_not" else SimpleNamespace(why_not=lambda *_: ""))
+            patch.setattr(limits, module, (lambda *_: "") if module == "why_not" else SimpleNamespace(why_not=lambda *_: "", better_by_triton=lambda *_: ""))
             for norm in range(4):
                 reason = limits.why_not_rope(v["q"], v["k"], None, None, *v["rope"], 1e-6, norm, True)
                 assert reason == ("the kernel turns adjacent pairs alone" if norm == 3 else "")

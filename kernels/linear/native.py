@@ -3,6 +3,7 @@
 Measured with two cores, GFLOP/s at [1024, 1536] x [1536, 6144] and back (``F.linear``, oneDNN, here):
 
 - Zen 4: float32 130, 200, 160-170; bfloat16 350-390, 350-390, 290-360; float16 20-35, -, 150.
+- Zen 5: float32 155, 450, 410-440.
 - Intel with AMX: float32 330, 320, 490; bfloat16 1690-1800, 1910-1940, 1840-1860 (a whole SD3.5 block, weights cold:
   2-4 % less time than with oneDNN); float16 310-340, 320-340, 770-790.
 

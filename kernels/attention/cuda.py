@@ -14,6 +14,7 @@ import os
 import torch
 
 from fusewire.kernels.attention import hopper_limits
+from fusewire.kernels.dispatch import forced_backend
 from fusewire.kernels.qk_norm_rope import op as qk_norm
 from fusewire.kernels.qk_norm_rope.reference import RMS
 from fusewire.kernels.triton_rows import too_old
@@ -123,9 +124,9 @@ def _hides(mask, blocks) -> str:
 
 
 def _ours(q, queries: int, keys: int, causal: bool) -> str:
-    """That our kernel for Hopper is preferred, or ``""``."""
+    """That our kernel for Hopper is preferred, or ``""``; a forced backend serves what it can."""
     index = q.device.index
-    if attention_ours(q.shape[3], queries, keys, causal, _gpu(index)[1]) and not hopper_limits.unavailable(index):
+    if forced_backend() != "cuda" and attention_ours(q.shape[3], queries, keys, causal, _gpu(index)[1]) and not hopper_limits.unavailable(index):
         return f"our own kernel for Hopper is preferred for heads of {q.shape[3]}, {queries} queries and {keys} keys"
     return ""
 

@@ -14,7 +14,7 @@
 namespace fusewire::FUSEWIRE_ISA {
 
 constexpr int kPanel = 2 * kLanes;
-constexpr int64_t kDepth = 384;
+constexpr int64_t kDepth = 256;
 constexpr int64_t kGroup = 252;  // rows whose sums stay in the second-level cache, beside a slice of the packed weight; 18 or 42 tiles
 constexpr int64_t kAhead = 8;     // units of a panel that are fetched before they are multiplied
 constexpr int64_t kStride = kDepth + 16;  // of the copied rows; an odd number of cache lines, so that they spread over the cache's sets

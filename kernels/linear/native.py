@@ -23,7 +23,7 @@ POST_OPS = {"none": ("none", ""), "gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu"
 MAX_DIMS = 9
 # Fixed for the process; read once, so that torch.compile sees constants.
 ISA, INTEL = cpu_isa(), cpu_is_intel()
-FEW_TOKENS = 16
+FEW_TOKENS = 32
 AMX_TOKENS, AMX_TOKENS_BFLOAT16, AMX_OUTPUTS = 48, 256, 192  # below either, packing the operands takes longer than what the product saves
 # In bfloat16 oneDNN reads x as it lies, ours packs it: with fewer weights ours has 0.3 to 0.9 of oneDNN's rate at 256, 1024 and 4096 tokens, with
 # more 0.9 to 1.0 where they are in the cache, and more than 1.0 in a model, where they are not.

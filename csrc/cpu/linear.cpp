@@ -60,10 +60,9 @@ static void run(const LinearCall& call) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t panels = (call.outputs + panel - 1) / panel, row_blocks = (call.rows + kLinearRows - 1) / kLinearRows;
   // As wide as can be (every block reads its rows of x once), with three blocks for each thread.
-  const int64_t width = std::clamp<int64_t>(std::min(panels * row_blocks / (3 * threads), kLinearPacked / (call.inputs * panel)), 1,
-                                           kLinearCols / panel) * panel;
-  const int64_t floats = FUSEWIRE_PICK(int64_t (*)(int64_t, int64_t), linear_scratch)(call.inputs, width);
+  const int64_t width = std::clamp<int64_t>(panels * row_blocks / (3 * threads), 1, kLinearCols / panel) * panel;
   const int64_t height = (call.rows + row_blocks - 1) / row_blocks;
+  const int64_t floats = FUSEWIRE_PICK(int64_t (*)(int64_t, int64_t), linear_scratch)(height, width);
   const int64_t col_blocks = (call.outputs + width - 1) / width, blocks = col_blocks * row_blocks;
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, std::min(threads, blocks), 1, [&](int64_t, int64_t) {
@@ -84,7 +83,7 @@ static void redo(const LinearCall& call, LinearBlock b) {
   const int64_t rows = b.row + b.rows, cols = b.col + b.cols;
   for (; b.col < cols; b.col += amx::kLinearBlock) {
     b.cols = std::min(amx::kLinearBlock, cols - b.col);
-    float* memory = reinterpret_cast<float*>(scratch(floats(call.inputs, b.cols) * sizeof(float)));
+    float* memory = reinterpret_cast<float*>(scratch(floats(std::min(kLinearRows, b.rows), b.cols) * sizeof(float)));
     for (int64_t row = b.row; row < rows; row += kLinearRows) kernel(call, {row, std::min(kLinearRows, rows - row), b.col, b.cols}, memory, T{});
   }
 }

@@ -28,11 +28,10 @@ struct LinearCall {
 // The part of the output that one task computes. Results do not depend on how the output is cut.
 struct LinearBlock { int64_t row, rows, col, cols; };
 
-constexpr int64_t kLinearRows = 1260, kLinearCols = 256;  // the largest block
-constexpr int64_t kLinearPacked = 2 << 20;                // floats of packed weight that one thread may hold, where a panel is not more
+constexpr int64_t kLinearRows = 2520, kLinearCols = 256;  // the largest block
 
 FUSEWIRE_DECLARE(int64_t, linear_panel, ())    // a block's columns should be a multiple of it
-FUSEWIRE_DECLARE(int64_t, linear_scratch, (int64_t inputs, int64_t cols))  // floats that linear_block needs, 64-byte aligned
+FUSEWIRE_DECLARE(int64_t, linear_scratch, (int64_t rows, int64_t cols))  // floats that linear_block needs, 64-byte aligned
 FUSEWIRE_DECLARE(void, linear_block, (const LinearCall&, const LinearBlock&, float* scratch, float))
 FUSEWIRE_DECLARE(void, linear_block, (const LinearCall&, const LinearBlock&, float* scratch, bfloat16))
 FUSEWIRE_DECLARE(void, linear_block, (const LinearCall&, const LinearBlock&, float* scratch, float16))

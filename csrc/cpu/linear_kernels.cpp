@@ -15,7 +15,6 @@ namespace fusewire::FUSEWIRE_ISA {
 
 constexpr int kPanel = 2 * kLanes;
 constexpr int64_t kDepth = 256;
-constexpr int64_t kGroup = 252;  // rows whose sums stay in the second-level cache, beside a slice of the packed weight; 18 or 42 tiles
 constexpr int64_t kAhead = 8;     // units of a panel that are fetched before they are multiplied
 constexpr int64_t kStride = kDepth + 16;  // of the copied rows; an odd number of cache lines, so that they spread over the cache's sets
 
@@ -35,25 +34,34 @@ inline Units step(Units a, Units b, Units sum) {
   return multiply_add(a, b, sum);
 }
 
+// What is read next, while a tile is multiplied: up to three rows, asked for a line at a time, as many lines at once would hold up the panel's own.
+struct Ahead {
+  const char* rows[3];
+};
+constexpr int64_t kLine = 16;  // units in a cache line
+
 // block[rows][kPanel] (+)= a[rows][depth] * b[depth][kPanel]
 template <int rows, bool pairs>
-static void tile(const float* a, const float* b, int64_t depth, float* block, int64_t stride, bool first) {
+static void tile(const float* a, const float* b, int64_t depth, float* block, int64_t stride, bool first, const Ahead& ahead) {
   Units sum[rows][2];
 #pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r) {
-    sum[r][0] = sum[r][1] = zero();
-    __builtin_prefetch(block + r * stride, 1);
-    __builtin_prefetch(block + r * stride + kLanes, 1);
-  }
-  for (int64_t k = 0; k < depth; ++k, b += kPanel) {
-    __builtin_prefetch(b + kAhead * kPanel);
-    __builtin_prefetch(b + kAhead * kPanel + kLanes);
-    const Units b0 = load(b), b1 = load(b + kLanes);
+  for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = zero();
+  for (int64_t begin = 0; begin < depth; begin += kLine) {
+#pragma GCC unroll 3
+    for (const char* row : ahead.rows) __builtin_prefetch(row + begin * 4, 0, 2);
+    __builtin_prefetch(block + std::min<int64_t>(begin / kLine, rows - 1) * stride, 1);
+    __builtin_prefetch(block + std::min<int64_t>(begin / kLine, rows - 1) * stride + kLanes, 1);
+    const int64_t end = std::min(begin + kLine, depth);
+    for (int64_t k = begin; k < end; ++k, b += kPanel) {
+      __builtin_prefetch(b + kAhead * kPanel);
+      __builtin_prefetch(b + kAhead * kPanel + kLanes);
+      const Units b0 = load(b), b1 = load(b + kLanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) {
-      const Units x = broadcast(a + r * kStride + k);
-      sum[r][0] = step<pairs>(x, b0, sum[r][0]);
-      sum[r][1] = step<pairs>(x, b1, sum[r][1]);
+      for (int r = 0; r < rows; ++r) {
+        const Units x = broadcast(a + r * kStride + k);
+        sum[r][0] = step<pairs>(x, b0, sum[r][0]);
+        sum[r][1] = step<pairs>(x, b1, sum[r][1]);
+      }
     }
   }
 #pragma GCC unroll 16
@@ -63,7 +71,7 @@ static void tile(const float* a, const float* b, int64_t depth, float* block, in
   }
 }
 
-using Tile = void (*)(const float*, const float*, int64_t, float*, int64_t, bool);
+using Tile = void (*)(const float*, const float*, int64_t, float*, int64_t, bool, const Ahead&);
 template <bool pairs, int rows = kTileRows>
 static Tile tile_of(int64_t wanted) {
   if constexpr (rows > 1) {
@@ -118,49 +126,50 @@ static void pack(const T* weight, int64_t row_stride, int64_t col_stride, int64_
   }
 }
 
+// Slice by slice: what is packed of the weight stays in the second-level cache while it is multiplied by all rows.
 template <typename T>
 static void block(const LinearCall& c, const LinearBlock& b, float* scratch) {
   constexpr int64_t unit = paired<T> ? 2 : 1, depth = kDepth * unit;
-  const int64_t slices = (c.inputs + depth - 1) / depth, slice = (b.cols + kPanel - 1) / kPanel * kPanel * kDepth;
-  float* const sums = scratch;                           // [kGroup][kLinearCols]
-  float* const rows = sums + kGroup * kLinearCols;       // [kTileRows][kStride]
-  float* const panels = rows + kTileRows * kStride;      // [slices][cols / kPanel][kDepth][kPanel]
-  const T* weight = static_cast<const T*>(c.weight) + b.col * c.weight_row;
-  const T* x = static_cast<const T*>(c.x.data);
+  const int64_t panels = (b.cols + kPanel - 1) / kPanel, width = panels * kPanel, tiles = (b.rows + kTileRows - 1) / kTileRows;
+  float* const rows = scratch;                           // [2][kTileRows][kStride]: of this tile and of the next
+  float* const packed = rows + 2 * kTileRows * kStride;  // [panels][kDepth][kPanel]
+  float* const sums = packed + width * kDepth;           // [rows][width]
+  const T* const x = static_cast<const T*>(c.x.data);
   Epilogue<T> epilogue(c, b.col, b.cols);
-  for (int64_t n = 0; n < b.cols; n += kPanel)
-    for (int64_t s = 0; s < slices; ++s)
-      pack(weight + n * c.weight_row + s * depth * c.weight_col, c.weight_row, c.weight_col, b.cols - n, std::min(depth, c.inputs - s * depth),
-           panels + s * slice + n * kDepth);
-  const int64_t groups = (b.rows + kGroup - 1) / kGroup, tiles = (b.rows + groups * kTileRows - 1) / (groups * kTileRows) * groups;
-  for (int64_t i = 0; i < groups * slices; ++i) {
-    const int64_t group = i / slices, s = i % slices, k = s * depth, count = std::min(depth, c.inputs - k), units = (count + unit - 1) / unit;
-    const int64_t top = group * (tiles / groups) * b.rows / tiles;  // the group's first row
-    for (int64_t t = group * (tiles / groups); t < (group + 1) * (tiles / groups); ++t) {
+  for (int64_t k = 0; k < c.inputs; k += depth) {
+    const int64_t count = std::min(depth, c.inputs - k), units = (count + unit - 1) / unit;
+    const T* const weight = static_cast<const T*>(c.weight) + b.col * c.weight_row + k * c.weight_col;
+    for (int64_t n = 0; n < panels; ++n)
+      pack(weight + n * kPanel * c.weight_row, c.weight_row, c.weight_col, b.cols - n * kPanel, count, packed + n * kPanel * kDepth);
+    // Rows of the weight's next slice, asked for from the first to the last while this slice is multiplied
+    const int64_t coming = c.weight_col == 1 && k + count < c.inputs ? b.cols : 0, calls = tiles * panels;
+    const auto copy = [&](int64_t r, float* to) { copy_row(x + c.x.offset(b.row + r) + k * c.x.channel, c.x.channel, count, to); };
+    for (int64_t r = 0; r < b.rows / tiles; ++r) copy(r, rows + r * kStride);
+    for (int64_t t = 0; t < tiles; ++t) {
       const int64_t begin = t * b.rows / tiles, end = (t + 1) * b.rows / tiles;  // tiles as equal as can be
-      if (begin == end) continue;
-      for (int64_t r = begin; r < end; ++r)
-        copy_row(x + c.x.offset(b.row + r) + k * c.x.channel, c.x.channel, count, rows + (r - begin) * kStride);
+      const int64_t later = t + 1 < tiles ? (t + 2) * b.rows / tiles - end : 0, last = t + 2 < tiles ? (t + 3) * b.rows / tiles - end - later : 0;
+      const float* const these = rows + t % 2 * kTileRows * kStride;
+      float* const next = rows + (t + 1) % 2 * kTileRows * kStride;
       const Tile multiply = tile_of<paired<T>>(end - begin);
-      const int64_t next = t + 1 < (group + 1) * (tiles / groups) ? std::min(end + kTileRows, b.rows) : end;
-      for (int64_t n = 0; n < b.cols; n += kPanel) {
-        // A share of the rows that are copied next, while these are multiplied
-        const int64_t from = end + (next - end) * n / b.cols, to = end + (next - end) * std::min(n + kPanel, b.cols) / b.cols;
-        for (int64_t r = from; r < to && c.x.channel == 1; ++r) {
-          const char* line = reinterpret_cast<const char*>(x + c.x.offset(b.row + r) + k);
-          for (int64_t at = 0; at < count * static_cast<int64_t>(sizeof(T)); at += 64) __builtin_prefetch(line + at);
-        }
-        multiply(rows, panels + s * slice + n * kDepth, units, sums + (begin - top) * kLinearCols + n, kLinearCols, s == 0);
+      for (int64_t n = 0; n < panels; ++n) {
+        for (int64_t r = later * n / panels; r < later * (n + 1) / panels; ++r) copy(end + r, next + r * kStride);
+        const int64_t far = end + later + last * n / panels, call = t * panels + n, w = call * coming / calls;
+        const auto row = [&](int64_t r) {
+          return reinterpret_cast<const char*>(r < b.rows && c.x.channel == 1 ? static_cast<const void*>(x + c.x.offset(b.row + r) + k) : packed);
+        };
+        const Ahead ahead{row(far), row(far + 1), w < (call + 1) * coming / calls ? reinterpret_cast<const char*>(weight + w * c.weight_row + count) : row(b.rows)};
+        multiply(these, packed + n * kPanel * kDepth, units, sums + begin * width + n * kPanel, width, k == 0, ahead);
       }
-      if (s + 1 < slices) continue;
-      for (int64_t r = begin; r < end; ++r) epilogue.row(b.row + r, sums + (r - top) * kLinearCols);
+      if (k + count < c.inputs) continue;
+      for (int64_t r = begin; r < end; ++r) epilogue.row(b.row + r, sums + r * width);
     }
   }
 }
 
 int64_t linear_panel() { return kPanel; }
-int64_t linear_scratch(int64_t inputs, int64_t cols) {
-  return kGroup * kLinearCols + kTileRows * kStride + (inputs + kDepth - 1) / kDepth * kDepth * ((cols + kPanel - 1) / kPanel * kPanel);
+int64_t linear_scratch(int64_t rows, int64_t cols) {
+  const int64_t width = (cols + kPanel - 1) / kPanel * kPanel;
+  return 2 * kTileRows * kStride + width * kDepth + rows * width;
 }
 void linear_block(const LinearCall& c, const LinearBlock& b, float* scratch, float) { block<float>(c, b, scratch); }
 void linear_block(const LinearCall& c, const LinearBlock& b, float* scratch, bfloat16) { block<bfloat16>(c, b, scratch); }

@@ -66,6 +66,10 @@ class AdalnRows {
     }
   }
 
+  // Elements from a row of x to the one that is read K rows later; 0 where rows are gathered.
+  template <int K>
+  static int64_t further(const Rows& x) { return x.channel == 1 ? K * x.token : 0; }
+
   void modulations(int64_t b, int64_t t) {
     const Rows* gates[] = {&k_.gate, &k_.gate2};
     for (int i = 0; i < 2; ++i) {
@@ -83,20 +87,27 @@ class AdalnRows {
   }
 
   // r = x + gate * y + gate2 * y2 into the residual output, and into `sum` where the norm reads another type.
-  template <int K>
+  template <bool Second, int K>
   void residuals(int64_t b, int64_t t, const T* const (&x)[K], const Sum* (&sums)[K]) const {
     const T *y[K], *y2[K]{};
     gather<K>(k_.y, b, t, gathered_[1], y);
-    if (k_.y2.data) gather<K>(k_.y2, b, t, gathered_[2], y2);
+    if constexpr (Second) gather<K>(k_.y2, b, t, gathered_[2], y2);
+    const int64_t next_x = further<K>(k_.x), next_y = further<K>(k_.y), n = n_;
+    const bool widen = k_.modulations != 0;
+    const C *gate = gate_[0], *gate2 = gate_[1];
     for (int r = 0; r < K; ++r) {
-      T* out = static_cast<T*>(k_.residual) + (b * k_.tokens + t + r) * n_;
-      Sum* wide = sum_ + r * n_;
-      for_columns<N>(0, n_, [&](auto at) {
-        V value = gated(at.load(x[r]), at.load(gate_[0]), at.load(y[r]));
-        if (k_.y2.data) value = gated(value, at.load(gate_[1]), at.load(y2[r]));
+      T* const out = static_cast<T*>(k_.residual) + (b * k_.tokens + t + r) * n;
+      Sum* const wide = sum_ + r * n;
+      const T *const from = x[r], *const added = y[r], *const added2 = y2[r];
+      for_columns<N>(0, n, [&](auto at) __attribute__((always_inline)) {
+        __builtin_prefetch(from + next_x + at.j);  // memory answers while these rows are computed
+        __builtin_prefetch(added + next_y + at.j);
+        __builtin_prefetch(out + K * n + at.j, 1);
+        V value = gated(at.load(from), at.load(gate), at.load(added));
+        if constexpr (Second) value = gated(value, at.load(gate2), at.load(added2));
         at.store(out, value);
         if constexpr (!std::is_same_v<Sum, T>) {
-          if (k_.modulations) at.store(wide, value);
+          if (widen) at.store(wide, value);
         }
       });
       if constexpr (std::is_same_v<Sum, T>) sums[r] = out;
@@ -165,9 +176,12 @@ class AdalnRows {
   template <bool Dual, typename X>
   void modulate_block(int64_t i, const X* const (&x)[R], const Coefficients (&row)[R]) const {
     T *out = static_cast<T*>(k_.out[0]) + i * n_, *out2 = static_cast<T*>(k_.out[1]) + i * n_;
+    const int64_t next = std::is_same_v<X, T> && !k_.y.data ? further<R>(k_.x) : 0;
     for (Whole<N> at{0}; at.j + N <= n_; at.j += N) {
       const V scale = at.load(scale_[0]), shift = at.load(shift_[0]);
       for (int r = 0; r < R; ++r) {
+        __builtin_prefetch(x[r] + next + at.j);
+        __builtin_prefetch(out + (R + r) * n_ + at.j, 1);
         const V y = normalised<true>(at.load(x[r]), row[r], at);
         put(at, out + r * n_, y, scale, shift);
         if constexpr (Dual) put(at, out2 + r * n_, y, at.load(scale_[1]), at.load(shift_[1]));
@@ -195,7 +209,7 @@ class AdalnRows {
     gather<K>(k_.x, b, t, gathered_[0], x);
     if (!k_.y.data) return modulate<K>(b * k_.tokens + t, x);
     const Sum* sums[K];
-    residuals<K>(b, t, x, sums);
+    k_.y2.data ? residuals<true, K>(b, t, x, sums) : residuals<false, K>(b, t, x, sums);
     if (k_.modulations) modulate<K>(b * k_.tokens + t, sums);
   }
 

@@ -71,7 +71,10 @@ FUSEWIRE_INLINE void apply(const HeadRows<T>& rows, int64_t dim, const typename 
     T* out = rows.out + r * rows.out_stride;
     lanes<C, N> root{};
     if constexpr (M::kNorm) root = splat<N>(static_cast<C>(rstd[r]));
+    const int64_t next_x = kRows * rows.x_stride, next_out = kRows * rows.out_stride;
     for_columns<N>(0, dim, [&](const auto& column) __attribute__((always_inline)) {
+      __builtin_prefetch(x + next_x + column.j);  // the next block's rows: memory answers while these are computed
+      __builtin_prefetch(out + next_out + column.j, 1);
       lanes<C, N> y = column.load(x);
       if constexpr (M::kNorm) y *= root;
       if constexpr (kWeight) y = (M::kRoundNorm ? rounded<T, N>(y) : y) * column.load(v.weight);

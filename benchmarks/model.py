@@ -2,7 +2,7 @@
 
     python benchmarks/model.py --preset flux-dev --dtype bfloat16 --rounds 5 --json benchmarks/results/flux-dev-bfloat16.json
 
-The presets are those of ``fusewire profile``: full width, some of the blocks (``--layers``), one picture (``--size`` pixels).
+The presets are those of ``fusewire profile``: full width, some of the blocks (``--layers``), one picture (``--size`` pixels), or ``--batch`` of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 import sides as of
 from alternating import main
-from fusewire.presets import PRESETS, build
+from fusewire.presets import PRESETS, build, inputs_for
 
 
 def rows(arguments: argparse.Namespace):
@@ -22,7 +22,9 @@ def rows(arguments: argparse.Namespace):
     def make():
         return build(arguments.preset, dtype, arguments.layers, arguments.size, 0)[0]
 
-    _, example, _, _ = build(arguments.preset, dtype, arguments.layers, arguments.size, 0)
+    model, _, _, size = build(arguments.preset, dtype, arguments.layers, arguments.size, 0)
+    example = inputs_for(model, size=size, text_tokens=PRESETS[arguments.preset].text_tokens, batch=arguments.batch)
+    del model
     example.pop("return_dict")
     yield from of.measured(of.sides(arguments.sides, make, example, dtype), arguments)
 
@@ -32,6 +34,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=PRESETS, required=True)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--size", type=int)
+    parser.add_argument("--batch", type=int, default=1)
 
 
 if __name__ == "__main__":

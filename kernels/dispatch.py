@@ -80,15 +80,25 @@ class Table:
         self.calls = {row.name: 0 for row in rows}
         TABLES[op] = self
 
+    @property
+    def rows(self) -> list[Backend]:
+        return self._rows
+
+    @rows.setter
+    def rows(self, rows: list[Backend]) -> None:
+        self._rows = rows
+        # Without the Python call around an op, 0.2 us; torch.compile traces the op itself
+        self._direct = [(row, getattr(row.run, "_op", row.run)) for row in rows]
+
     def __call__(self, *args):
         if _forced is not None:
             return self._run_forced(args)
-        for row in self.rows:
-            reason = row.why_not(*args)
-            if not reason:
-                if not torch.compiler.is_compiling():
-                    self.calls[row.name] += 1
-                return row.run(*args)
+        for row, direct in self._direct:
+            if not row.why_not(*args):
+                if torch.compiler.is_compiling():
+                    return row.run(*args)
+                self.calls[row.name] += 1
+                return direct(*args)
         raise BackendError(f"{self.op}: no backend can serve this call")
 
     def _run_forced(self, args):

@@ -74,6 +74,22 @@ static void run(const LinearCall& call) {
   });
 }
 
+// As many blocks of columns as keep every thread at work, since the weight's way through memory is what takes the time.
+static void run_few(const LinearCall& call) {
+  const auto kernel = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const LinearCall&, const LinearBlock&, float*), linear_few_block);
+  const int64_t floats = FUSEWIRE_PICK_UP_TO_AVX512(int64_t (*)(int64_t, int64_t), linear_few_scratch)(call.rows, call.inputs);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t width = std::clamp<int64_t>(call.outputs / (4 * threads) / 16 * 16, 16, kLinearCols), blocks = (call.outputs + width - 1) / width;
+  const bool alone = call.outputs * call.inputs * call.rows < kLinearFewAlone;
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t, int64_t) {
+    float* memory = reinterpret_cast<float*>(scratch(floats * sizeof(float)));
+    for (int64_t i = next++; i < blocks; i = next++) kernel(call, {0, call.rows, i * width, std::min(width, call.outputs - i * width)}, memory);
+  };
+  if (alone) return work(0, 1);
+  torch::stable::parallel_for(0, std::min(threads, blocks), 1, work);
+}
+
 #if defined(FUSEWIRE_HAS_AMX)
 // Rows and columns that do not split into bfloat16 parts, done over by the AVX-512 kernel. They are rare, so one thread does.
 template <typename T>
@@ -164,7 +180,12 @@ static Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<
   if (residual) call.residual = leading_rows(*residual, x);
   call.out = out.data_ptr();
   switch (x.scalar_type()) {
-    case ScalarType::Float: run<float>(call, ScalarKind::f32); break;
+    case ScalarType::Float:
+      if (x.dim() <= 2 && call.rows <= kLinearFewRows)
+        run_few(call);
+      else
+        run<float>(call, ScalarKind::f32);
+      break;
     case ScalarType::BFloat16: run<bfloat16>(call, ScalarKind::bf16); break;
     case ScalarType::Half: run<float16>(call, ScalarKind::f16); break;
     default: STD_TORCH_CHECK(false, "linear: unsupported dtype");

@@ -36,6 +36,11 @@ FUSEWIRE_DECLARE(void, linear_block, (const LinearCall&, const LinearBlock&, flo
 FUSEWIRE_DECLARE(void, linear_block, (const LinearCall&, const LinearBlock&, float* scratch, bfloat16))
 FUSEWIRE_DECLARE(void, linear_block, (const LinearCall&, const LinearBlock&, float* scratch, float16))
 
+// The same of few rows, float32: the weight is not packed.
+constexpr int64_t kLinearFewRows = 64, kLinearFewAlone = 1 << 17;  // and products below which one thread does them all
+FUSEWIRE_DECLARE(int64_t, linear_few_scratch, (int64_t rows, int64_t inputs))  // floats that linear_few_block needs, 64-byte aligned
+FUSEWIRE_DECLARE(void, linear_few_block, (const LinearCall&, const LinearBlock&, float* scratch))
+
 // The same product on AMX tiles: the rows of x are packed once, by all threads, then every thread takes blocks of columns.
 namespace amx {
 constexpr int64_t kLinearBlock = 32;         // rows of a packed block, and what a block's columns should be a multiple of

@@ -24,6 +24,7 @@ MAX_DIMS = 9
 # Fixed for the process; read once, so that torch.compile sees constants.
 ISA, INTEL = cpu_isa(), cpu_is_intel()
 FEW_TOKENS = 32
+FEW_ROWS = 64  # of x [B, K], as csrc/cpu/linear.h has it: one pass over the weight takes 0.5 of PyTorch's time at one row, 0.3 at two, 0.7 at 64 (Zen 5)
 AMX_TOKENS, AMX_TOKENS_BFLOAT16, AMX_OUTPUTS = 48, 256, 192  # below either, packing the operands takes longer than what the product saves
 # In bfloat16 oneDNN reads x as it lies, ours packs it: with fewer weights ours has 0.3 to 0.9 of oneDNN's rate at 256, 1024 and 4096 tokens, with
 # more 0.9 to 1.0 where they are in the cache, and more than 1.0 in a model, where they are not.
@@ -56,7 +57,10 @@ def why_not_cpu(x, weight, bias, activation, gate, residual, exact) -> str:
         return "the erf form of GELU has no kernel"
     if x.dtype is torch.float32 and forced_backend() != "cpu":
         # By tokens, not by rows: whether a sample is in a batch must not change its result.
-        tokens = x.shape[-2] if x.dim() > 2 else 1
+        dims = x.dim()
+        tokens = x.shape[-2] if dims > 2 else 1
+        if dims == 2 and not INTEL and x.shape[0] <= FEW_ROWS:
+            return ""
         if tokens < FEW_TOKENS:
             return "for so few rows of a sample PyTorch's product is as fast, and sums in shorter chains"
         if INTEL and not (ISA == "amx" and tokens >= AMX_TOKENS and weight.shape[0] >= AMX_OUTPUTS):

@@ -58,6 +58,23 @@ def test_few_rows(shape):
     assert_close(ops.linear(*args, numerics="close"), in_float64(*args), stock(*args))
 
 
+@needs_native
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("k, n", [(1, 1), (15, 7), (64, 33), (259, 70), (1536, 1000)])
+def test_conditioning_vectors(k, n, activation):
+    """batch-coupling: a row of [B, K] has the same bits in every batch up to 64 and for every layout, one thread or several; and keeps the rule of close."""
+    x, weight, bias = layer((64, k), n, torch.float32)
+    with forced("cpu"):
+        whole = ops.linear(x, weight, bias, activation=activation, numerics="close")
+        assert_close(whole, in_float64(x, weight, bias, activation or "none"), stock(x, weight, bias, activation or "none"))
+        for rows in (slice(0, 1), slice(5, 7), slice(8, 13), slice(3, 64)):
+            assert_exact(ops.linear(x[rows], weight, bias, activation=activation, numerics="close"), whole[rows])
+        assert_exact(ops.linear(x[9], weight, bias, activation=activation, numerics="close"), whole[9])
+        for layout in LAYOUTS:
+            assert_exact(ops.linear(layout(x), weight, bias, activation=activation, numerics="close"), whole)
+            assert_exact(ops.linear(x, layout(weight), bias, activation=activation, numerics="close"), whole)
+
+
 @FLOAT64
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gate_shape", [(2, 80), (2, 1, 80), (2, 77, 80), (80,), None])

@@ -31,9 +31,9 @@ MUTANTS = (
     mutant("Triton: GELU's cubic term is dropped", "triton_kernel.py", "(b_y + 0.044715 * b_y * b_y * b_y)", "b_y", "test_triton.py"),
     mutant("Triton: erf is taken of y", "triton_kernel.py", "tl.erf(b_y * 0.7071067811865476)", "tl.erf(b_y)", "test_triton.py"),
     mutant("Triton: the gated product is not rounded", "triton_kernel.py", "b_y = rounded(b_y, PRODUCT)", "b_y = b_y", "test_triton.py"),
-    mutant("Triton: the residual's strides are swapped", "triton_kernel.py", "_load(residual, residual_0, residual_1, residual_2, residual_3,",
-           "_load(residual, residual_0, residual_2, residual_1, residual_3,", "test_triton.py"),
+    mutant("Triton: the residual's strides are swapped", "triton_kernel.py", "load_elements(residual, residual_0, residual_1, residual_2, residual_3,",
+           "load_elements(residual, residual_0, residual_2, residual_1, residual_3,", "test_triton.py"),
     mutant("Triton: the last block of a row is left out", "triton_kernel.py", "blocks = triton.cdiv(sizes[3], block)", "blocks = max(sizes[3] // block, 1)", "test_triton.py"),
-    mutant("Triton: two middle dimensions are swapped", "triton_kernel.py", "(i_outer // n_2 % n_1).to(tl.int64), (i_outer % n_2).to(tl.int64)",
+    mutant("Triton: two middle dimensions are swapped", "kernels/triton_base.py", "(i_outer // n_2 % n_1).to(tl.int64), (i_outer % n_2).to(tl.int64)",
            "(i_outer % n_1).to(tl.int64), (i_outer // n_1 % n_2).to(tl.int64)", "test_triton.py"),
 )

@@ -49,6 +49,6 @@ MUTANTS = (
            "return rounded<T, N>(x + gate * y);", "test_adaln.py"),
     mutant("C++: the scale lacks its 1", "csrc/cpu/adaln_kernels.cpp", "contiguous(k_.scale[i], b, t, n_, scale_room_[i], true)",
            "contiguous(k_.scale[i], b, t, n_, scale_room_[i], false)", "test_adaln.py"),
-    mutant("C++: the residual is written a row too early", "csrc/cpu/adaln_kernels.cpp", "(b * k_.tokens + t + r) * n_;\n      Sum* wide",
-           "(b * k_.tokens + t) * n_;\n      Sum* wide", "test_adaln.py"),
+    mutant("C++: the residual is written a row too early", "csrc/cpu/adaln_kernels.cpp", "static_cast<T*>(k_.residual) + (b * k_.tokens + t + r) * n;",
+           "static_cast<T*>(k_.residual) + (b * k_.tokens + t) * n;", "test_adaln.py"),
 )

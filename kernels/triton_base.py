@@ -134,6 +134,21 @@ def elementwise(out: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[list[
 
 
 @triton.jit
+def element_block(n_1, n_2, n_3, blocks, BLOCK: tl.constexpr):
+    """A program's place among the sizes that ``elementwise`` gives, ``blocks`` programs to a run of n_3: (i_0, i_1, i_2, numbers in the run, which exist)."""
+    program = tl.program_id(0)
+    i_outer, i_block = program // blocks, program % blocks
+    o = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return (i_outer // (n_1 * n_2)).to(tl.int64), (i_outer // n_2 % n_1).to(tl.int64), (i_outer % n_2).to(tl.int64), o, o < n_3
+
+
+@triton.jit
+def load_elements(x, x_0, x_1, x_2, x_3, i_0, i_1, i_2, o, mask):
+    """Those elements of a tensor with its four strides, as float32."""
+    return tl.load(x + i_0 * x_0 + i_1 * x_1 + i_2 * x_2 + o * x_3, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def narrow(x, dtype: tl.constexpr):
     """float32 ``x`` rounded to nearest even in ``dtype``. (The interpreter's cast to bfloat16 truncates: there the rounding is done on the bits.)"""
     if INTERPRETED and dtype == tl.bfloat16:

@@ -1,6 +1,6 @@
 """Mutation testing: does a room's test suite notice when its sources are wrong?
 
-    python -m tests.mutation [--room R] [--limit N] [--json FILE] [--native] [--again] [--write docs/mutation.md]
+    python -m tests.mutation [--room R] [--mutant TEXT] [--limit N] [--seconds S] [--json FILE] [--native] [--again] [--write docs/mutation.md]
 
 Each mutant of ``tests/mutants/`` is applied to a copy of the checkout's tracked files, whose tests then run with ``-x``. A mutant counts as killed
 only where a test fails (or the interpreter dies, or the time runs out) and that very test passes without the mutant. Results are
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -168,17 +169,20 @@ def page(results: list[dict]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--room", action="append", choices=ROOMS, help="a room, again for others; all unless given")
+    parser.add_argument("--mutant", action="append", help="only those whose description contains the text, again for others")
     parser.add_argument("--limit", type=int, help="at most so many mutants")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no mutant later than this")
     parser.add_argument("--json", type=Path, help="where results are kept, and found again by the next run")
     parser.add_argument("--native", action="store_true", help="also those of csrc, each of which takes a build")
     parser.add_argument("--again", action="store_true", help="run those that were not killed again")
     parser.add_argument("--write", type=Path, help="the page to write from the results")
     arguments = parser.parse_args()
     rooms = arguments.room or ROOMS
-    results = [r for r in finished(arguments.json) if not (arguments.again and r["result"] != "killed" and r["room"] in rooms)]
+    named = [(room, mutant) for room in rooms for mutant in mutants(room) if not arguments.mutant or any(text in mutant.what for text in arguments.mutant)]
+    again = [fingerprint(mutant) for _, mutant in named if arguments.again]
+    results = [r for r in finished(arguments.json) if r["result"] == "killed" or r["mutant"] not in again]
     known = [r["mutant"] for r in results]
-    wanted = [(room, mutant) for room in rooms for mutant in mutants(room)
-              if fingerprint(mutant) not in known and (arguments.native or not mutant.native)][:arguments.limit]
+    wanted = [(room, mutant) for room, mutant in named if fingerprint(mutant) not in known and (arguments.native or not mutant.native)][:arguments.limit]
     there = {(room, mutant.what): fingerprint(mutant) for room in ROOMS for mutant in mutants(room)}
     results = [r for r in results if there.get((r["room"], r["what"])) == r["mutant"]]
     bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -189,17 +193,21 @@ def main() -> int:
                 print("the library does not build: cmake, ninja and a C++ compiler are needed", file=sys.stderr)
                 return 3
             task = bar.add_task("", total=len(wanted))
+            end = time.monotonic() + arguments.seconds
             for i, (room, mutant) in enumerate(wanted):
                 bar.update(task, description=f"{room}: {mutant.what}")
                 results.append(tree.outcome(room, mutant))
                 save(arguments.json, results)
                 bar.console.print(f"{results[-1]['result']}, {results[-1]['seconds']} s: {room}, {mutant.what}: {results[-1]['by']}", soft_wrap=True, highlight=False, markup=False)
                 bar.advance(task)
-                if i + 1 == len(wanted) or wanted[i + 1][0] != room:
+                over = time.monotonic() >= end
+                if over or i + 1 == len(wanted) or wanted[i + 1][0] != room:
                     if mutant.native:
                         tree.build()
                     prove(tree, results)
                     save(arguments.json, results)
+                if over:
+                    break
     except KeyboardInterrupt:
         print(f"interrupted; {len(results)} results are kept", file=sys.stderr)
     counts = Counter(r["result"] for r in results)

@@ -11,28 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fusewire.kernels.attention.triton_kernel import ADDITIVE, BOOL, LOG2E, LOWEST, NO_MASK, _dot, _in_units, _sequence_at, _unit
+from fusewire.kernels.attention.triton_blocks import LOG2E, LOWEST, dot, in_units, load_block, mask_of, masked, place_among_packed, slots, store_block, unit_of
 from fusewire.kernels.attention.triton_limits import default_scale
 from fusewire.kernels.triton_base import arch_of, fused, launch, narrow, strided
 from fusewire.kernels.tuning import attention_backward_tile
-
-
-@triton.jit
-def _block(x, i_t, x_t, x_d, tokens, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """x[i_t] of one head, [BLOCK, BLOCK_D], zeros beyond its tokens and its dimensions."""
-    o_d = tl.arange(0, BLOCK_D)
-    p_x = x + i_t.to(tl.int64)[:, None] * x_t + o_d.to(tl.int64)[None, :] * x_d
-    if DIM == BLOCK_D:
-        return tl.load(p_x, mask=(i_t < tokens)[:, None], other=0.0)
-    return tl.load(p_x, mask=(i_t < tokens)[:, None] & (o_d < DIM)[None, :], other=0.0)
-
-
-@triton.jit
-def _save(out, x, i_t, i_b, i_h, tokens, heads, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Into contiguous [B, tokens, heads, DIM]."""
-    o_d = tl.arange(0, BLOCK_D)
-    o_out = (((i_b * tokens + i_t) * heads + i_h) * DIM)[:, None] + o_d[None, :]
-    tl.store(out + o_out, narrow(x, out.dtype.element_ty), mask=(i_t < tokens)[:, None] & (o_d < DIM)[None, :])
 
 
 @triton.jit(do_not_specialize=["tiles", "tokens", "heads"])
@@ -47,8 +29,8 @@ def delta_kernel(
     i_b, i_h = i_bh // heads, i_bh % heads
     i_t = (i_tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     m_t = i_t < tokens
-    b_grad = _block(grad + (i_b * g_b + i_h * g_h) * UNIT, i_t, g_t * UNIT, g_d, tokens, DIM, BLOCK_D).to(tl.float32)
-    b_out = _block(out + (i_b * o_b + i_h * o_h) * UNIT, i_t, o_t * UNIT, o_d, tokens, DIM, BLOCK_D).to(tl.float32)
+    b_grad = load_block(grad + (i_b * g_b + i_h * g_h) * UNIT, i_t, g_t * UNIT, g_d, tokens, DIM, BLOCK_D).to(tl.float32)
+    b_out = load_block(out + (i_b * o_b + i_h * o_h) * UNIT, i_t, o_t * UNIT, o_d, tokens, DIM, BLOCK_D).to(tl.float32)
     b_delta = tl.sum(b_grad * b_out, 1)
     if lse_grad is not None:
         b_delta -= tl.load(lse_grad + (i_b * l_b + i_h * l_h + i_t * l_t), mask=m_t, other=0.0).to(tl.float32)
@@ -67,13 +49,9 @@ def delta_kernel(
 @triton.jit
 def _weights(b_s, b_base, b_inverse, m_seen, p_mask, scale, MASK: tl.constexpr, HIDING: tl.constexpr):
     """(the weights that logits had, in whichever order, 0 where hidden; which are not). b_base, b_inverse: one of a row or of a column."""
-    if MASK:
-        b_m = tl.load(p_mask, mask=m_seen, other=0)
-    if MASK == 1:
-        m_seen = m_seen & (b_m != 0)
+    b_s, m_seen = masked(b_s, m_seen, p_mask, scale, MASK)
     if MASK == 2:
-        m_seen = m_seen & (b_m != float("-inf"))
-        b_s = b_s * scale + tl.maximum(b_m.to(tl.float32) * LOG2E, LOWEST) - b_base
+        b_s = b_s - b_base
         b_s = tl.where(b_s > 0.0, 0.0, b_s)  # no logit is above the highest: one that another kernel rounded, where both are huge
     else:
         b_s = fused(b_s, tl.full(b_s.shape, 1.0, tl.float32) * scale, tl.broadcast_to(-b_base, b_s.shape))
@@ -103,7 +81,7 @@ def _over_keys(
         else:
             b_k = tl.load(p_k)
             b_v = tl.load(p_v)
-        b_s = _dot(b_q, b_k, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
+        b_s = dot(b_q, b_k, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
         m_seen = (i_q < q_tokens)[:, None] & m_n[None, :]
         if CAUSAL:
             m_seen = m_seen & (i_q[:, None] >= o_n[None, :])
@@ -111,14 +89,14 @@ def _over_keys(
         if MASK:
             p_tile = p_mask + o_n.to(tl.int64)[None, :] * mask_k
         b_p, m_seen = _weights(b_s, b_base[:, None], b_inverse[:, None], m_seen, p_tile, scale, MASK, HIDING)
-        b_dp = _dot(b_grad, b_v, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
+        b_dp = dot(b_grad, b_v, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
         b_ds = b_p * (b_dp - b_delta[:, None])
         if HIDING:
             b_ds = tl.where(m_seen, b_ds, 0.0)
         if MASK != 0 or CAUSAL:
             # 0 * NaN is NaN: keys that no query of the block sees do not enter the product
             b_k = tl.where((tl.max(m_seen.to(tl.int32), 0) != 0)[None, :], b_k, 0.0)
-        b_dq = _dot(narrow(b_ds, k.dtype.element_ty), tl.trans(b_k), b_dq, PRECISION)
+        b_dq = dot(narrow(b_ds, k.dtype.element_ty), tl.trans(b_k), b_dq, PRECISION)
     return b_dq
 
 
@@ -136,10 +114,7 @@ def dq_kernel(
     i_kv = i_h // group
     o_row = i_bh * q_tokens
     if cu_seqlens_q is not None:
-        i_s, i_tile = _sequence_at(i_tile, cu_seqlens_q, sequences, BLOCK_M)
-        q_start, k_start = tl.load(cu_seqlens_q + i_s).to(tl.int64), tl.load(cu_seqlens_k + i_s).to(tl.int64)
-        q_tokens, k_tokens = tl.load(cu_seqlens_q + (i_s + 1)) - q_start.to(tl.int32), tl.load(cu_seqlens_k + (i_s + 1)) - k_start.to(tl.int32)
-        k_tokens = tl.where(i_tile * BLOCK_M < q_tokens, k_tokens, 0)  # a slot without queries: nothing to do
+        i_tile, q_start, q_tokens, k_start, k_tokens = place_among_packed(i_tile, cu_seqlens_q, cu_seqlens_k, sequences, BLOCK_M)
         o_row += q_start
         q += q_start * q_t * UNIT
         grad += q_start * g_t * UNIT
@@ -148,8 +123,8 @@ def dq_kernel(
         dq += q_start * heads * DIM
     i_q = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     m_q = i_q < q_tokens
-    b_q = _block(q + (i_b * q_b + i_h * q_h) * UNIT, i_q, q_t * UNIT, q_d, q_tokens, DIM, BLOCK_D)
-    b_grad = _block(grad + (i_b * g_b + i_h * g_h) * UNIT, i_q, g_t * UNIT, g_d, q_tokens, DIM, BLOCK_D)
+    b_q = load_block(q + (i_b * q_b + i_h * q_h) * UNIT, i_q, q_t * UNIT, q_d, q_tokens, DIM, BLOCK_D)
+    b_grad = load_block(grad + (i_b * g_b + i_h * g_h) * UNIT, i_q, g_t * UNIT, g_d, q_tokens, DIM, BLOCK_D)
     b_base = tl.load(base + (o_row + i_q), mask=m_q, other=0.0)
     b_inverse = tl.load(inverse + (o_row + i_q), mask=m_q, other=0.0)
     b_delta = tl.load(delta + (o_row + i_q), mask=m_q, other=0.0)
@@ -168,7 +143,7 @@ def dq_kernel(
     b_dq = _over_keys(
         b_dq, b_q, b_grad, b_base, b_inverse, b_delta, i_q, q_tokens, k, k_t * UNIT, k_d, v, v_t * UNIT, v_d,
         whole, end, p_mask, mask_k, scale, MASK, CAUSAL, True, PRECISION, BLOCK_M, BLOCK_N, DIM, BLOCK_D)
-    _save(dq, b_dq * slope, i_q, i_b, i_h, q_tokens, heads, DIM, BLOCK_D)
+    store_block(dq, b_dq * slope, i_q, i_b, i_h, q_tokens, heads, DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["tiles", "q_tokens", "k_tokens", "heads", "group", "sequences"])
@@ -187,10 +162,7 @@ def dkdv_kernel(
     o_rows = i_b * heads * q_tokens
     rows = q_tokens.to(tl.int64)  # of a head, in base, inverse and delta
     if cu_seqlens_k is not None:
-        i_s, i_tile = _sequence_at(i_tile, cu_seqlens_k, sequences, BLOCK_N)
-        q_start, k_start = tl.load(cu_seqlens_q + i_s).to(tl.int64), tl.load(cu_seqlens_k + i_s).to(tl.int64)
-        q_tokens, k_tokens = tl.load(cu_seqlens_q + (i_s + 1)) - q_start.to(tl.int32), tl.load(cu_seqlens_k + (i_s + 1)) - k_start.to(tl.int32)
-        q_tokens = tl.where(i_tile * BLOCK_N < k_tokens, q_tokens, 0)  # a slot without keys: nothing to do
+        i_tile, k_start, k_tokens, q_start, q_tokens = place_among_packed(i_tile, cu_seqlens_k, cu_seqlens_q, sequences, BLOCK_N)
         o_rows += q_start
         q += q_start * q_t * UNIT
         grad += q_start * g_t * UNIT
@@ -199,8 +171,8 @@ def dkdv_kernel(
         dk += k_start * kv_heads * DIM
         dv += k_start * kv_heads * DIM
     i_k = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    b_k = _block(k + (i_b * k_b + i_kv * k_h) * UNIT, i_k, k_t * UNIT, k_d, k_tokens, DIM, BLOCK_D)
-    b_v = _block(v + (i_b * v_b + i_kv * v_h) * UNIT, i_k, v_t * UNIT, v_d, k_tokens, DIM, BLOCK_D)
+    b_k = load_block(k + (i_b * k_b + i_kv * k_h) * UNIT, i_k, k_t * UNIT, k_d, k_tokens, DIM, BLOCK_D)
+    b_v = load_block(v + (i_b * v_b + i_kv * v_h) * UNIT, i_k, v_t * UNIT, v_d, k_tokens, DIM, BLOCK_D)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     start = 0
@@ -213,12 +185,12 @@ def dkdv_kernel(
         for i_m in range(start, q_tokens, BLOCK_M):
             i_q = i_m + tl.arange(0, BLOCK_M)
             m_q = i_q < q_tokens
-            b_q = _block(p_q, i_q, q_t * UNIT, q_d, q_tokens, DIM, BLOCK_D)
-            b_grad = _block(p_grad, i_q, g_t * UNIT, g_d, q_tokens, DIM, BLOCK_D)
+            b_q = load_block(p_q, i_q, q_t * UNIT, q_d, q_tokens, DIM, BLOCK_D)
+            b_grad = load_block(p_grad, i_q, g_t * UNIT, g_d, q_tokens, DIM, BLOCK_D)
             b_base = tl.load(base + (o_row + i_q), mask=m_q, other=0.0)
             b_inverse = tl.load(inverse + (o_row + i_q), mask=m_q, other=0.0)
             b_delta = tl.load(delta + (o_row + i_q), mask=m_q, other=0.0)
-            b_s = _dot(b_k, tl.trans(b_q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
+            b_s = dot(b_k, tl.trans(b_q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
             m_seen = (i_k < k_tokens)[:, None] & m_q[None, :]
             if CAUSAL:
                 m_seen = m_seen & (i_q[None, :] >= i_k[:, None])
@@ -226,14 +198,14 @@ def dkdv_kernel(
             if MASK:
                 p_tile = mask + i_b * mask_b + i_h * mask_h + i_q.to(tl.int64)[None, :] * mask_q + i_k.to(tl.int64)[:, None] * mask_k
             b_p, m_seen = _weights(b_s, b_base[None, :], b_inverse[None, :], m_seen, p_tile, scale, MASK, HIDING)
-            b_dv = _dot(narrow(b_p, v.dtype.element_ty), b_grad, b_dv, PRECISION)
-            b_dp = _dot(b_v, tl.trans(b_grad), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
+            b_dv = dot(narrow(b_p, v.dtype.element_ty), b_grad, b_dv, PRECISION)
+            b_dp = dot(b_v, tl.trans(b_grad), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
             b_ds = b_p * (b_dp - b_delta[None, :])
             if HIDING:
                 b_ds = tl.where(m_seen, b_ds, 0.0)
-            b_dk = _dot(narrow(b_ds, q.dtype.element_ty), b_q, b_dk, PRECISION)
-    _save(dk, b_dk * slope, i_k, i_b, i_kv, k_tokens, kv_heads, DIM, BLOCK_D)
-    _save(dv, b_dv, i_k, i_b, i_kv, k_tokens, kv_heads, DIM, BLOCK_D)
+            b_dk = dot(narrow(b_ds, q.dtype.element_ty), b_q, b_dk, PRECISION)
+    store_block(dk, b_dk * slope, i_k, i_b, i_kv, k_tokens, kv_heads, DIM, BLOCK_D)
+    store_block(dv, b_dv, i_k, i_b, i_kv, k_tokens, kv_heads, DIM, BLOCK_D)
 
 
 def _launch(grad, lse_grad, q, k, v, out, highest, total, mask, causal: bool, scale: float | None, cu_seqlens=(None, None)) -> tuple[torch.Tensor, ...]:
@@ -243,22 +215,18 @@ def _launch(grad, lse_grad, q, k, v, out, highest, total, mask, causal: bool, sc
     k_tokens, kv_heads = k.shape[1:3]
     tile = attention_backward_tile(dim, q.dtype.itemsize, mask is not None or causal, arch_of(q.device))
     base, inverse, delta = torch.empty((3, batch, heads, q_tokens), dtype=torch.float32, device=q.device).unbind(0)
-    unit = _unit(q, k, v, grad)
-    rows, rows_unit = max(4096 // tile.dim, 16), _unit(grad, out)
+    unit = unit_of(q, k, v, grad)
+    rows, rows_unit = max(4096 // tile.dim, 16), unit_of(grad, out)
     tiles = triton.cdiv(q_tokens, rows)
-    launch(delta_kernel, batch * heads * tiles, q, *_in_units(grad, rows_unit), *_in_units(out, rows_unit), *strided(highest, 3), *strided(total, 3),
+    launch(delta_kernel, batch * heads * tiles, q, *in_units(grad, rows_unit), *in_units(out, rows_unit), *strided(highest, 3), *strided(total, 3),
            *strided(lse_grad, 3), base, inverse, delta, tiles, q_tokens, heads, ROWS=rows, DIM=dim, BLOCK_D=tile.dim, UNIT=rows_unit,
            num_warps=4, num_stages=1, enable_fp_fusion=False)
-    kind = NO_MASK if mask is None else BOOL if mask.dtype is torch.bool else ADDITIVE
-    factor, sequences = default_scale(scale, dim), 0
-    q_tiles, k_tiles = triton.cdiv(q_tokens, tile.dq.queries), triton.cdiv(k_tokens, tile.dkdv.keys)
-    if cu_seqlens[0] is not None:  # see _sequence_at
-        sequences = cu_seqlens[0].shape[0] - 1
-        q_tiles = q_tokens // tile.dq.queries + sequences if q_tokens else 0
-        k_tiles = k_tokens // tile.dkdv.keys + sequences if k_tokens else 0
-        cu_seqlens = tuple(x.contiguous() for x in cu_seqlens)
-    inputs = (*(x for tensor in (q, k, v, grad) for x in _in_units(tensor, unit)), base, inverse, delta)
-    masks = strided(mask.view(torch.uint8) if kind == BOOL else mask, 4)
+    kind, masks = mask_of(mask)
+    factor = default_scale(scale, dim)
+    q_tiles, sequences = slots(q_tokens, tile.dq.queries, cu_seqlens[0])
+    k_tiles, _ = slots(k_tokens, tile.dkdv.keys, cu_seqlens[1])
+    cu_seqlens = tuple(x if x is None else x.contiguous() for x in cu_seqlens)
+    inputs = (*(x for tensor in (q, k, v, grad) for x in in_units(tensor, unit)), base, inverse, delta)
     numbers = (q_tokens, k_tokens, heads, heads // max(kv_heads, 1), factor * LOG2E.value, factor, *cu_seqlens, sequences)
     for kernel, part, programs, tiles, results in ((dq_kernel, tile.dq, batch * heads, q_tiles, (dq,)), (dkdv_kernel, tile.dkdv, batch * kv_heads, k_tiles, (dk, dv))):
         launch(kernel, programs * tiles, q, *inputs, *results, *masks, tiles, *numbers, MASK=kind, CAUSAL=causal, PRECISION=tile.precision,

@@ -13,33 +13,24 @@ import triton.language as tl
 
 from fusewire.kernels.attention import reference
 from fusewire.kernels.attention.hopper_limits import why_not_hopper
+from fusewire.kernels.attention.triton_blocks import LN2, LOG2E, dot, in_units, load_block, mask_of, masked, place_among_packed, slots, store_block, unit_of
 from fusewire.kernels.attention.triton_limits import default_scale
 from fusewire.kernels.qk_norm_rope import op as qk_norm_op
 from fusewire.kernels.qk_norm_rope import triton_kernel as qk_norm
 from fusewire.kernels.qk_norm_rope.reference import RMS
-from fusewire.kernels.triton_base import INTERPRETED, arch_of, fused, inner_contiguous, launch, narrow, strided
+from fusewire.kernels.triton_base import arch_of, fused, inner_contiguous, launch, narrow, strided
 from fusewire.kernels.tuning import attention_tile, power_of_2
 
-NO_MASK, BOOL, ADDITIVE = 0, 1, 2
-LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 EMPTY, FULL = tl.constexpr(reference.EMPTY), tl.constexpr(reference.FULL)  # blocks of a pattern
-LOWEST = tl.constexpr(-3.4028234e38)  # just above float32's lowest
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if INTERPRETED:  # the interpreter multiplies the bit patterns of bfloat16
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
 def _queries(q, q_t, q_d, weight, weight_d, i_tile, tokens, eps, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """(a block of queries [BLOCK_M, BLOCK_D], their numbers in the segment); RMS-normalised over the head dimension where there is a weight."""
     i_q = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_d = tl.arange(0, BLOCK_D)
-    b_q = tl.load(q + i_q.to(tl.int64)[:, None] * q_t + o_d.to(tl.int64)[None, :] * q_d, mask=(i_q < tokens)[:, None] & (o_d < DIM)[None, :], other=0.0)
+    b_q = load_block(q, i_q, q_t, q_d, tokens, DIM, BLOCK_D)
     if weight is not None:
+        o_d = tl.arange(0, BLOCK_D)
         b_x = b_q.to(tl.float32)
         b_w = tl.load(weight + o_d.to(tl.int64) * weight_d, mask=o_d < DIM, other=0.0).to(tl.float32)
         b_q = narrow(b_x * tl.rsqrt(tl.sum(b_x * b_x, 1) / DIM + eps)[:, None] * b_w[None, :], q.dtype.element_ty)
@@ -81,7 +72,7 @@ def _attend(
         else:
             b_k = tl.load(p_k)
             b_v = tl.load(p_v)
-        b_s = _dot(b_q, b_k, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
+        b_s = dot(b_q, b_k, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
         m_qn = (i_q < q_tokens)[:, None] & m_n[None, :]
         if CAUSAL:
             m_qn = m_qn & (i_q[:, None] >= o_n[None, :])
@@ -95,14 +86,10 @@ def _attend(
             b_word = tl.where(b_block == FULL, -1, b_word)
             b_bits = b_word[:, :, None] >> (first % 32 + tl.arange(0, WIDTH))[None, None, :]
             m_qn = m_qn & (tl.reshape(b_bits & 1, [BLOCK_M, BLOCK_N]) != 0)
+        p_tile = p_mask
         if MASK:
-            b_m = tl.load(p_mask + o_n.to(tl.int64)[None, :] * mask_k, mask=m_qn, other=0)
-        if MASK == 1:
-            m_qn = m_qn & (b_m != 0)
-        if MASK == 2:
-            m_qn = m_qn & (b_m != float("-inf"))
-            # A finite mask stays finite in base 2: a row of float32's lowest counts all its keys alike
-            b_s = b_s * scale + tl.maximum(b_m.to(tl.float32) * LOG2E, LOWEST)
+            p_tile = p_mask + o_n.to(tl.int64)[None, :] * mask_k
+        b_s, m_qn = masked(b_s, m_qn, p_tile, scale, MASK)
         if MASK or CAUSAL or CHECKED:  # (a pattern is CHECKED)
             b_s = tl.where(m_qn, b_s, float("-inf"))
         if MASK or CAUSAL or tiles is not None:
@@ -118,7 +105,7 @@ def _attend(
         b_p = tl.exp2(b_s)
         b_alpha = tl.exp2(b_max - b_safe)
         b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
-        b_acc = _dot(narrow(b_p, v.dtype.element_ty), b_v, b_acc * b_alpha[:, None], PRECISION)
+        b_acc = dot(narrow(b_p, v.dtype.element_ty), b_v, b_acc * b_alpha[:, None], PRECISION)
         b_max = b_max_new
         p_k += step_k
         p_v += step_v
@@ -146,29 +133,9 @@ def _attend_segment(
 
 
 @triton.jit
-def _sequence_at(slot, cu_seqlens, sequences, BLOCK_M: tl.constexpr):
-    """The packed sequence that a program's block of queries belongs to, and the block's number in it, perhaps beyond its last.
-
-    Sequence i has the slots from cu_seqlens[i] // BLOCK_M + i on: at least as many as it has blocks of queries, and known without a pass over
-    the lengths before it.
-    """
-    low, high = tl.full([], 0, tl.int64), sequences.to(tl.int64) - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if tl.load(cu_seqlens + middle) // BLOCK_M + middle <= slot:
-            low = middle
-        else:
-            high = middle - 1
-    return low, slot - tl.load(cu_seqlens + low) // BLOCK_M - low.to(tl.int32)
-
-
-@triton.jit
 def _finish(out, highest, total, o_row, b_acc, b_max, b_sum, i_q, i_b, i_h, tokens, heads, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """A query that saw no key gives 0, and a total of 0. ``out``: contiguous [B, T, H, D]; ``highest``, in natural units, and ``total`` [B, H, T]."""
-    b_acc = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
-    o_d = tl.arange(0, BLOCK_D)
-    o_out = (((i_b * tokens + i_q) * heads + i_h) * DIM)[:, None] + o_d[None, :]
-    tl.store(out + o_out, narrow(b_acc, out.dtype.element_ty), mask=(i_q < tokens)[:, None] & (o_d < DIM)[None, :])
+    store_block(out, b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None], i_q, i_b, i_h, tokens, heads, DIM, BLOCK_D)
     if total is not None:
         # float64, so that the gradients' kernels get back what was subtracted here, to the last bit
         b_highest = b_max.to(tl.float64) * tl.full(b_max.shape, LN2, tl.float64)
@@ -197,10 +164,7 @@ def attention_kernel(
     i_kv = i_h // group
     o_row = i_bh * (q_tokens + q2_tokens)
     if cu_seqlens_q is not None:
-        i_s, i_tile = _sequence_at(i_tile, cu_seqlens_q, sequences, BLOCK_M)
-        q_start, k_start = tl.load(cu_seqlens_q + i_s).to(tl.int64), tl.load(cu_seqlens_k + i_s).to(tl.int64)
-        q_tokens, k_tokens = tl.load(cu_seqlens_q + (i_s + 1)) - q_start.to(tl.int32), tl.load(cu_seqlens_k + (i_s + 1)) - k_start.to(tl.int32)
-        k_tokens = tl.where(i_tile * BLOCK_M < q_tokens, k_tokens, 0)  # a slot without queries: nothing to do
+        i_tile, q_start, q_tokens, k_start, k_tokens = place_among_packed(i_tile, cu_seqlens_q, cu_seqlens_k, sequences, BLOCK_M)
         o_row += q_start
         q += q_start * q_t * UNIT
         k += k_start * k_t * UNIT
@@ -248,20 +212,6 @@ def attention_kernel(
             _finish(out, highest, total, o_row, b_acc, b_max, b_sum, i_q, i_b, i_h, q_tokens, heads, DIM, BLOCK_D)
 
 
-def _unit(*tensors: torch.Tensor | None) -> int:
-    """The elements in 16 bytes where every row (head dimension) of the tensors starts at a multiple of 16 bytes, otherwise 1.
-
-    Triton sees by itself that a stride is a multiple of 16 elements; rows of 40 or 72 would be loaded one element at a time.
-    """
-    unit = 16 // tensors[0].dtype.itemsize
-    return unit if all(stride % unit == 0 for tensor in tensors if tensor is not None for stride in strided(tensor, 4)[1:4]) else 1
-
-
-def _in_units(tensor: torch.Tensor | None, unit: int) -> tuple:
-    pointer, *strides, last = strided(tensor, 4)
-    return (pointer, *(stride // unit for stride in strides), last)
-
-
 @triton.jit(do_not_specialize=["rows", "columns", "q_tiles", "k_tiles"])
 def pattern_tiles_kernel(blocks, seen, rows, columns, q_tiles, k_tiles, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr):
     """Which tiles of BLOCK_N keys some of BLOCK_M queries may see, from a pattern's blocks [.., rows, columns] of 32 x 32: seen [.., q_tiles, 1 + k_tiles],
@@ -302,20 +252,17 @@ def _launch(first, second, mask, weights, softmax, causal: bool, scale: float | 
     batch, q_tokens, heads, dim = q.shape
     q2_tokens, k2_tokens = (0 if x is None else x.shape[1] for x in (q2, k2))
     tile = attention_tile(dim, q.dtype.itemsize, mask is not None or pattern[0] is not None, causal, arch_of(q.device))
-    tiles, tiles2 = triton.cdiv(q_tokens, tile.queries), triton.cdiv(q2_tokens, tile.queries)
-    sequences = 0 if cu_seqlens[0] is None else cu_seqlens[0].shape[0] - 1
-    if cu_seqlens[0] is not None:  # see _sequence_at
-        tiles = q_tokens // tile.queries + sequences if q_tokens else 0
-        cu_seqlens = tuple(x.contiguous() for x in cu_seqlens)
+    (tiles, sequences), tiles2 = slots(q_tokens, tile.queries, cu_seqlens[0]), triton.cdiv(q2_tokens, tile.queries)
+    cu_seqlens = tuple(x if x is None else x.contiguous() for x in cu_seqlens)
     seen = None if pattern[0] is None else _tiles_seen(pattern[0], tiles, triton.cdiv(k.shape[1], tile.keys), tile)
-    kind = NO_MASK if mask is None else BOOL if mask.dtype is torch.bool else ADDITIVE
+    kind, masks = mask_of(mask)
     segments = []
-    unit = _unit(*first[:3], *second[:3])
+    unit = unit_of(*first[:3], *second[:3])
     for (queries, keys, values, out), weight in zip((first, second), weights):
-        segments += [*_in_units(queries, unit), *strided(weight, 1), *_in_units(keys, unit), *_in_units(values, unit), out]
+        segments += [*in_units(queries, unit), *strided(weight, 1), *in_units(keys, unit), *in_units(values, unit), out]
     launch(
         attention_kernel, batch * heads * (tiles + tiles2), q, *segments,
-        *strided(mask.view(torch.uint8) if kind == BOOL else mask, 4), *softmax, tiles, tiles2, q_tokens, q2_tokens, k.shape[1], k2_tokens,
+        *masks, *softmax, tiles, tiles2, q_tokens, q2_tokens, k.shape[1], k2_tokens,
         heads, heads // max(k.shape[2], 1), default_scale(scale, dim) * LOG2E.value, eps, *cu_seqlens, sequences, *strided(pattern[0], 4), pattern[1], *strided(seen, 4),
         MASK=kind, CAUSAL=causal, PRECISION=tile.precision, BLOCK_M=tile.queries, BLOCK_N=tile.keys, DIM=dim, BLOCK_D=tile.dim, UNIT=unit,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,  # fused where the code says so: equal bits for any layout

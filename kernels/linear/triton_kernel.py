@@ -15,7 +15,7 @@ import triton.language as tl
 
 from fusewire.kernels.linear.reference import over_tokens
 from fusewire.kernels.linear.triton_backward import bias_activation_backward  # noqa: F401 (the row looks for its launcher here)
-from fusewire.kernels.triton_base import TYPES, arch_of, elementwise, launch, narrow, rounded
+from fusewire.kernels.triton_base import TYPES, arch_of, element_block, elementwise, launch, load_elements, narrow, rounded
 from fusewire.kernels.tuning import flat_tile
 
 
@@ -31,11 +31,6 @@ def _activated(b_y, ACTIVATION: tl.constexpr):
     return b_y
 
 
-@triton.jit
-def _load(x, x_0, x_1, x_2, x_3, i_0, i_1, i_2, o, mask):
-    return tl.load(x + i_0 * x_0 + i_1 * x_1 + i_2 * x_2 + o * x_3, mask=mask, other=0.0).to(tl.float32)
-
-
 @triton.jit(do_not_specialize=["n_1", "n_2", "blocks"])
 def epilogue_kernel(
     y, y_0, y_1, y_2, y_3, bias, bias_0, bias_1, bias_2, bias_3, gate, gate_0, gate_1, gate_2, gate_3,
@@ -43,22 +38,17 @@ def epilogue_kernel(
     ACTIVATION: tl.constexpr, PRODUCT: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """act(y + bias), or residual + gate * (y + bias), over [n_0, n_1, n_2, n_3]. One program: a block of n_3. ``out`` may be ``y``."""
-    program = tl.program_id(0)
-    i_outer, i_block = program // blocks, program % blocks
-    i_0 = (i_outer // (n_1 * n_2)).to(tl.int64)
-    i_1, i_2 = (i_outer // n_2 % n_1).to(tl.int64), (i_outer % n_2).to(tl.int64)
-    o = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = o < n_3
-    b_y = _load(y, y_0, y_1, y_2, y_3, i_0, i_1, i_2, o, mask)
+    i_0, i_1, i_2, o, mask = element_block(n_1, n_2, n_3, blocks, BLOCK)
+    b_y = load_elements(y, y_0, y_1, y_2, y_3, i_0, i_1, i_2, o, mask)
     if bias is not None:
-        b_y += _load(bias, bias_0, bias_1, bias_2, bias_3, i_0, i_1, i_2, o, mask)
+        b_y += load_elements(bias, bias_0, bias_1, bias_2, bias_3, i_0, i_1, i_2, o, mask)
     b_y = _activated(b_y, ACTIVATION)
     if gate is not None:
-        b_y *= _load(gate, gate_0, gate_1, gate_2, gate_3, i_0, i_1, i_2, o, mask)
+        b_y *= load_elements(gate, gate_0, gate_1, gate_2, gate_3, i_0, i_1, i_2, o, mask)
         if EXACT:
             b_y = rounded(b_y, PRODUCT)
     if residual is not None:
-        b_y += _load(residual, residual_0, residual_1, residual_2, residual_3, i_0, i_1, i_2, o, mask)
+        b_y += load_elements(residual, residual_0, residual_1, residual_2, residual_3, i_0, i_1, i_2, o, mask)
     tl.store(out + i_0 * out_0 + i_1 * out_1 + i_2 * out_2 + o * out_3, narrow(b_y, out.dtype.element_ty), mask=mask)
 
 

@@ -11,7 +11,7 @@ from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import define
 from fusewire.kernels.rounding import is_exact
 from fusewire.kernels.sampler_step import cuda, native, reference, triton_limits
-from fusewire.kernels.sampler_step.tables import COLUMNS
+from fusewire.kernels.sampler_step.tables import COLUMNS, checked_row
 from fusewire.kernels.triton_rows import row as triton_row
 
 
@@ -68,20 +68,9 @@ def sampler_step(sample, model_output, table, step, *, uncond=None, method: str 
             raise TypeError(f"uncond has dtype {uncond.dtype}; it should be {model_output.dtype}, as model_output has")
         if uncond.shape != shape:
             raise ValueError(f"uncond has shape {list(uncond.shape)}; it should be {list(shape)}")
-    columns = COLUMNS[method]
-    if not isinstance(table, torch.Tensor) or table.dtype is not torch.float64:
-        raise TypeError(f"table is a {getattr(table, 'dtype', type(table).__name__)}; it should be a float64 tensor")
-    if table.dim() != 2 or table.shape[1] != len(columns):
-        raise ValueError(f"table has shape {list(table.shape)}; it should be [S, {len(columns)}]: {', '.join(columns)}")
-    counter = None
-    if isinstance(step, torch.Tensor):
-        if step.dtype is not torch.int64 or step.dim():
-            raise TypeError(f"step is a {step.dtype} tensor of shape {list(step.shape)}; it should be an int or a 0-dim int64 tensor")
-        counter, step = step, 0
-    elif not 0 <= step < table.shape[0]:
-        raise ValueError(f"step is {step}; it should be from 0 to {table.shape[0] - 1}")
     device = sample.device
-    for name, tensor in (("model_output", model_output), ("table", table), ("uncond", uncond), ("step", counter)):
+    step, counter = checked_row(table, step, COLUMNS[method], device)
+    for name, tensor in (("model_output", model_output), ("uncond", uncond)):
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}; it should be on {device}, where sample is")
     return _METHODS[method](sample, model_output, uncond, table, step, counter, is_exact(numerics))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusewire.kernels import cuda_rows
-from fusewire.kernels.rounding import compute_dtype
-from fusewire.kernels.sampler_step.reference import halves
+from fusewire.kernels.sampler_step.solver_reference import contiguous_operands, empty_results
 
 op = cuda_rows.raw("cuda_solver_step(Tensor sample, Tensor cond, Tensor? uncond, Tensor? previous, Tensor? base, Tensor? noise, Tensor? mask, "
                    "Tensor? known, Tensor? known_noise, Tensor table, int step, Tensor? counter, Tensor(a!) out, Tensor(b!) x0, Tensor(c!)? slope, "
@@ -24,11 +23,7 @@ def why_not_solver(sample, model_output, uncond, previous, base, noise, mask, kn
 
 def solver_step(sample, model_output, uncond, previous, base, noise, mask, known, known_noise, table, step: int, counter, wide_x0: bool, wide_out: bool,
                 keep_slope: bool, reciprocal: bool, exact: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    cond, uncond = halves(model_output, uncond, sample.shape[0])
-    # Latents are small and nearly always contiguous; what is not is copied
-    flat = [None if x is None else x.contiguous() for x in (sample, cond, uncond, previous, base, noise, mask, known, known_noise)]
-    out = sample.new_empty(sample.shape)
-    x0 = sample.new_empty(sample.shape, dtype=compute_dtype(sample.dtype) if wide_x0 else sample.dtype)
-    slope = torch.empty_like(x0) if keep_slope else x0.new_empty(0)
+    flat = contiguous_operands(sample, model_output, uncond, previous, base, noise, mask, known, known_noise)
+    out, x0, slope = empty_results(sample, wide_x0, keep_slope)
     op(*flat, table, step, counter, out, x0, slope if keep_slope else None, wide_out, reciprocal, exact)
     return out, x0, slope

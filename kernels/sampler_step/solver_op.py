@@ -11,15 +11,13 @@ from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import define
 from fusewire.kernels.rounding import compute_dtype, is_exact
 from fusewire.kernels.sampler_step import native, solver_cuda, solver_reference, triton_limits
-from fusewire.kernels.sampler_step.tables import SOLVER
+from fusewire.kernels.sampler_step.tables import SOLVER, checked_row
 from fusewire.kernels.triton_rows import row as triton_row
 
 
 def _fake_solver(sample, model_output, uncond, previous, base, noise, mask, known, known_noise, table, step, counter, wide_x0, wide_out, keep_slope,
                  reciprocal, exact):
-    stored = compute_dtype(sample.dtype) if wide_x0 else sample.dtype
-    x0 = sample.new_empty(sample.shape, dtype=stored)
-    return sample.new_empty(sample.shape), x0, torch.empty_like(x0) if keep_slope else x0.new_empty(0)
+    return solver_reference.empty_results(sample, wide_x0, keep_slope)
 
 
 _backward, _setup = recomputing(solver_reference.solver_step)
@@ -83,20 +81,7 @@ def solver_step(sample, model_output, table, step, *, uncond=None, previous=None
     for tensor in (previous, noise):
         if tensor is not None and not (tensor.dtype in (dtype, compute_dtype(dtype)) and tensor.shape == shape and tensor.device == device):
             _explain(sample, model_output, uncond, previous, base, noise, mask, known, known_noise)
-    if not isinstance(table, torch.Tensor) or table.dtype is not torch.float64:
-        raise TypeError(f"table is a {getattr(table, 'dtype', type(table).__name__)}; it should be a float64 tensor")
-    if table.dim() != 2 or table.shape[1] != len(SOLVER):
-        raise ValueError(f"table has shape {list(table.shape)}; it should be [S, {len(SOLVER)}]: {', '.join(SOLVER)}")
-    counter = None
-    if isinstance(step, torch.Tensor):
-        if step.dtype is not torch.int64 or step.dim():
-            raise TypeError(f"step is a {step.dtype} tensor of shape {list(step.shape)}; it should be an int or a 0-dim int64 tensor")
-        counter, step = step, 0
-    elif not 0 <= step < table.shape[0]:
-        raise ValueError(f"step is {step}; it should be from 0 to {table.shape[0] - 1}")
-    if table.device != device or (counter is not None and counter.device != device):
-        name, tensor = ("table", table) if table.device != device else ("step", counter)
-        raise ValueError(f"{name} is on {tensor.device}; it should be on {device}, where sample is")
+    step, counter = checked_row(table, step, SOLVER, device)
     return _solver(sample, model_output, uncond, previous, base, noise, mask, known, known_noise, table, step, counter, wide_x0, wide_out, keep_slope,
                    reciprocal, is_exact(numerics))
 

@@ -18,6 +18,17 @@ from fusewire.kernels.sampler_step.reference import halves, row_of
 from fusewire.kernels.sampler_step.tables import SOLVER
 
 
+def empty_results(sample, wide_x0: bool, keep_slope: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What out, x0 and e are written to."""
+    x0 = sample.new_empty(sample.shape, dtype=compute_dtype(sample.dtype) if wide_x0 else sample.dtype)
+    return sample.new_empty(sample.shape), x0, torch.empty_like(x0) if keep_slope else x0.new_empty(0)
+
+
+def contiguous_operands(sample, model_output, uncond, *others) -> list[torch.Tensor | None]:
+    """[sample, conditional output, unconditional, *others] for a flat kernel: latents are small and nearly always contiguous, what is not is copied."""
+    return [None if x is None else x.contiguous() for x in (sample, *halves(model_output, uncond, sample.shape[0]), *others)]
+
+
 def solver_step(sample, model_output, uncond, previous, base, noise, mask, known, known_noise, table, step: int, counter, wide_x0: bool, wide_out: bool,
                 keep_slope: bool, reciprocal: bool, exact: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out, x0, e); e is empty unless ``keep_slope``. A coefficient of 0 leaves its term out, whatever the tensor holds.

@@ -9,8 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusewire.kernels.rounding import compute_dtype
-from fusewire.kernels.sampler_step.reference import halves
+from fusewire.kernels.sampler_step.solver_reference import contiguous_operands, empty_results
 from fusewire.kernels.sampler_step.tables import PLACE
 from fusewire.kernels.triton_base import arch_of, launch, narrow, rounded
 from fusewire.kernels.tuning import flat_tile
@@ -114,12 +113,8 @@ def solver_kernel(
 
 def solver_step(sample, model_output, uncond, previous, base, noise, mask, known, known_noise, table, step: int, counter, wide_x0: bool, wide_out: bool,
                 keep_slope: bool, reciprocal: bool, exact: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    cond, uncond = halves(model_output, uncond, sample.shape[0])
-    # Latents are small and nearly always contiguous; what is not is copied
-    flat = [None if x is None else x.contiguous() for x in (sample, cond, uncond, previous, base, noise, mask, known, known_noise)]
-    out = sample.new_empty(sample.shape)
-    x0 = sample.new_empty(sample.shape, dtype=compute_dtype(sample.dtype) if wide_x0 else sample.dtype)
-    slope = torch.empty_like(x0) if keep_slope else x0.new_empty(0)
+    flat = contiguous_operands(sample, model_output, uncond, previous, base, noise, mask, known, known_noise)
+    out, x0, slope = empty_results(sample, wide_x0, keep_slope)
     block, warps = flat_tile(sample.numel(), arch_of(sample.device))
     launch(
         solver_kernel, triton.cdiv(sample.numel(), block), out, *flat, out, x0, slope if keep_slope else None,

@@ -18,6 +18,25 @@ SOLVER = {
 PLACE = {name: i for i, name in enumerate(SOLVER)}
 
 
+def checked_row(table, step, columns, device: torch.device) -> tuple[int, torch.Tensor | None]:
+    """``step`` as a number and None, or as 0 and the counter; TypeError or ValueError where it or ``table`` is not what the public ops state."""
+    if not isinstance(table, torch.Tensor) or table.dtype is not torch.float64:
+        raise TypeError(f"table is a {getattr(table, 'dtype', type(table).__name__)}; it should be a float64 tensor")
+    if table.dim() != 2 or table.shape[1] != len(columns):
+        raise ValueError(f"table has shape {list(table.shape)}; it should be [S, {len(columns)}]: {', '.join(columns)}")
+    counter = None
+    if isinstance(step, torch.Tensor):
+        if step.dtype is not torch.int64 or step.dim():
+            raise TypeError(f"step is a {step.dtype} tensor of shape {list(step.shape)}; it should be an int or a 0-dim int64 tensor")
+        counter, step = step, 0
+    elif not 0 <= step < table.shape[0]:
+        raise ValueError(f"step is {step}; it should be from 0 to {table.shape[0] - 1}")
+    if table.device != device or (counter is not None and counter.device != device):
+        name, tensor = ("table", table) if table.device != device else ("step", counter)
+        raise ValueError(f"{name} is on {tensor.device}; it should be on {device}, where sample is")
+    return step, counter
+
+
 def flow_euler_table(sigmas: torch.Tensor, guidance_scale: float | Sequence[float] = 1.0) -> torch.Tensor:
     """The table of flow-matching Euler: row i holds ``sigmas[i + 1] - sigmas[i]`` and the guidance scale of step i.
 

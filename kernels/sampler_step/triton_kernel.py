@@ -14,12 +14,8 @@ import triton.language as tl
 
 from fusewire.kernels.sampler_step.reference import halves
 from fusewire.kernels.sampler_step.solver_triton import solver_step  # noqa: F401: the row looks for its launcher here
-from fusewire.kernels.triton_base import arch_of, elementwise, launch, narrow, rounded
+from fusewire.kernels.triton_base import arch_of, element_block, elementwise, launch, load_elements, narrow, rounded
 from fusewire.kernels.tuning import flat_tile
-
-@triton.jit
-def _base(x, i_0, i_1, i_2, x_0, x_1, x_2):
-    return x + i_0 * x_0 + i_1 * x_1 + i_2 * x_2
 
 
 @triton.jit(do_not_specialize=["step", "steps", "n_1", "n_2", "blocks", "table_column"])
@@ -29,13 +25,7 @@ def flow_euler_kernel(
     EXACT: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """sample + dt * (uncond + guidance * (cond - uncond)) over [n_0, n_1, n_2, n_3]; uncond None: no guidance. One program: a block of n_3."""
-    program = tl.program_id(0)
-    i_outer, i_block = program // blocks, program % blocks
-    i_0 = (i_outer // (n_1 * n_2)).to(tl.int64)
-    i_1, i_2 = (i_outer // n_2 % n_1).to(tl.int64), (i_outer % n_2).to(tl.int64)
-    o = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = o < n_3
-
+    i_0, i_1, i_2, o, mask = element_block(n_1, n_2, n_3, blocks, BLOCK)
     row = step if counter is None else tl.load(counter)
     # A row outside the table gives NaN, not whatever lies beside it
     inside = (row >= 0) & (row < steps)
@@ -43,21 +33,21 @@ def flow_euler_kernel(
     dt = tl.load(p_row, mask=inside, other=float("nan")).to(tl.float32)
 
     dtype: tl.constexpr = cond.dtype.element_ty
-    b_v = tl.load(_base(cond, i_0, i_1, i_2, cond_0, cond_1, cond_2) + o * cond_3, mask=mask, other=0.0).to(tl.float32)
+    b_v = load_elements(cond, cond_0, cond_1, cond_2, cond_3, i_0, i_1, i_2, o, mask)
     if uncond is not None:
         guidance = tl.load(p_row + table_column.to(tl.int64), mask=inside, other=float("nan")).to(tl.float32)
-        b_u = tl.load(_base(uncond, i_0, i_1, i_2, uncond_0, uncond_1, uncond_2) + o * uncond_3, mask=mask, other=0.0).to(tl.float32)
+        b_u = load_elements(uncond, uncond_0, uncond_1, uncond_2, uncond_3, i_0, i_1, i_2, o, mask)
         if EXACT:
             b_v = rounded(b_u + rounded(guidance * rounded(b_v - b_u, dtype), dtype), dtype)
         else:
             b_v = b_u + guidance * (b_v - b_u)
-    b_x = tl.load(_base(sample, i_0, i_1, i_2, sample_0, sample_1, sample_2) + o * sample_3, mask=mask, other=0.0).to(tl.float32)
+    b_x = load_elements(sample, sample_0, sample_1, sample_2, sample_3, i_0, i_1, i_2, o, mask)
     if EXACT:
         # dt is a 0-dim tensor in the eager step: promotion casts it to the output's dtype before the multiplication
         b_x += rounded(rounded(dt, dtype) * b_v, dtype)
     else:
         b_x += dt * b_v
-    tl.store(_base(out, i_0, i_1, i_2, out_0, out_1, out_2) + o * out_3, narrow(b_x, out.dtype.element_ty), mask=mask)
+    tl.store(out + i_0 * out_0 + i_1 * out_1 + i_2 * out_2 + o * out_3, narrow(b_x, out.dtype.element_ty), mask=mask)
 
 
 def flow_euler_step(sample, model_output, uncond, table, step: int, counter, exact: bool) -> torch.Tensor:

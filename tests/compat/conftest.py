@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.compat.families import FAMILIES
+from tests.one_thread import one_thread  # noqa: F401
 
 MARKS = ("<!-- compatibility -->", "<!-- /compatibility -->")
 _cells: dict[tuple[str, str], str] = {}
@@ -25,12 +26,8 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models: a second thread costs more than it brings."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def no_old_graphs():
     yield
-    torch.set_num_threads(before)
     torch._dynamo.reset()
 
 

@@ -4,10 +4,12 @@ import contextlib
 
 import pytest
 import torch
+from torch.library import opcheck
 
 from fusewire import ops
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.triton_rows import INTERPRETED
+from tests.tolerance import assert_within
 
 pytest.importorskip("triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -27,6 +29,17 @@ def in_triton(op: str, calls: int = 1):
 def on_reference(call):
     with forced("reference"), torch.no_grad():
         return call()
+
+
+def check_registered(name: str, reference, arguments: tuple) -> None:
+    """opcheck of a Triton row's own op, which means what ``reference`` does, in the same strides."""
+    op = getattr(torch.ops.fusewire, f"{name}_triton").default
+    with forced("triton"):
+        opcheck(op, arguments)
+    results = op(*arguments), reference(*arguments)
+    for got, want in zip(*((r if isinstance(r, tuple) else (r,)) for r in results), strict=True):
+        assert got.shape == want.shape and got.stride() == want.stride()
+        assert_within(got, want, 8)
 
 
 def unchanged(*tensors):

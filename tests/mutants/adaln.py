@@ -24,7 +24,8 @@ MUTANTS = (
            "test_contract.py", "test_adaln.py"),
     mutant("Triton: the product of the gate is not rounded", "triton_kernel.py", "rounded(b_gate * b_y, PRODUCT)", "b_gate * b_y", "test_triton.py"),
     mutant("Triton: 1 + scale is not rounded", "triton_kernel.py", "rounded(b_scale, scale.dtype.element_ty)", "b_scale", "test_triton.py"),
-    mutant("Triton: the tail counts as -mean", "triton_kernel.py", "0.0)\n        b_x = tl.where(mask, b_x - (tl.sum(b_x, 1) / channels)[:, None], 0.0)", "0.0)\n        b_x = b_x - (tl.sum(b_x, 1) / channels)[:, None]",
+    mutant("Triton: the tail counts as -mean", "triton_kernel.py", "beside a large mean\n        b_x = tl.where(mask, b_x - (tl.sum(b_x, 1) / channels)[:, None], 0.0)",
+           "\n        b_x = b_x - (tl.sum(b_x, 1) / channels)[:, None]",
            "test_triton.py"),
     mutant("Triton: the mean of squares is over the block", "triton_kernel.py", "tl.sum(b_x * b_x, 1) / channels + eps", "tl.sum(b_x * b_x, 1) / BLOCK + eps",
            "test_triton.py"),
@@ -48,6 +49,6 @@ MUTANTS = (
            "return rounded<T, N>(x + gate * y);", "test_adaln.py"),
     mutant("C++: the scale lacks its 1", "csrc/cpu/adaln_kernels.cpp", "contiguous(k_.scale[i], b, t, n_, scale_room_[i], true)",
            "contiguous(k_.scale[i], b, t, n_, scale_room_[i], false)", "test_adaln.py"),
-    mutant("C++: the residual is written a row too early", "csrc/cpu/adaln_kernels.cpp", "(b * k_.tokens + t + r) * n_;\n      Sum* wide",
-           "(b * k_.tokens + t) * n_;\n      Sum* wide", "test_adaln.py"),
+    mutant("C++: the residual is written a row too early", "csrc/cpu/adaln_kernels.cpp", "static_cast<T*>(k_.residual) + (b * k_.tokens + t + r) * n;",
+           "static_cast<T*>(k_.residual) + (b * k_.tokens + t) * n;", "test_adaln.py"),
 )

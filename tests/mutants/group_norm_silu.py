@@ -22,7 +22,7 @@ MUTANTS = (
     mutant("Triton: what the first sum lost stays lost", "triton_kernel.py", "block_rest = tl.sum(b_x, 0) / divisor", "block_rest = 0.0 * tl.sum(b_x, 0)", "test_triton.py"),
     mutant("Triton: parts are put together without their distance", "triton_kernel.py", "squares += tl.sum(b_x * b_x, 0) + delta * delta * (count * block / total)",
            "squares += tl.sum(b_x * b_x, 0)", "test_triton.py"),
-    mutant("Triton: the last part's tail counts", "triton_kernel.py", "b_x = tl.where(mask, b_x - block_rest, 0.0)", "b_x = b_x - block_rest", "test_triton.py"),
+    mutant("Triton: the last part's tail counts", "triton_kernel.py", "b_x = tl.where(mask, b_x - block_pivot, 0.0)", "b_x = b_x - block_pivot", "test_triton.py"),
     mutant("Triton: groups' means are not weighted", "triton_kernel.py", "offset = tl.sum(b_count * b_mean, 0) / size", "offset = tl.sum(b_mean, 0) / part_count", "test_triton.py"),
     mutant("Triton: eps stands outside the root", "triton_kernel.py", "rstd = tl.rsqrt(tl.sum(b_squares + b_count * b_mean * b_mean, 0) / size + eps)",
            "rstd = tl.rsqrt(tl.sum(b_squares + b_count * b_mean * b_mean, 0) / size) + eps", "test_triton.py"),

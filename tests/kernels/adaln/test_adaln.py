@@ -174,32 +174,26 @@ def test_special_values(dtype, numerics):
                 assert_exact(got, want, name)
 
 
+EXACT_SCRIPT = ("import torch; from tests.kernels.adaln.cases import *; torch.manual_seed(0)\n"
+                "from fusewire.kernels.adaln import native; assert not native._stands_down, native._stands_down\n"
+                "for dtype in DTYPES:\n"
+                "  for width in (5, 77, 300, 1536):\n"
+                "    v = inputs(2, 5, width, dtype)\n"
+                "    assert all(torch.equal(a, b) for name in NAMES for a, b in zip(call(name, v), stock(name, v))), (dtype, width)\n")
+
+
 @pytest.mark.parametrize("isa", ("base", "avx2", "avx512"))
 @needs_library
 def test_every_isa_level(isa):
     """The exact bits do not depend on the level that our library runs at. (A level that this processor lacks runs at the one it has.)"""
-    script = ("import torch; from tests.kernels.adaln.cases import *; torch.manual_seed(0)\n"
-              "from fusewire.kernels.adaln import native; assert not native._stands_down, native._stands_down\n"
-              "for dtype in DTYPES:\n"
-              "  for width in (5, 77, 300, 1536):\n"
-              "    v = inputs(2, 5, width, dtype)\n"
-              "    assert all(torch.equal(a, b) for name in NAMES for a, b in zip(call(name, v), stock(name, v))), (dtype, width)\n"
-              "    assert all(torch.isfinite(a).all() for name in NAMES for a in call(name, v, numerics='close'))\n")
-    run_with(script, FUSEWIRE_CPU_ISA=isa)
+    run_with(EXACT_SCRIPT + "    assert all(torch.isfinite(a).all() for name in NAMES for a in call(name, v, numerics='close'))\n", FUSEWIRE_CPU_ISA=isa)
 
 
 @pytest.mark.parametrize("capability", ("default", "avx2"))
 @needs_library
 def test_follows_torch_at_lower_capability(capability):
     """PyTorch told to use lesser kernels sums in another order: the exact row follows it, or stands down; it never differs."""
-    script = ("import torch; from tests.kernels.adaln.cases import *; torch.manual_seed(0)\n"
-              "from fusewire.kernels.adaln import native; assert not native._stands_down, native._stands_down\n"
-              "for dtype in DTYPES:\n"
-              "  for width in (5, 77, 300, 1536):\n"
-              "    v = inputs(2, 5, width, dtype)\n"
-              "    assert all(torch.equal(a, b) for name in NAMES for a, b in zip(call(name, v), stock(name, v))), (dtype, width)\n"
-              "assert ops.stats()['adaln_modulate']['reference'] == 0\n")
-    run_with(script, ATEN_CPU_CAPABILITY=capability)
+    run_with(EXACT_SCRIPT + "assert ops.stats()['adaln_modulate']['reference'] == 0\n", ATEN_CPU_CAPABILITY=capability)
 
 
 def run_with(script: str, **variables: str) -> None:

@@ -166,6 +166,21 @@ def test_gradcheck(kind, bias, numerics):
     assert not CPU.loaded or (served(kind, "_backward")[0] > 0) is (numerics == "close")
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_gradients_of_the_registered_op(kind, dtype):
+    """What is recorded with ``exact``, in a graph too, has stock's gradients bit for bit, by no kernel."""
+    v = inputs(9, 65, dtype, kind)
+    (these, wanted), (others, wanted_too) = leaves(v), leaves(v)
+    name, keywords, apart = KINDS[kind]
+    rest = () if apart is None else (these["gate"], these["bias"], *([keywords.get("gate_first", False)] if name == "swiglu" else []))
+    got, want = getattr(torch.ops.fusewire, name)(these["x"], *rest, True), stock(kind, others)
+    grad = torch.randn_like(want)
+    for mine, theirs in zip(torch.autograd.grad(got, wanted, grad), torch.autograd.grad(want, wanted_too, grad), strict=True):
+        assert_exact(mine, theirs)
+    assert served(kind, "_backward") == (0, 0)
+
+
 @pytest.mark.parametrize("kind", GATED)
 def test_some_gradients(kind):
     """What is not wanted is not computed, and changes nothing in the rest."""

@@ -66,6 +66,17 @@ def test_exact_follows_threads(memory_format, threads):
     assert served() == (6, 0)
 
 
+@pytest.mark.on_reference(reason="PyTorch lays out the sum of such a picture and its addend as channels-last, which the picture's strides do not say")
+@pytest.mark.parametrize("shape, groups", [((6, 5, 7), 2), ((24, 40, 41), 3)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exact_of_one_picture_for_a_batch(dtype, shape, groups):
+    """strided-input: one channels-last picture expanded over the batch, each sample with an addend of its own: stock's order of the sums."""
+    for options in ("add", "all"):
+        v = inputs((2, *shape), dtype, options)
+        v["x"] = in_format(v["x"][:1], "channels_last").expand(2, *shape)
+        assert_exact(call(v, groups), stock(v, groups), options)
+
+
 @settings(max_examples=examples(250), deadline=None)
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 19), st.lists(st.integers(1, 40), min_size=1, max_size=3), st.sampled_from(DTYPES),
        st.sampled_from(list(OPTIONS)), st.sampled_from(FORMATS), st.booleans(), st.floats(-50, 50), st.floats(1e-3, 100), st.integers(0, 2**31))

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fusewire.kernels.dispatch import forced
-from fusewire.kernels.tuning import cuda_arch, group_tile
+from fusewire.kernels.group_norm_silu import triton_kernel
+from fusewire.kernels.tuning import GroupTile, cuda_arch, group_tile
 from tests.kernels.group_norm_silu.cases import FORMATS, call, inputs, leaves, stock, wide
 from tests.kernels.interpreted import DTYPES, ON_GPU, in_triton, needs_interpreter, unchanged
 from tests.layouts import LAYOUTS
@@ -52,6 +53,21 @@ def test_gradients(dtype, memory_format, shape, groups):
                 assert_within(got[name], want, 16, name)
 
 
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_parts_of_several_blocks(memory_format, monkeypatch):
+    """As of large groups: programs that walk over several blocks, the last ones over fewer, the last block not full, each with a mean of its own."""
+    monkeypatch.setattr(triton_kernel, "group_tile", lambda elements, arch: GroupTile(64, 3, 1))
+    v, grad = inputs((1, 6, 23, 19), torch.float32, "all", memory_format), torch.randn(1, 6, 23, 19)
+    v["x"] = v["x"] + torch.linspace(-8, 8, 23)[:, None]
+    with forced("triton"):
+        got = call(v, 2, numerics="close")
+        found = gradients(call, v, 2, grad, numerics="close")
+    assert_close(got, stock(wide(v), 2), stock(v, 2))
+    plain = gradients(stock, v, 2, grad)
+    for name, want in gradients(stock, wide(v), 2, grad.double()).items():
+        assert_close(found[name], want, plain[name], name) if name == "x" else assert_within(found[name], want, 16, name)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 def test_strided_input(layout):
     """strided-input, misaligned: one argument at a time, in any layout."""
@@ -65,8 +81,7 @@ def test_strided_input(layout):
 
 def call_contiguous(v):
     with forced("triton"), torch.no_grad():
-        from fusewire.kernels.group_norm_silu.triton_kernel import group_norm_silu
-        return group_norm_silu(v["x"], 3, v["weight"], v["bias"], 1e-5, v["shift"], v["scale"], v["add"], True, False)
+        return triton_kernel.group_norm_silu(v["x"], 3, v["weight"], v["bias"], 1e-5, v["shift"], v["scale"], v["add"], True, False)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

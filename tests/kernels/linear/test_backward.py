@@ -242,6 +242,21 @@ def test_exact_keeps_the_gradients_of_stock(activation, dtype):
 
 
 @needs_native
+@pytest.mark.parametrize("activation, gate", (("none", None), ("gelu_tanh", None), ("silu", None), ("none", (2, 1, 65))), ids=str)
+def test_gradients_of_the_registered_op(activation, gate):
+    """What a graph recorded, each epilogue in one op, has the gradients of the formula."""
+    v = inputs(2, 40, 33, 65, gate=gate)
+    found = []
+    for convert in (torch.Tensor.float, torch.Tensor.double):
+        these = {k: t if t is None else convert(t.detach()).requires_grad_() for k, t in v.items() if k != "grad"}
+        call = torch.ops.fusewire.linear if convert is torch.Tensor.float else reference.linear
+        out = call(these["x"], these["weight"], these["bias"], activation, these["gate"], these["residual"], False)
+        found.append(torch.autograd.grad(out, [t for t in these.values() if t is not None], convert(v["grad"])))
+    for got, want in zip(*found, strict=True):
+        assert_within(got, want, 16)
+
+
+@needs_native
 @pytest.mark.parametrize("activation", (None, *ACTIVATIONS))
 def test_second_derivatives(activation):
     """create_graph recomputes the reference: its first derivatives are float64's, its second too."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from fusewire import ops
 from fusewire.kernels.linear import reference
@@ -34,6 +35,16 @@ def test_gate_residual(dtype, gate_shape):
         if gate is not None:
             assert_exact(ops.linear(x, weight, bias, gate=gate, residual=residual), plain)
     check()
+
+
+@pytest.mark.parametrize("gate_shape", [(2, 1, 5, 72), (2, 3, 1, 72), (3, 5, 1), (2, 1, 1, 1)], ids=str)
+def test_gates_of_some_dimensions(gate_shape):
+    """The kernel's four sizes: dimensions of different lengths, which a gate keeps from being seen as one."""
+    x, weight, bias = layer(torch.float32, (2, 3, 5, 16))
+    gate, residual = torch.randn(gate_shape), torch.randn(*x.shape[:-1], 72)
+    want = reference.linear(x, weight, bias, "none", gate, residual, True)
+    with in_triton("linear"):
+        assert_exact(ops.linear(x, weight, bias, gate=gate, residual=residual), want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,3 +83,9 @@ def test_mixed_dtypes():
     with in_triton("linear"):
         got = ops.linear(x, weight, bias, gate=gate, residual=residual)
     assert_exact(got, on_reference(lambda: ops.linear(x, weight, bias, gate=gate, residual=residual)))
+    for others in ((gate, residual), (None, residual), (None, None)):
+        with FakeTensorMode() as mode:
+            fake = torch.ops.fusewire.linear_triton(*(t if t is None else mode.from_tensor(t) for t in (x, weight, bias)), "none",
+                                                    *(t if t is None else mode.from_tensor(t) for t in others), True)
+        want = torch.ops.fusewire.linear_triton(x, weight, bias, "none", *others, True)
+        assert fake.dtype is want.dtype and fake.shape == want.shape and fake.stride() == want.stride()

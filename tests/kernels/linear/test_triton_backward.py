@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from torch.library import opcheck
 
 from fusewire import ops
 from fusewire.kernels import dispatch
 from fusewire.kernels.linear import reference, triton_backward, triton_limits
-from tests.kernels.interpreted import DTYPES, needs_interpreter, unchanged
+from tests.kernels.interpreted import DTYPES, check_registered, needs_interpreter, unchanged
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact, assert_within
 
@@ -156,13 +155,7 @@ def test_fake_mismatch(permuted):
     grad, y, bias = inputs((2, 3, 8))
     for name, arguments in (("bias_activation", (lay(y), bias, "gelu")), ("bias_activation_backward", (lay(grad), lay(y), bias, "gelu_tanh", True)),
                             ("bias_activation_backward", (lay(grad), lay(y), None, "silu", True))):
-        op = getattr(torch.ops.fusewire, f"{name}_triton").default
-        with dispatch.forced("triton"):
-            opcheck(op, arguments)
-        results = op(*arguments), getattr(reference, name)(*arguments)
-        for got, want in zip(*((r if isinstance(r, tuple) else (r,)) for r in results), strict=True):
-            assert got.shape == want.shape and got.stride() == want.stride()
-            assert_within(got, want, 8)
+        check_registered(name, getattr(reference, name), arguments)
 
 
 def test_limits():

@@ -53,7 +53,7 @@ def served(suffix: str = "") -> tuple[int, int]:
     return counts["cpu"], counts["reference"]
 
 
-@settings(max_examples=examples(200), deadline=None)
+@settings(max_examples=examples(250), deadline=None)
 @given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 20), st.integers(1, 70), st.sampled_from((1e-6, 1e-2)), st.integers(0, 2**31))
 @needs_library
 def test_property(batch, height, width, channels, eps, seed):

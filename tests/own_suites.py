@@ -1,10 +1,10 @@
 """docs/own-suites.md: the test suites of diffusers and of transformers, as these projects ship them, with everything swapped.
 
-    python tests/own_suites.py SUITE [FILE ...] [--numerics exact|close] [--seconds S] [--outcomes FILE] [--source TEXT] [--write docs/own-suites.md]
+    python tests/own_suites.py SUITE [FILE ...] [--numerics exact|close|stock] [--seconds S] [--outcomes FILE] [--source TEXT] [--write docs/own-suites.md]
 
 SUITE is a folder with the ``tests`` folder of either project. Every model and scheduler that a test makes is swapped as soon as it has been made or
-loaded. What does not pass swapped runs once more on its own, stock and, to tell flaky tests, swapped: a test that fails swapped alone is an error of ours.
-Outcomes are kept in FILE as they come and a test that has one is not run again, so a run can be interrupted, or be cut by ``--seconds``, and go on.
+loaded; what does not pass then is run stock. A test that passes stock alone is an error of ours. Outcomes are kept in FILE as they come and a test that
+has one is not run again, so that a run can be interrupted, or be cut by ``--seconds``, and go on; delete FILE to begin anew.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 OUTCOMES, HUB = ROOT / "build" / "own-suites.jsonl", ROOT / "build" / "own-suites-hub"
 STOCK, NUMERICS = "stock", ("exact", "close")
+PASSED = ("passed", "xfailed")
+KNOWN: dict[str, str] = {}  # part of a test's id -> why it fails swapped alone, and may
 ENOUGH = 3  # exit code: the time was up before all tests had run
 
 TRANSFORMERS = ("models/clip/test_modeling_clip.py", "models/t5/test_modeling_t5.py")
@@ -87,12 +89,13 @@ class Swapping:
 
     def pytest_configure(self):
         from diffusers import ModelMixin, SchedulerMixin
+        from diffusers.loaders import FromOriginalModelMixin
         from transformers import PreTrainedModel
 
         for root in (ModelMixin, SchedulerMixin, PreTrainedModel):
             self._watch(root)
-        for root in (ModelMixin, PreTrainedModel):
-            root.from_pretrained = classmethod(self._swapping(root.from_pretrained.__func__))
+        for root, name in ((ModelMixin, "from_pretrained"), (PreTrainedModel, "from_pretrained"), (FromOriginalModelMixin, "from_single_file")):
+            setattr(root, name, classmethod(self._swapping(getattr(root, name).__func__)))
 
     def _watch(self, cls: type) -> None:
         """This class, all derived from it, and all that will be."""
@@ -134,6 +137,8 @@ class Swapping:
 
         if any(parameter.is_meta for parameter in getattr(made, "parameters", tuple)()):
             return  # a skeleton that a test fills itself
+        if not hasattr(made, "parameters") and not hasattr(made, "set_timesteps"):
+            return  # what a test gives out as a scheduler
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SwapWarning)
             try:
@@ -190,6 +195,52 @@ def read(file: Path) -> dict[str, dict[str, dict]]:
     return outcomes
 
 
+def page(outcomes: dict[str, dict[str, dict]], sources: dict[str, str]) -> str:
+    """The table. ValueError for a test that did not pass swapped and has not been run stock."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("diffusers", "transformers", "torch"))
+    lines = ["# diffusers' and transformers' own tests, swapped", "",
+             "The test suites that these projects ship, run on the CPU with everything swapped: each model and scheduler that a test makes or loads is given",
+             "to `fusewire.swap` as soon as it exists, and whatever does not pass then is run stock. *Fused*: of the tests that pass in `exact`, those in which",
+             "fused ops ran. *Fail stock too*: they want files from the network, or expect the picture of a prompt in the tokens of a tokenizer that the network",
+             "has (small ones stand in for it). *Skipped*: most want a GPU or a quantisation library. *Alone*: fail swapped and pass stock.", "",
+             f"Made by `make own-suites TESTS=folder` with {versions}; the suites: {'; '.join(sources.values())}.", "",
+             "| file | tests | passed, `exact` | fused | passed, `close` | fail stock too | skipped | alone, `exact` | alone, `close` |", "|---|---|---|---|---|---|---|---|---|"]
+    files: dict[str, list[tuple[str, dict]]] = defaultdict(list)
+    for test, found in outcomes.items():
+        files[test.split("::")[0].removeprefix("tests/")].append((test, found))
+    alone, totals = [], Counter()
+    for file, tests in sorted(files.items()):
+        row = Counter(tests=len(tests))
+        for test, found in tests:
+            stock = found.get(STOCK, {}).get("outcome")
+            row["fused"] += found.get("exact", {}).get("outcome") == "passed" and found["exact"]["fused"] > 0
+            row["skipped"] += stock == "skipped"
+            row["failed"] += stock == "failed"
+            for numerics in NUMERICS:
+                outcome = found.get(numerics, {}).get("outcome")
+                row[numerics] += outcome in PASSED
+                row[f"{numerics} ran"] += outcome is not None
+                if outcome is not None and outcome not in PASSED and stock is None:
+                    raise ValueError(f"{test} is {outcome} in {numerics} and has not been run stock")
+                if outcome not in (None, *PASSED) and stock in PASSED:
+                    row[f"{numerics} alone"] += 1
+                    alone.append(f"- `{test.removeprefix('tests/')}`, {numerics}: {known(test)}")
+        totals.update(row)
+        lines.append(_row(file, row))
+    lines += [_row("**all**", totals), "", *(["Alone:", "", *alone] if alone else ["No test fails swapped alone."])]
+    return "\n".join([*lines, ""])
+
+
+def _row(name: str, row: Counter) -> str:
+    close = row["close"] if row["close ran"] else "–"
+    cells = (name, row["tests"], row["exact"], row["fused"], close, row["failed"], row["skipped"], row["exact alone"], row["close alone"] if row["close ran"] else "–")
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def known(test: str) -> str:
+    return next((reason for part, reason in KNOWN.items() if part in test), "**not explained**")
+
+
 def child(arguments) -> int:
     """Files of the suite in one kind of numerics."""
     recording = Recording(arguments.outcomes, arguments.numerics[0], arguments.seconds)
@@ -208,6 +259,8 @@ def main() -> int:
     parser.add_argument("--numerics", action="append", choices=(STOCK, *NUMERICS))
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no test after so long")
     parser.add_argument("--outcomes", type=Path, default=OUTCOMES)
+    parser.add_argument("--source", help="what the suite is, for the page")
+    parser.add_argument("--write", type=Path, help="the page to write")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.outcomes, arguments.suite = arguments.outcomes.resolve(), arguments.suite.resolve()
@@ -223,6 +276,12 @@ def main() -> int:
                    "--outcomes", str(arguments.outcomes), "--seconds", str(until - time.monotonic())]
         if status := subprocess.run(command, cwd=arguments.suite, env=environment).returncode:
             return status
+    if arguments.write:
+        sources = arguments.outcomes.with_suffix(".sources.json")
+        known_sources = json.loads(sources.read_text()) if sources.is_file() else {}
+        known_sources[arguments.suite.name] = arguments.source or str(arguments.suite.name)
+        sources.write_text(json.dumps(known_sources))
+        arguments.write.write_text(page(read(arguments.outcomes), known_sources))
     return 0
 
 

@@ -59,7 +59,9 @@ def test_a_test_that_was_not_run_stock_is_not_passed_over():
     outcomes["tests/a.py::b"]["stock"] = outcome("failed")
     outcomes["tests/a.py::c"] = {"exact": outcome(fused=3), "close": outcome("failed"), "stock": outcome()}
     text = own_suites.page(outcomes, {"suite": "the suite"})
-    assert "| a.py | 2 | 1 | 1 | 0 | 1 | 0 | 0 | 1 |" in text and "`a.py::c`, close" in text and "the suite" in text
+    assert "| a.py | 2 | 1 | 1 | – | 1 | 0 | 0 | – |" in text and "`a.py::c`, close" in text and "the suite" in text and "Not run: " in text
+    outcomes["tests/a.py::b"]["close"] = outcome()
+    assert "| a.py | 2 | 1 | 1 | 1 | 1 | 0 | 0 | 1 |" in own_suites.page(outcomes, {})
 
 
 def test_the_page_has_nothing_unexplained():

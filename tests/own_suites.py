@@ -97,23 +97,24 @@ class Swapping:
         for root, name in ((ModelMixin, "from_pretrained"), (PreTrainedModel, "from_pretrained"), (FromOriginalModelMixin, "from_single_file")):
             setattr(root, name, classmethod(self._swapping(getattr(root, name).__func__)))
 
-    def _watch(self, cls: type) -> None:
+    def _watch(self, root: type) -> None:
         """This class, all derived from it, and all that will be."""
-        inherited = cls.__dict__.get("__init_subclass__")
-        if "__init__" in vars(cls):
+        own, waiting = vars(root).get("__init_subclass__"), [root]
+        while waiting:
+            cls = waiting.pop()
+            waiting += cls.__subclasses__()
+            self._wrap(cls)
+
+        def watched(derived, **keywords):
+            (super(root, derived).__init_subclass__ if own is None else own.__get__(None, derived))(**keywords)
+            self._wrap(derived)
+
+        root.__init_subclass__ = classmethod(watched)
+
+    def _wrap(self, cls: type) -> None:
+        if "__init__" in vars(cls) and not hasattr(cls.__init__, "swaps"):
             cls.__init__ = self._swapping(cls.__init__)
-        for derived in cls.__subclasses__():
-            self._watch(derived)
-        if not hasattr(cls.__init_subclass__, "watches"):
-            before = cls.__init_subclass__ if inherited is None else inherited.__func__.__get__(None, cls)
-
-            def watched(derived, **keywords):
-                before(**keywords) if inherited is None else inherited.__func__(derived, **keywords)
-                if "__init__" in vars(derived):
-                    derived.__init__ = self._swapping(derived.__init__)
-
-            watched.watches = True
-            cls.__init_subclass__ = classmethod(watched)
+            cls.__init__.swaps = True
 
     def _swapping(self, function):
         @functools.wraps(function)
@@ -164,10 +165,6 @@ class Recording:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item, nextitem):
-        if time.monotonic() > self.until:
-            self.over = True
-            item.session.shouldstop = "the time is up"
-            return True
         self.outcome, self.message = "passed", ""
         ops = sys.modules.get("fusewire.ops")
         if ops is not None:
@@ -178,6 +175,9 @@ class Recording:
         with self.file.open("a") as out:
             out.write(json.dumps(dict(test=item.nodeid, numerics=self.numerics, outcome=self.outcome, fused=calls,
                                       seconds=round(time.monotonic() - began, 1), message=self.message)) + "\n")
+        if nextitem is not None and time.monotonic() > self.until:
+            self.over = True
+            item.session.shouldstop = "the time is up"
         return result
 
     def pytest_runtest_logreport(self, report):
@@ -249,7 +249,7 @@ def child(arguments) -> int:
     """Files of the suite in one kind of numerics."""
     recording = Recording(arguments.outcomes, arguments.numerics[0], arguments.seconds)
     if arguments.numerics[0] == STOCK:
-        recording.wanted = {test for test, outcomes in read(arguments.outcomes).items() if any(outcomes[n]["outcome"] != "passed" for n in outcomes)}
+        recording.wanted = {test for test, found in read(arguments.outcomes).items() if any(run["outcome"] != "passed" for run in found.values())}
     plugins = [recording] if arguments.numerics[0] == STOCK else [Swapping(arguments.numerics[0]), recording]
     status = pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--tb=short", "--disable-warnings", f"--rootdir={arguments.suite}",
                           *arguments.files], plugins=plugins)

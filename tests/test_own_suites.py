@@ -39,8 +39,8 @@ def test_a_small_suite(tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_small.py").write_text(SUITE)
     outcomes, page = tmp_path / "outcomes.jsonl", tmp_path / "page.md"
-    command = [sys.executable, own_suites.__file__, str(tmp_path), "test_small.py", "--numerics", "exact", "--numerics", "stock", "--outcomes", str(outcomes)]
-    subprocess.run([*command, "--source", "small", "--write", str(page)], check=True, capture_output=True)
+    command = [sys.executable, own_suites.__file__, str(tmp_path), "test_small.py", "--outcomes", str(outcomes), "--numerics", "exact"]
+    subprocess.run([*command, "--numerics", "stock", "--source", "small", "--write", str(page)], check=True, capture_output=True)
     found = {test.split("::")[1]: {numerics: result["outcome"] for numerics, result in results.items()}
              for test, results in own_suites.read(outcomes).items()}
     assert found == {"test_both": {"exact": "passed"}, "test_neither": {"exact": "failed", "stock": "failed"},

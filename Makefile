@@ -4,7 +4,7 @@ PYTHON ?= $(VENV)/bin/python
 SYSTEM_PYTHON ?= python3
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test test-all sanitize sanitize-ci lib wheel clean kernels-compiled bug-classes mutation cases compatibility
+.PHONY: demo test test-all sanitize sanitize-ci lib wheel clean kernels-compiled bug-classes mutation cases compatibility own-suites
 demo: $(STAMP)
 	$(PYTHON) -m fusewire demo
 
@@ -70,3 +70,8 @@ clean:
 # The README's table of what goes on working: a cell is a test.
 compatibility: $(STAMP)
 	$(PYTHON) -m pytest -q tests/compat --matrix README.md
+
+# The test suites of diffusers and transformers with everything swapped: TESTS is a folder with the tests folder of either, SOURCE says which version
+# it is. An hour and a half on two cores; it can be interrupted, and goes on where it was.
+own-suites: $(STAMP)
+	$(PYTHON) tests/own_suites.py $(TESTS) --source "$(SOURCE)" --write docs/own-suites.md

@@ -1,9 +1,10 @@
 """The matrix: ``pytest tests/compat --matrix FILE`` puts a Markdown table of what passed, what does not apply and what is refused between two marks
-of the file (``make compatibility``: the README).
+of the file (``make compatibility``: the README). With ``--cells FILE`` the cells of several runs, each of some of the tests, add up.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ _columns: list[str] = []
 
 def pytest_addoption(parser):
     parser.addoption("--matrix", metavar="FILE", help="write the compatibility matrix there")
+    parser.addoption("--cells", metavar="FILE", help="keep the cells there, and begin with those that are there")
 
 
 def pytest_configure(config):
@@ -29,6 +31,16 @@ def pytest_configure(config):
 def no_old_graphs():
     yield
     torch._dynamo.reset()
+
+
+def _add_up(file: Path) -> None:
+    """Cells of columns, in the order of the file and then of this run; what ran now stands for what ran before."""
+    kept = json.loads(file.read_text()) if file.is_file() else {}
+    for (family, column), cell in _cells.items():
+        kept.setdefault(column, {})[family] = cell
+    file.write_text(json.dumps(kept, indent=1))
+    _columns[:] = kept
+    _cells.update({(family, column): cell for column, cells in kept.items() for family, cell in cells.items()})
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -55,6 +67,8 @@ def pytest_sessionfinish(session):
     file = session.config.getoption("--matrix")
     if not file or not _cells:  # under xdist the cells are in its workers
         return
+    if keep := session.config.getoption("--cells"):
+        _add_up(Path(keep))
     families = [name for name in FAMILIES if any(family == name for family, _ in _cells)]
     lines = ["| | " + " | ".join(families) + " |", "|---" * (1 + len(families)) + "|"]
     lines += [f"| {column} | " + " | ".join(_cells.get((family, column), "") for family in families) + " |" for column in _columns]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import io
 import json
 import pickle
@@ -19,7 +20,7 @@ from diffusers.models.normalization import AdaLayerNormZero
 
 import fusewire
 from fusewire import ops
-from fusewire.swap import engine, fused, sd3
+from fusewire.swap import engine, families, fused, sd3
 from fusewire.swap.report import SwapError, SwapWarning
 from tests.swap.tiny import generate, inputs, run, stock_model, tiny_pipeline
 
@@ -361,3 +362,21 @@ def test_fused_projections_and_chunked_feed_forwards():
         assert (run(model, data) - want).abs().max() < 1e-5
         model.unfuse_qkv_projections()
         assert torch.equal(run(model, data), want)
+
+
+def test_a_family_that_cannot_be_imported(monkeypatch, recwarn):
+    """Of a library that moved a class: named. Text encoders without transformers: no news."""
+    without = ModuleNotFoundError("No module named 'transformers'", name="transformers")
+
+    def imported(name, real=importlib.import_module):
+        if name == "fusewire.swap.text_encoders":
+            raise without
+        return real(name)
+
+    monkeypatch.setattr(importlib, "import_module", imported)
+    monkeypatch.setattr(families, "MODULES", ("fusewire.swap.scheduler", "fusewire.swap.text_encoders"))
+    found, missing = families.load.__wrapped__()
+    assert [family.name for family in found] == ["schedulers"] and "text_encoders" in missing and not recwarn
+    without.name = "transformers.models.clip.modeling_clip"
+    with pytest.warns(SwapWarning, match="text_encoders stay stock: No module named"):
+        families.load.__wrapped__()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
 from fusewire.models.layers import How
+from fusewire.swap.report import SwapWarning
 
 MODULES = ("fusewire.swap.sd3", "fusewire.swap.flux", "fusewire.swap.unet", "fusewire.swap.text_encoders", "fusewire.swap.scheduler")
 OLDEST_DIFFUSERS = (0, 40)
@@ -47,6 +49,8 @@ def load() -> tuple[tuple[Family, ...], str]:
     for module in MODULES:
         try:
             found.append(importlib.import_module(module).FAMILY)
-        except ImportError as error:  # a diffusers that has moved or renamed a class: this family stays stock
+        except ImportError as error:  # a library that has moved or renamed a class: this family stays stock
             missing.append(f"{module}: {error}")
+            if error.name != "transformers":  # without it there are no text encoders either
+                warnings.warn(f"{module.rpartition('.')[2]} stay stock: {error}", SwapWarning, stacklevel=4)
     return tuple(found), "; ".join(missing)

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import GELUActivation, NewGELUActivation, QuickGELUActivation
-from transformers.integrations.sdpa_attention import create_position_bias_mask, sdpa_attention_forward
+from transformers.integrations import sdpa_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention, CLIPEncoderLayer
 from transformers.models.t5.modeling_t5 import (T5Attention, T5Block, T5DenseActDense, T5DenseGatedActDense, T5LayerFF, T5LayerNorm,
@@ -24,14 +25,17 @@ from fusewire.swap.parts import KEEPS_LINEAR, attention_layer, called_linear, ca
 
 OPS = ("gate_residual_adaln", "rms_norm", "attention", "quick_gelu", "linear")
 
-# As transformers 5.23 has them.
-SDPA = {sdpa_attention_forward: ("bc9f9d73040a",)}
-CLIP_LAYER = {CLIPEncoderLayer.forward: ("163531d18f5d",)}
-CLIP_ATTENTION = {CLIPAttention.forward: ("8c787662cb73",), **SDPA}
+# As transformers 5.0 to 5.24 has them; T5's blocks and attention as 5.15 to 5.24 has them, where they return what they do now.
+SDPA = {sdpa_attention_forward: ("29994cc48f54", "e5abdfbac129", "83f68b4ed085", "7bf2d7101fc6", "8cbd22140fff", "bc9f9d73040a", "f868235cfe2e")}
+CLIP_LAYER = {CLIPEncoderLayer.forward: ("dc557d88a21d", "163531d18f5d")}
+CLIP_ATTENTION = {CLIPAttention.forward: ("d2db76afe7ce", "c8a9fcb04144", "8c787662cb73"), **SDPA}
 CLIP_MLP = {CLIPMLP.forward: ("fa71bd268eac",)}
 T5_NORM = {T5LayerNorm.forward: ("24a028bc24c7",)}
-T5_BLOCK = {T5Block.forward: ("306f07dac833",), T5LayerSelfAttention.forward: ("832c30a33d4e",), T5LayerFF.forward: ("a329c9a1116a",), **T5_NORM}
-T5_ATTENTION = {T5Attention.forward: ("bacb8cde6993",), create_position_bias_mask: ("a96abe405ebf",), **SDPA}
+T5_BLOCK = {T5Block.forward: ("306f07dac833", "82424a1fa643"), T5LayerSelfAttention.forward: ("832c30a33d4e", "18fb91bfdc0d"),
+            T5LayerFF.forward: ("a329c9a1116a",), **T5_NORM}
+T5_ATTENTION = {T5Attention.forward: ("bacb8cde6993", "8acb90566868"), **SDPA}
+if hasattr(sdpa_attention, "create_position_bias_mask"):  # before 5.14 T5's attention does without
+    T5_ATTENTION[sdpa_attention.create_position_bias_mask] = ("7eee3f62d833", "a96abe405ebf")
 T5_DENSE = {T5DenseActDense.forward: ("2a0f704675bd",), T5DenseGatedActDense.forward: ("15f9704f51ef",)}
 
 if not unknown_forward({QuickGELUActivation.forward: ("3dbec3bafe8d",)}):
@@ -93,22 +97,23 @@ def _t5_norm(how: How) -> dict:
 
 
 def _t5_block(how: How) -> dict:
+    # ``cache``: what transformers names past_key_values until 5.23 and cache from then on
     def forward(self, hidden_states, attention_mask=None, position_bias=None, encoder_hidden_states=None, encoder_attention_mask=None,
-                encoder_decoder_position_bias=None, past_key_values=None, **kwargs):
+                encoder_decoder_position_bias=None, *cache, **kwargs):
         # Who asks for attention weights hooks the layers, which are then called
-        if self.is_decoder or not all(layers.untouched(layer) for layer in self.layer):
+        if self.is_decoder or cache or not all(layers.untouched(layer) for layer in self.layer):
             return T5Block.forward(self, hidden_states, attention_mask, position_bias, encoder_hidden_states, encoder_attention_mask,
-                                   encoder_decoder_position_bias, past_key_values, **kwargs)
-        return *t5_block(self, hidden_states, attention_mask, position_bias, how, dict(kwargs, past_key_values=past_key_values)), None
+                                   encoder_decoder_position_bias, *cache, **kwargs)
+        return *t5_block(self, hidden_states, attention_mask, position_bias, how, kwargs), None
 
     return {"forward": forward}
 
 
 def _t5_attention(how: How) -> dict:
-    def forward(self, hidden_states, mask=None, key_value_states=None, position_bias=None, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, mask=None, key_value_states=None, position_bias=None, *cache, **kwargs):
         no_bias = position_bias is None and not self.has_relative_attention_bias
-        if no_bias or key_value_states is not None or past_key_values is not None or hidden_states.dim() != 3 or _unusual_call(self, kwargs):
-            return T5Attention.forward(self, hidden_states, mask, key_value_states, position_bias, past_key_values, **kwargs)
+        if no_bias or key_value_states is not None or cache or hidden_states.dim() != 3 or _unusual_call(self, kwargs):
+            return T5Attention.forward(self, hidden_states, mask, key_value_states, position_bias, *cache, **kwargs)
         if position_bias is None:
             tokens = hidden_states.shape[1]
             position_bias = self.compute_bias(tokens, tokens, device=hidden_states.device).contiguous()
@@ -139,12 +144,11 @@ def candidates(name: str, instance, how: How) -> Iterator[Candidate]:
     elif stock is T5LayerNorm:
         yield candidate(name or "norm", instance, ("rms_norm",), how, unknown_forward(T5_NORM))
     elif stock is T5Block:
-        kinds = tuple(type(layer) for layer in instance.layer)
-        reason = unknown_forward(T5_BLOCK)
-        if not reason and (instance.is_decoder or kinds != (T5LayerSelfAttention, T5LayerFF)):
+        reason, encoder = unknown_forward(T5_BLOCK), not instance.is_decoder and tuple(map(type, instance.layer)) == (T5LayerSelfAttention, T5LayerFF)
+        if not encoder:
             reason = "it is a decoder's, or its layers are not those of an encoder that we know"
         yield candidate(name or "block", instance, ("gate_residual_adaln",), how, reason)
-        if not reason:
+        if encoder:
             first, last = instance.layer
             yield from _attention(f"{dot}layer.0.SelfAttention", first.SelfAttention, how, T5Attention, T5_ATTENTION, ("q", "k", "v", "o"))
             yield from _feed_forward(f"{dot}layer.1.DenseReluDense", last.DenseReluDense, how,

@@ -1,50 +1,20 @@
 // adaLN on CUDA: gated sums, norm and up to two modulations of a row in one pass over memory, the row in registers.
 #include "cuda/adaln.h"
 
-#include "cuda/device.h"
+#include "cuda/token_rows.h"
 
 namespace fusewire::cuda {
 
-// A thread's chunks of one row of a tensor. kVector: they are asked for at once, before anything waits for the first, and unpacked later.
+// The row itself, which every step changes in place.
 template <typename T, int kChunks, bool kVector>
-struct Chunks;
-
-template <typename T, int kChunks, bool kVector>
-struct Row {
+struct Values : Row<T, kChunks, kVector> {
   float value[kChunks][kChunk<T>];
-  int64_t batch, token;
-  int count[kChunks];  // elements of this thread's chunks that are inside the row: 0 in rows that are not there
-
-  __device__ int channel(int j) const { return (threadIdx.x + j * blockDim.x) * kChunk<T>; }
-  __device__ bool inside(int j, int i) const { return kVector ? count[j] > 0 : i < count[j]; }
-  __device__ const T* of(const Tokens& x) const { return static_cast<const T*>(x.data) + (batch * x.batch + token * x.token); }
-};
-
-template <typename T, int kChunks>
-struct Chunks<T, kChunks, true> {
-  uint4 bits[kChunks];
-
-  __device__ Chunks(const Row<T, kChunks, true>& row, const Tokens& x) {
-#pragma unroll
-    for (int j = 0; j < kChunks; ++j) bits[j] = row.count[j] ? *reinterpret_cast<const uint4*>(row.of(x) + row.channel(j)) : uint4{};
-  }
-  __device__ void get(int j, float (&r)[kChunk<T>]) const { load_vector(reinterpret_cast<const T*>(&bits[j]), r); }
-};
-
-template <typename T, int kChunks>
-struct Chunks<T, kChunks, false> {
-  const Row<T, kChunks, false>& row;
-  const Tokens& x;
-
-  __device__ Chunks(const Row<T, kChunks, false>& row_, const Tokens& x_) : row(row_), x(x_) {}
-  __device__ void get(int j, float (&r)[kChunk<T>]) const {
-    load_chunk(row.of(x) + row.channel(j) * x.channel, x.channel, row.count[j], x.vector, r);
-  }
+  using Row<T, kChunks, kVector>::Row;
 };
 
 // r + gate * y
 template <typename T, int kChunks, bool kVector>
-__device__ inline void add_gated(Row<T, kChunks, kVector>& row, const Tokens& y, const Tokens& gate, bool exact) {
+__device__ inline void add_gated(Values<T, kChunks, kVector>& row, const Tokens& y, const Tokens& gate, bool exact) {
   const Chunks<T, kChunks, kVector> ys(row, y), gates(row, gate);
 #pragma unroll
   for (int j = 0; j < kChunks; ++j) {
@@ -61,7 +31,7 @@ __device__ inline void add_gated(Row<T, kChunks, kVector>& row, const Tokens& y,
 
 // (r - mean) / sqrt(var + eps) * weight + bias, or r / sqrt(mean(r^2) + eps) * weight + bias
 template <typename T, int kChunks, bool kVector>
-__device__ inline void normalise(Row<T, kChunks, kVector>& row, const Adaln& k) {
+__device__ inline void normalise(Values<T, kChunks, kVector>& row, const Adaln& k) {
   __shared__ float warps[3][kWarp];
   const float channels = static_cast<float>(k.channels);
   const auto total = [&](auto term, float (&slots)[kWarp]) {
@@ -106,18 +76,13 @@ __device__ inline void normalise(Row<T, kChunks, kVector>& row, const Adaln& k) 
   with(k.bias, [](float r, float b) { return r + b; });
 }
 
-// kVector: every row of every tensor can be moved 16 bytes at a time, and is made of whole chunks. The bits are the same either way.
+// The bits are the same for either kVector.
 template <typename T, int kChunks, int kThreads, bool kVector>
 __global__ void __launch_bounds__(kThreads) adaln_kernel(const __grid_constant__ Adaln k) {
   const unsigned i_row = blockIdx.x * blockDim.y + threadIdx.y;
   const bool there = i_row < k.rows;  // a row that is not there still takes part in the sums
-  Row<T, kChunks, kVector> row;
+  Values<T, kChunks, kVector> row(there, k.channels);
   row.batch = there ? i_row / k.tokens : 0, row.token = there ? i_row % k.tokens : 0;
-#pragma unroll
-  for (int j = 0; j < kChunks; ++j) {
-    const int rest = k.channels - row.channel(j);
-    row.count[j] = !there || rest < 0 ? 0 : rest < kChunk<T> ? rest : kChunk<T>;
-  }
   {
     const Chunks<T, kChunks, kVector> xs(row, k.x);
 #pragma unroll

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from fusewire.kernels.adaln import native, reference, triton_limits
+from fusewire.kernels.adaln import cuda_backward, native, reference, triton_limits
+from fusewire.kernels.cuda_rows import row as cuda_row
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import define
 from fusewire.kernels.triton_rows import row as triton_row
@@ -34,10 +35,11 @@ def _fake_gate_modulate(grad, grad2, x, y, gate, y2, gate2, shift, scale, weight
 
 
 def _table(schema: str, meaning, fake, why_not: str) -> Table:
-    """``why_not``: the name of the predicates in native.py and in triton_limits.py."""
+    """``why_not``: the name of the predicates in native.py, cuda_backward.py and triton_limits.py."""
     op, name = define(schema, fallback=meaning, fake=fake), meaning.__name__
-    return Table(name, [Backend("cpu", getattr(native, why_not), op), triton_row(op, getattr(triton_limits, why_not), f"adaln.{name}"),
-                        Backend("reference", always, meaning)])
+    return Table(name, [Backend("cpu", getattr(native, why_not), op),
+                        cuda_row(op, cuda_backward.op, getattr(cuda_backward, why_not), getattr(cuda_backward, name)),
+                        triton_row(op, getattr(triton_limits, why_not), f"adaln.{name}"), Backend("reference", always, meaning)])
 
 
 _AFFINE = "Tensor? weight, Tensor? bias, float eps, bool rms, int wanted"

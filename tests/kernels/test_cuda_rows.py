@@ -7,6 +7,7 @@ from torch.library import opcheck
 from fusewire import doctor, ops
 from fusewire.kernels import cuda_rows, dispatch
 from fusewire.kernels.adaln import cuda as adaln
+from fusewire.kernels.adaln import cuda_backward as adaln_backward
 from fusewire.kernels.dispatch import BackendError, forced
 from fusewire.kernels.group_norm_silu import cuda as group_norm_silu
 from fusewire.kernels.library import CUDA
@@ -23,6 +24,10 @@ CALLS = {
     "adaln_modulate_dual": (X, ROW, ROW, ROW, ROW, 1e-6, True),
     "gate_residual": (X, X, ROW, True),
     "gate_residual_adaln": (X, X, ROW, X, ROW, ROW, ROW, None, None, 1e-6, True, False),
+    "adaln_modulate_backward": (X, X, ROW, ROW, ROW[0], None, 1e-6, False, 15),
+    "adaln_modulate_dual_backward": (X, X, X, ROW, ROW, ROW, ROW, 1e-6, 31),
+    "gate_residual_backward": (X, X, ROW, 3),
+    "gate_residual_adaln_backward": (X, X, X, X, ROW, X, ROW, ROW, ROW, None, None, 1e-6, True, 127),
     "qk_norm_rope": (HEADS, HEADS, None, None, None, None, 1e-6, 0, False),
     "qk_norm_into": (HEADS, HEADS, None, None, torch.zeros_like(HEADS), torch.zeros_like(HEADS), None, None, 1e-6, 0, False),
     "group_norm_silu": (PICTURE, 4, None, None, 1e-5, None, None, None, True, False),
@@ -54,6 +59,8 @@ def test_the_ops_of_csrc_change_their_outputs_alone(in_cuda):
     out, heads, picture = torch.zeros_like(X), torch.zeros_like(HEADS), torch.zeros_like(PICTURE)
     none = (None,) * 7
     for op, args in ((adaln.op, (X, X, ROW, None, None, *none[:2], ROW, ROW, None, None, out, torch.zeros_like(X), None, 1e-6, 1, False)),
+                     (adaln_backward.op, (X, X, None, X, X, ROW, None, None, ROW, None, ROW[0], None, out, torch.zeros_like(X), None, torch.zeros_like(ROW), None,
+                                          torch.zeros_like(ROW), torch.zeros_like(ROW), None, None, torch.zeros(64), None, torch.zeros(4, 2, 5, 64), 1e-6, 1)),
                      (qk_norm_rope.op, (HEADS, HEADS, None, None, None, None, heads, torch.zeros_like(HEADS), None, None, 1e-6, 2, False)),
                      (sampler_step.op, (X, X, None, TABLE, 1, None, out, False)),
                      (solver_cuda.op, (X, X, *none, SOLVER, 1, None, out, torch.zeros_like(X), torch.zeros_like(X), True, False, True)),

@@ -9,7 +9,7 @@ from fusewire.kernels.autograd import fused
 from fusewire.kernels.cuda_rows import row as cuda_row
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import LIBRARY, define
-from fusewire.kernels.qk_norm_rope import cuda, forms, native, reference, triton_limits
+from fusewire.kernels.qk_norm_rope import cuda, cuda_backward, forms, native, reference, triton_limits
 from fusewire.kernels.rounding import is_exact
 from fusewire.kernels.triton_rows import row as triton_row
 
@@ -36,6 +36,7 @@ _backward_op = define("qk_norm_rope_backward(Tensor q_grad, Tensor k_grad, Tenso
                       fallback=reference.qk_norm_rope_backward, fake=_fake_backward)
 _gradients = Table("qk_norm_rope_backward", [
     Backend("cpu", native.why_not_backward, _backward_op),
+    cuda_row(_backward_op, cuda_backward.op, cuda_backward.why_not, cuda_backward.qk_norm_rope_backward),
     triton_row(_backward_op, triton_limits.why_not_backward, "qk_norm_rope.qk_norm_rope_backward"),
     Backend("reference", always, reference.qk_norm_rope_backward),
 ])

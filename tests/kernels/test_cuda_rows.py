@@ -12,6 +12,7 @@ from fusewire.kernels.dispatch import BackendError, forced
 from fusewire.kernels.group_norm_silu import cuda as group_norm_silu
 from fusewire.kernels.library import CUDA
 from fusewire.kernels.qk_norm_rope import cuda as qk_norm_rope
+from fusewire.kernels.qk_norm_rope import cuda_backward as qk_norm_rope_backward
 from fusewire.kernels.sampler_step import cuda as sampler_step
 from fusewire.kernels.sampler_step import solver_cuda
 from tests.kernels.attention.test_cuda import ROWS as ATTENTION_ROWS
@@ -30,6 +31,7 @@ CALLS = {
     "gate_residual_adaln_backward": (X, X, X, X, ROW, X, ROW, ROW, ROW, None, None, 1e-6, True, 127),
     "qk_norm_rope": (HEADS, HEADS, None, None, None, None, 1e-6, 0, False),
     "qk_norm_into": (HEADS, HEADS, None, None, torch.zeros_like(HEADS), torch.zeros_like(HEADS), None, None, 1e-6, 0, False),
+    "qk_norm_rope_backward": (HEADS, HEADS, HEADS, HEADS, ROW[0, :32], None, None, None, 1e-6, 7),
     "group_norm_silu": (PICTURE, 4, None, None, 1e-5, None, None, None, True, False),
     "flow_euler_step": (X, X, None, TABLE, 1, None, True),
     "solver_step": (X, X, None, X, None, X, None, None, None, SOLVER, 1, None, True, True, True, False, True),
@@ -62,6 +64,8 @@ def test_the_ops_of_csrc_change_their_outputs_alone(in_cuda):
                      (adaln_backward.op, (X, X, None, X, X, ROW, None, None, ROW, None, ROW[0], None, out, torch.zeros_like(X), None, torch.zeros_like(ROW), None,
                                           torch.zeros_like(ROW), torch.zeros_like(ROW), None, None, torch.zeros(64), None, torch.zeros(4, 2, 5, 64), 1e-6, 1)),
                      (qk_norm_rope.op, (HEADS, HEADS, None, None, None, None, heads, torch.zeros_like(HEADS), None, None, 1e-6, 2, False)),
+                     (qk_norm_rope_backward.op, (HEADS, HEADS, HEADS, HEADS, ROW[0, :32], None, None, None, heads, None, torch.zeros(32), None,
+                                                 torch.zeros(1, 32), None, 1e-6)),
                      (sampler_step.op, (X, X, None, TABLE, 1, None, out, False)),
                      (solver_cuda.op, (X, X, *none, SOLVER, 1, None, out, torch.zeros_like(X), torch.zeros_like(X), True, False, True)),
                      (group_norm_silu.op, (PICTURE, *none[:5], picture, torch.zeros(8, 1, 4), torch.zeros(8, 4), 4, 1e-5, False, True))):

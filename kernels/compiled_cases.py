@@ -330,14 +330,18 @@ for _dim in (64, 128):
         hopper.joint_attention(q, q, q, q2, q2, q2)
 
 for _dim, _dtype, _mask in itertools.product((16, 40, 64, 72, 128, 160, 256), SHORT, (*MASKS, " causal")):
-    if _dtype is torch.float32 and _dim > 128:
-        continue
-
     @case(f"attention_backward {_dim} {SHORT[_dtype]}{_mask}")
     def _(dim=_dim, dtype=_dtype, mask=_mask):
         q, row = meta(2, 1024, 24, dim, dtype=dtype), meta(2, 24, 1024, dtype=torch.float64)
         hidden = None if mask == " causal" else MASKS[mask](q)
         attention_backward.attention_backward(q, None, q, q, q, q, row, row, hidden, mask == " causal", None)
+
+    if not _mask:
+        @case(f"attention_backward {_dim} {SHORT[_dtype]} pattern")
+        def _(dim=_dim, dtype=_dtype):
+            q, row = meta(2, 1024, 24, dim, dtype=dtype), meta(2, 24, 1024, dtype=torch.float64)
+            blocks, words = meta(1, 24, 32, 32, dtype=torch.int32), meta(300, 32, dtype=torch.int32)
+            attention_backward.attention_backward(q, None, q, q, q, q, row, row, None, False, None, blocks, words)
 
     if _dim in (64, 128) and _mask in ("", " causal"):
         @case(f"attention_varlen_backward {_dim} {SHORT[_dtype]}{_mask}")

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusewire.kernels.attention.triton_blocks import LOG2E, LOWEST, dot, in_units, load_block, mask_of, masked, place_among_packed, slots, store_block, unit_of
+from fusewire.kernels.attention.triton_blocks import LOG2E, LOWEST, dot, in_units, load_block, mask_of, masked, place_among_packed, shown, slots, store_block, tiles_seen, unit_of
 from fusewire.kernels.attention.triton_limits import default_scale
 from fusewire.kernels.triton_base import arch_of, fused, launch, narrow, strided
 from fusewire.kernels.tuning import attention_backward_tile
@@ -63,16 +63,21 @@ def _weights(b_s, b_base, b_inverse, m_seen, p_mask, scale, MASK: tl.constexpr, 
 
 @triton.jit
 def _over_keys(
-    b_dq, b_q, b_grad, b_base, b_inverse, b_delta, i_q, q_tokens, k, k_t, k_d, v, v_t, v_d, start, end, p_mask, mask_k, scale,
+    b_dq, b_q, b_grad, b_base, b_inverse, b_delta, i_q, q_tokens, k, k_t, k_d, v, v_t, v_d, start, end, p_mask, mask_k, tiles, p_blocks, words, k_tokens, scale,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, CHECKED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """dq / scale of a block of queries over the keys [start, end). CHECKED: they may fill less than whole blocks."""
+    """dq / scale of a block of queries over the keys [start, end). CHECKED: they may fill less than whole blocks. Where there are tiles, over those blocks
+    of the k_tokens keys that they list, under a pattern: see pattern_tiles_kernel."""
     HIDING: tl.constexpr = MASK != 0 or CAUSAL or CHECKED
     o_d = tl.arange(0, BLOCK_D)
     for i_n in range(start, end, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N)
         m_n = o_n < end
+        if tiles is not None:
+            first = tl.load(tiles + (i_n // BLOCK_N + tl.full([], 1, tl.int64))) * BLOCK_N
+            o_n = first + tl.arange(0, BLOCK_N)
+            m_n = o_n < k_tokens
         p_k = k + o_n.to(tl.int64)[None, :] * k_t + o_d.to(tl.int64)[:, None] * k_d
         p_v = v + o_n.to(tl.int64)[None, :] * v_t + o_d.to(tl.int64)[:, None] * v_d
         if CHECKED or DIM != BLOCK_D:
@@ -85,6 +90,8 @@ def _over_keys(
         m_seen = (i_q < q_tokens)[:, None] & m_n[None, :]
         if CAUSAL:
             m_seen = m_seen & (i_q[:, None] >= o_n[None, :])
+        if tiles is not None:
+            m_seen = m_seen & shown(p_blocks, words, i_q, first, q_tokens, k_tokens, BLOCK_M, BLOCK_N, False)
         p_tile = p_mask
         if MASK:
             p_tile = p_mask + o_n.to(tl.int64)[None, :] * mask_k
@@ -93,7 +100,7 @@ def _over_keys(
         b_ds = b_p * (b_dp - b_delta[:, None])
         if HIDING:
             b_ds = tl.where(m_seen, b_ds, 0.0)
-        if MASK != 0 or CAUSAL:
+        if MASK != 0 or CAUSAL or tiles is not None:
             # 0 * NaN is NaN: keys that no query of the block sees do not enter the product
             b_k = tl.where((tl.max(m_seen.to(tl.int32), 0) != 0)[None, :], b_k, 0.0)
         b_dq = dot(narrow(b_ds, k.dtype.element_ty), tl.trans(b_k), b_dq, PRECISION)
@@ -104,10 +111,12 @@ def _over_keys(
 def dq_kernel(
     q, q_b, q_t, q_h, q_d, k, k_b, k_t, k_h, k_d, v, v_b, v_t, v_h, v_d, grad, g_b, g_t, g_h, g_d, base, inverse, delta, dq,
     mask, mask_b, mask_h, mask_q, mask_k, tiles, q_tokens, k_tokens, heads, group, scale, slope, cu_seqlens_q, cu_seqlens_k, sequences,
+    blocks, blocks_b, blocks_h, blocks_q, blocks_k, words, seen, seen_b, seen_h, seen_t, seen_n,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):
-    """dq [B, Tq, H, D]; ``scale`` is in base 2, ``slope`` the same in natural units. Programs: blocks of queries fastest, then heads, then samples."""
+    """dq [B, Tq, H, D]; ``scale`` is in base 2, ``slope`` the same in natural units. Programs: blocks of queries fastest, then heads, then samples.
+    blocks, words: a pattern; seen: of pattern_tiles_kernel."""
     program = tl.program_id(0)
     i_tile, i_bh = program % tiles, (program // tiles).to(tl.int64)
     i_b, i_h = i_bh // heads, i_bh % heads
@@ -136,13 +145,21 @@ def dq_kernel(
         p_mask = mask + i_b * mask_b + i_h * mask_h + i_q.to(tl.int64)[:, None] * mask_q
     k += (i_b * k_b + i_kv * k_h) * UNIT
     v += (i_b * v_b + i_kv * v_h) * UNIT
-    whole = end // BLOCK_N * BLOCK_N
-    b_dq = _over_keys(
-        tl.zeros([BLOCK_M, BLOCK_D], tl.float32), b_q, b_grad, b_base, b_inverse, b_delta, i_q, q_tokens, k, k_t * UNIT, k_d, v, v_t * UNIT, v_d,
-        0, whole, p_mask, mask_k, scale, MASK, CAUSAL, False, PRECISION, BLOCK_M, BLOCK_N, DIM, BLOCK_D)
-    b_dq = _over_keys(
-        b_dq, b_q, b_grad, b_base, b_inverse, b_delta, i_q, q_tokens, k, k_t * UNIT, k_d, v, v_t * UNIT, v_d,
-        whole, end, p_mask, mask_k, scale, MASK, CAUSAL, True, PRECISION, BLOCK_M, BLOCK_N, DIM, BLOCK_D)
+    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if blocks is not None:
+        p_blocks = blocks + (i_b * blocks_b + i_h * blocks_h + (i_q // 32).to(tl.int64)[:, None] * blocks_q)
+        p_seen = seen + (i_b * seen_b + i_h * seen_h + i_tile.to(tl.int64) * seen_t)
+        b_dq = _over_keys(
+            b_dq, b_q, b_grad, b_base, b_inverse, b_delta, i_q, q_tokens, k, k_t * UNIT, k_d, v, v_t * UNIT, v_d,
+            0, tl.load(p_seen) * BLOCK_N, p_mask, mask_k, p_seen, p_blocks, words, k_tokens, scale, MASK, CAUSAL, True, PRECISION, BLOCK_M, BLOCK_N, DIM, BLOCK_D)
+    else:
+        whole = end // BLOCK_N * BLOCK_N
+        b_dq = _over_keys(
+            b_dq, b_q, b_grad, b_base, b_inverse, b_delta, i_q, q_tokens, k, k_t * UNIT, k_d, v, v_t * UNIT, v_d,
+            0, whole, p_mask, mask_k, None, None, None, end, scale, MASK, CAUSAL, False, PRECISION, BLOCK_M, BLOCK_N, DIM, BLOCK_D)
+        b_dq = _over_keys(
+            b_dq, b_q, b_grad, b_base, b_inverse, b_delta, i_q, q_tokens, k, k_t * UNIT, k_d, v, v_t * UNIT, v_d,
+            whole, end, p_mask, mask_k, None, None, None, end, scale, MASK, CAUSAL, True, PRECISION, BLOCK_M, BLOCK_N, DIM, BLOCK_D)
     store_block(dq, b_dq * slope, i_q, i_b, i_h, q_tokens, heads, DIM, BLOCK_D)
 
 
@@ -150,11 +167,13 @@ def dq_kernel(
 def dkdv_kernel(
     q, q_b, q_t, q_h, q_d, k, k_b, k_t, k_h, k_d, v, v_b, v_t, v_h, v_d, grad, g_b, g_t, g_h, g_d, base, inverse, delta, dk, dv,
     mask, mask_b, mask_h, mask_q, mask_k, tiles, q_tokens, k_tokens, heads, group, scale, slope, cu_seqlens_q, cu_seqlens_k, sequences,
+    blocks, blocks_b, blocks_h, blocks_q, blocks_k, words, seen, seen_b, seen_h, seen_t, seen_n,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):
-    """dk, dv [B, Tk, heads // group, D]. Programs: blocks of keys fastest, then the keys' heads, then samples. Logits and weights lie here as [keys, queries]."""
-    HIDING: tl.constexpr = MASK != 0 or CAUSAL
+    """dk, dv [B, Tk, heads // group, D]. Programs: blocks of keys fastest, then the keys' heads, then samples. Logits and weights lie here as [keys, queries].
+    blocks, words: a pattern; seen: of pattern_tiles_kernel, turned."""
+    HIDING: tl.constexpr = MASK != 0 or CAUSAL or blocks is not None
     program = tl.program_id(0)
     i_tile, i_bkv = program % tiles, (program // tiles).to(tl.int64)
     kv_heads = heads // group
@@ -182,8 +201,15 @@ def dkdv_kernel(
         i_h = i_kv * group + i
         p_q, p_grad = q + (i_b * q_b + i_h * q_h) * UNIT, grad + (i_b * g_b + i_h * g_h) * UNIT
         o_row = o_rows + i_h * rows
-        for i_m in range(start, q_tokens, BLOCK_M):
-            i_q = i_m + tl.arange(0, BLOCK_M)
+        end = q_tokens
+        if blocks is not None:
+            p_seen = seen + (i_b * seen_b + i_h * seen_h + i_tile.to(tl.int64) * seen_t)
+            start, end = 0, tl.load(p_seen) * BLOCK_M
+        for i_m in range(start, end, BLOCK_M):
+            first = i_m
+            if blocks is not None:
+                first = tl.load(p_seen + (i_m // BLOCK_M + tl.full([], 1, tl.int64))) * BLOCK_M
+            i_q = first + tl.arange(0, BLOCK_M)
             m_q = i_q < q_tokens
             b_q = load_block(p_q, i_q, q_t * UNIT, q_d, q_tokens, DIM, BLOCK_D)
             b_grad = load_block(p_grad, i_q, g_t * UNIT, g_d, q_tokens, DIM, BLOCK_D)
@@ -194,6 +220,9 @@ def dkdv_kernel(
             m_seen = (i_k < k_tokens)[:, None] & m_q[None, :]
             if CAUSAL:
                 m_seen = m_seen & (i_q[None, :] >= i_k[:, None])
+            if blocks is not None:
+                p_blocks = blocks + (i_b * blocks_b + i_h * blocks_h + (i_q // 32).to(tl.int64)[None, :] * blocks_q)
+                m_seen = m_seen & shown(p_blocks, words, i_q, i_tile * BLOCK_N, q_tokens, k_tokens, BLOCK_M, BLOCK_N, True)
             p_tile = mask
             if MASK:
                 p_tile = mask + i_b * mask_b + i_h * mask_h + i_q.to(tl.int64)[None, :] * mask_q + i_k.to(tl.int64)[:, None] * mask_k
@@ -208,12 +237,13 @@ def dkdv_kernel(
     store_block(dv, b_dv, i_k, i_b, i_kv, k_tokens, kv_heads, DIM, BLOCK_D)
 
 
-def _launch(grad, lse_grad, q, k, v, out, highest, total, mask, causal: bool, scale: float | None, cu_seqlens=(None, None)) -> tuple[torch.Tensor, ...]:
-    """``cu_seqlens``: of packed sequences, q's and k's, which are then one sample."""
+def _launch(grad, lse_grad, q, k, v, out, highest, total, mask, causal: bool, scale: float | None, cu_seqlens=(None, None),
+            pattern=(None, None)) -> tuple[torch.Tensor, ...]:
+    """``cu_seqlens``: of packed sequences, q's and k's, which are then one sample; ``pattern``: its blocks and words."""
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     batch, q_tokens, heads, dim = q.shape
     k_tokens, kv_heads = k.shape[1:3]
-    tile = attention_backward_tile(dim, q.dtype.itemsize, mask is not None or causal, arch_of(q.device))
+    tile = attention_backward_tile(dim, q.dtype.itemsize, mask is not None or causal or pattern[0] is not None, arch_of(q.device))
     base, inverse, delta = torch.empty((3, batch, heads, q_tokens), dtype=torch.float32, device=q.device).unbind(0)
     unit = unit_of(q, k, v, grad)
     rows, rows_unit = max(4096 // tile.dim, 16), unit_of(grad, out)
@@ -229,7 +259,8 @@ def _launch(grad, lse_grad, q, k, v, out, highest, total, mask, causal: bool, sc
     inputs = (*(x for tensor in (q, k, v, grad) for x in in_units(tensor, unit)), base, inverse, delta)
     numbers = (q_tokens, k_tokens, heads, heads // max(kv_heads, 1), factor * LOG2E.value, factor, *cu_seqlens, sequences)
     for kernel, part, programs, tiles, results in ((dq_kernel, tile.dq, batch * heads, q_tiles, (dq,)), (dkdv_kernel, tile.dkdv, batch * kv_heads, k_tiles, (dk, dv))):
-        launch(kernel, programs * tiles, q, *inputs, *results, *masks, tiles, *numbers, MASK=kind, CAUSAL=causal, PRECISION=tile.precision,
+        seen = tiles_seen(pattern[0], (triton.cdiv(q_tokens, part.queries), part.queries), (triton.cdiv(k_tokens, part.keys), part.keys), kernel is dkdv_kernel)
+        launch(kernel, programs * tiles, q, *inputs, *results, *masks, tiles, *numbers, *strided(pattern[0], 4), pattern[1], *strided(seen, 4), MASK=kind, CAUSAL=causal, PRECISION=tile.precision,
                BLOCK_M=part.queries, BLOCK_N=part.keys, DIM=dim, BLOCK_D=tile.dim, UNIT=unit, num_warps=part.warps, num_stages=part.stages,
                enable_fp_fusion=False)
     return dq, dk, dv
@@ -237,7 +268,7 @@ def _launch(grad, lse_grad, q, k, v, out, highest, total, mask, causal: bool, sc
 
 def attention_backward(grad, lse_grad, q, k, v, out, highest, total, mask, causal: bool, scale: float | None, blocks=None,
                        words=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _launch(grad, lse_grad, q, k, v, out, highest, total, mask, causal, scale)
+    return _launch(grad, lse_grad, q, k, v, out, highest, total, mask, causal, scale, pattern=(blocks, words))
 
 
 def attention_varlen_backward(grad, lse_grad, q, k, v, out, highest, total, cu_seqlens_q, cu_seqlens_k, causal: bool,

@@ -6,11 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
-from fusewire.kernels.triton_base import INTERPRETED, narrow, strided
+from fusewire.kernels.attention.reference import EMPTY as _EMPTY
+from fusewire.kernels.attention.reference import FULL as _FULL
+from fusewire.kernels.triton_base import INTERPRETED, launch, narrow, strided
+from fusewire.kernels.tuning import power_of_2
 
 NO_MASK, BOOL, ADDITIVE = 0, 1, 2
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234e38)  # just above float32's lowest
+EMPTY, FULL = tl.constexpr(_EMPTY), tl.constexpr(_FULL)  # blocks of a pattern
 
 
 @triton.jit
@@ -50,6 +54,66 @@ def masked(b_s, m_seen, p_mask, scale, MASK: tl.constexpr):
         # A finite mask stays finite in base 2: a row of float32's lowest counts all its keys alike
         b_s = b_s * scale + tl.maximum(b_m.to(tl.float32) * LOG2E, LOWEST)
     return b_s, m_seen
+
+
+@triton.jit
+def shown(p_blocks, words, i_q, first, q_tokens, k_tokens, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TURNED: tl.constexpr):
+    """Which of BLOCK_N keys from ``first`` on each query i_q sees under a pattern: [BLOCK_M, BLOCK_N], or TURNED. p_blocks: the queries' rows of blocks,
+    [BLOCK_M, 1] or [1, BLOCK_M].
+
+    A word holds the bits of 32 keys: loaded once, spread over them in registers.
+    """
+    WIDTH: tl.constexpr = 32 if BLOCK_N > 32 else BLOCK_N
+    o_block = first // 32 + tl.arange(0, BLOCK_N // WIDTH)
+    o_bit = first % 32 + tl.arange(0, WIDTH)
+    if TURNED:
+        o_block, i_q = o_block[:, None], i_q[None, :]
+    else:
+        o_block, i_q = o_block[None, :], i_q[:, None]
+    b_block = tl.load(p_blocks + o_block.to(tl.int64), mask=(i_q < q_tokens) & (o_block * 32 < k_tokens), other=EMPTY)
+    b_word = tl.load(words + (b_block.to(tl.int64) * 32 + i_q % 32), mask=b_block >= 0, other=0)
+    b_word = tl.where(b_block == FULL, -1, b_word)
+    if TURNED:
+        b_bits = tl.reshape((b_word[:, None, :] >> o_bit[None, :, None]) & 1, [BLOCK_N, BLOCK_M])
+    else:
+        b_bits = tl.reshape((b_word[:, :, None] >> o_bit[None, None, :]) & 1, [BLOCK_M, BLOCK_N])
+    return b_bits != 0
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "row_step", "column_step", "row_tiles", "column_tiles"])
+def pattern_tiles_kernel(blocks, seen, rows, columns, row_step, column_step, row_tiles, column_tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                         TILES: tl.constexpr):
+    """Which tiles of COLUMNS (keys) some of ROWS (queries) may see, or the other way round, from a pattern's blocks [.., rows, columns] of 32 x 32:
+    seen [.., row_tiles, 1 + column_tiles], their number, then theirs in order."""
+    program = tl.program_id(0).to(tl.int64)
+    i_row = (program % row_tiles).to(tl.int32) * ROWS // 32
+    o_tile = tl.arange(0, TILES)
+    b_any = tl.full([TILES], EMPTY, tl.int32)
+    for i in range((ROWS + 31) // 32):
+        for j in range((COLUMNS + 31) // 32):
+            o_column = o_tile * COLUMNS // 32 + j
+            o_block = program // row_tiles * rows * columns + (i_row + i).to(tl.int64) * row_step + o_column.to(tl.int64) * column_step
+            m_block = (o_tile < column_tiles) & (o_column < columns) & (i_row + i < rows)
+            b_any = tl.maximum(b_any, tl.load(blocks + o_block, mask=m_block, other=EMPTY))
+    b_seen = (b_any != EMPTY).to(tl.int32)
+    p_seen = seen + program * (column_tiles + 1)
+    tl.store(p_seen, tl.sum(b_seen, 0))
+    tl.store(p_seen + tl.cumsum(b_seen, 0).to(tl.int64), o_tile, mask=b_seen != 0)
+
+
+def tiles_seen(blocks: torch.Tensor | None, queries: tuple[int, int], keys: tuple[int, int], turned: bool = False) -> torch.Tensor | None:
+    """[B or 1, H or 1, tiles of queries, 1 + tiles of keys], as ``pattern_tiles_kernel`` makes it; ``turned``: for each tile of keys the queries that see
+    some of it. ``queries``, ``keys``: how many tiles, and of how many. Its own launch: a list lets the other side be fetched ahead."""
+    if blocks is None:
+        return None
+    batch, heads, rows, columns = blocks.shape
+    row_step, column_step = columns, 1
+    if turned:
+        queries, keys, rows, columns, row_step, column_step = keys, queries, columns, rows, column_step, row_step
+    seen = torch.empty((batch, heads, queries[0], 1 + keys[0]), dtype=torch.int32, device=blocks.device)
+    launch(pattern_tiles_kernel, batch * heads * queries[0], blocks, blocks.contiguous(), seen, rows, columns, row_step, column_step, queries[0], keys[0],
+           ROWS=queries[1], COLUMNS=keys[1], TILES=power_of_2(max(keys[0], 1)), num_warps=4, num_stages=1)
+    return seen
 
 
 @triton.jit

@@ -11,17 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
-from fusewire.kernels.attention import reference
 from fusewire.kernels.attention.hopper_limits import why_not_hopper
-from fusewire.kernels.attention.triton_blocks import LN2, LOG2E, dot, in_units, load_block, mask_of, masked, place_among_packed, slots, store_block, unit_of
+from fusewire.kernels.attention.triton_blocks import LN2, LOG2E, dot, in_units, load_block, mask_of, masked, place_among_packed, shown, slots, store_block, tiles_seen, unit_of
 from fusewire.kernels.attention.triton_limits import default_scale
 from fusewire.kernels.qk_norm_rope import op as qk_norm_op
 from fusewire.kernels.qk_norm_rope import triton_kernel as qk_norm
 from fusewire.kernels.qk_norm_rope.reference import RMS
 from fusewire.kernels.triton_base import arch_of, fused, inner_contiguous, launch, narrow, strided
-from fusewire.kernels.tuning import attention_tile, power_of_2
+from fusewire.kernels.tuning import attention_tile
 
-EMPTY, FULL = tl.constexpr(reference.EMPTY), tl.constexpr(reference.FULL)  # blocks of a pattern
 
 
 @triton.jit
@@ -77,15 +75,7 @@ def _attend(
         if CAUSAL:
             m_qn = m_qn & (i_q[:, None] >= o_n[None, :])
         if tiles is not None:
-            # A word holds the bits of 32 keys: loaded once, spread over them in registers
-            WIDTH: tl.constexpr = 32 if BLOCK_N > 32 else BLOCK_N
-            o_block = first // 32 + tl.arange(0, BLOCK_N // WIDTH)
-            m_block = (i_q < q_tokens)[:, None] & (o_block * 32 < k_tokens)[None, :]
-            b_block = tl.load(p_blocks + o_block.to(tl.int64)[None, :], mask=m_block, other=EMPTY)
-            b_word = tl.load(words + (b_block.to(tl.int64) * 32 + (i_q % 32)[:, None]), mask=b_block >= 0, other=0)
-            b_word = tl.where(b_block == FULL, -1, b_word)
-            b_bits = b_word[:, :, None] >> (first % 32 + tl.arange(0, WIDTH))[None, None, :]
-            m_qn = m_qn & (tl.reshape(b_bits & 1, [BLOCK_M, BLOCK_N]) != 0)
+            m_qn = m_qn & shown(p_blocks, words, i_q, first, q_tokens, k_tokens, BLOCK_M, BLOCK_N, False)
         p_tile = p_mask
         if MASK:
             p_tile = p_mask + o_n.to(tl.int64)[None, :] * mask_k
@@ -212,34 +202,6 @@ def attention_kernel(
             _finish(out, highest, total, o_row, b_acc, b_max, b_sum, i_q, i_b, i_h, q_tokens, heads, DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "q_tiles", "k_tiles"])
-def pattern_tiles_kernel(blocks, seen, rows, columns, q_tiles, k_tiles, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr):
-    """Which tiles of BLOCK_N keys some of BLOCK_M queries may see, from a pattern's blocks [.., rows, columns] of 32 x 32: seen [.., q_tiles, 1 + k_tiles],
-    their number, then theirs in order."""
-    program = tl.program_id(0).to(tl.int64)
-    i_q = (program % q_tiles).to(tl.int32) * (BLOCK_M // 32)
-    o_tile = tl.arange(0, TILES)
-    b_any = tl.full([TILES], EMPTY, tl.int32)
-    for i in range(BLOCK_M // 32):
-        for j in range((BLOCK_N + 31) // 32):
-            o_k = o_tile * BLOCK_N // 32 + j
-            p_blocks = blocks + ((program // q_tiles * rows + i_q + i) * columns + o_k.to(tl.int64))
-            b_any = tl.maximum(b_any, tl.load(p_blocks, mask=(o_tile < k_tiles) & (o_k < columns) & (i_q + i < rows), other=EMPTY))
-    b_seen = (b_any != EMPTY).to(tl.int32)
-    p_seen = seen + program * (k_tiles + 1)
-    tl.store(p_seen, tl.sum(b_seen, 0))
-    tl.store(p_seen + tl.cumsum(b_seen, 0).to(tl.int64), o_tile, mask=b_seen != 0)
-
-
-def _tiles_seen(blocks: torch.Tensor, q_tiles: int, k_tiles: int, tile) -> torch.Tensor:
-    """[B or 1, H or 1, q_tiles, 1 + k_tiles], as ``pattern_tiles_kernel`` makes it. Its own launch: a list lets the keys be fetched ahead."""
-    batch, heads, rows, columns = blocks.shape
-    seen = torch.empty((batch, heads, q_tiles, 1 + k_tiles), dtype=torch.int32, device=blocks.device)
-    launch(pattern_tiles_kernel, batch * heads * q_tiles, blocks, blocks, seen, rows, columns, q_tiles, k_tiles, BLOCK_M=tile.queries,
-           BLOCK_N=tile.keys, TILES=power_of_2(max(k_tiles, 1)), num_warps=4, num_stages=1)
-    return seen
-
-
 def _launch(first, second, mask, weights, softmax, causal: bool, scale: float | None, eps: float, cu_seqlens=(None, None),
             pattern=(None, None)) -> None:
     """``first``, ``second``: (q, k, v, out) of a segment, the second of None where there is one only; ``weights``: those of q and q2;
@@ -254,7 +216,7 @@ def _launch(first, second, mask, weights, softmax, causal: bool, scale: float | 
     tile = attention_tile(dim, q.dtype.itemsize, mask is not None or pattern[0] is not None, causal, arch_of(q.device))
     (tiles, sequences), tiles2 = slots(q_tokens, tile.queries, cu_seqlens[0]), triton.cdiv(q2_tokens, tile.queries)
     cu_seqlens = tuple(x if x is None else x.contiguous() for x in cu_seqlens)
-    seen = None if pattern[0] is None else _tiles_seen(pattern[0], tiles, triton.cdiv(k.shape[1], tile.keys), tile)
+    seen = tiles_seen(pattern[0], (tiles, tile.queries), (triton.cdiv(k.shape[1], tile.keys), tile.keys))
     kind, masks = mask_of(mask)
     segments = []
     unit = unit_of(*first[:3], *second[:3])

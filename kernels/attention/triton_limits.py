@@ -47,13 +47,10 @@ def _why_no_gradient(q, k, scale, tensors: tuple) -> str:
         return "a tensor is empty"
     if reason := _why_not(q, scale, *tensors):
         return reason
-    limit = MAX_DIM_BACKWARD if q.dtype.itemsize == 2 else MAX_DIM_BACKWARD // 2
-    return f"the head dimension is {q.shape[-1]}; gradients are served up to {limit} in {q.dtype}" if q.shape[-1] > limit else ""
+    return f"the head dimension is {q.shape[-1]}; gradients are served up to {MAX_DIM_BACKWARD}" if q.shape[-1] > MAX_DIM_BACKWARD else ""
 
 
 def why_not_backward(grad, lse_grad, q, k, v, out, highest, total, mask, causal, scale, blocks=None, words=None) -> str:
-    if blocks is not None:
-        return "there is a pattern: its gradients are the reference's"
     additive = None if mask is None or mask.dtype is torch.bool else mask
     return _why_no_gradient(q, k, scale, (grad, k, v, out, additive))
 

@@ -56,7 +56,7 @@ MUTANTS = (
     mutant("Triton: the whole blocks end too early", "triton_kernel.py", "whole = end // BLOCK_N * BLOCK_N", "whole = end // BLOCK_N * BLOCK_N - BLOCK_N", "test_triton.py"),
     mutant("Triton: causal stops a block early", "triton_kernel.py", "end = tl.minimum(k_tokens, (i_tile + 1) * BLOCK_M)", "end = tl.minimum(k_tokens, i_tile * BLOCK_M)",
            "test_triton.py"),
-    mutant("Triton: a full block counts as empty", "triton_kernel.py", "b_word = tl.where(b_block == FULL, -1, b_word)", "b_word = tl.where(b_block == FULL, 0, b_word)",
+    mutant("Triton: a full block counts as empty", "triton_blocks.py", "b_word = tl.where(b_block == FULL, -1, b_word)", "b_word = tl.where(b_block == FULL, 0, b_word)",
            "test_triton.py"),
     mutant("Triton: hidden NaN reaches the product", "triton_kernel.py", "b_v = tl.where((tl.max(b_s, 0) != float(\"-inf\"))[:, None], b_v, 0.0)", "b_v = b_v",
            "test_triton.py"),

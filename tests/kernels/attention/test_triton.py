@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 from fusewire import ops
 from fusewire.kernels.attention import reference
-from fusewire.kernels.tuning import AttentionTile
 from tests.kernels.attention.test_patterns import PATTERNS, dense
 from tests.kernels.attention.test_varlen import one_by_one, packed
 from tests.kernels.interpreted import DTYPES, in_triton, needs_interpreter, on_reference, unchanged
@@ -243,11 +242,11 @@ def test_pattern_together_with_the_rest():
 @pytest.mark.parametrize("tile", [(128, 64), (64, 32), (32, 16), (128, 128)], ids=str)
 def test_tiles_that_a_pattern_leaves(tile):
     """What is not listed is not computed: the tiles of each kernel, from the same blocks."""
-    from fusewire.kernels.attention import triton_kernel
+    from fusewire.kernels.attention.triton_blocks import tiles_seen
 
     pattern = ops.block_pattern(lambda h, b, q, k: (k <= q) & (q - k < 90 * (h + 1)), 300, 310, batch=2)
     q_tiles, k_tiles = -(-300 // tile[0]), -(-310 // tile[1])
-    seen = triton_kernel._tiles_seen(pattern.blocks, q_tiles, k_tiles, AttentionTile(*tile, 64, 4, 1, "ieee"))
+    seen = tiles_seen(pattern.blocks, (q_tiles, tile[0]), (k_tiles, tile[1]))
     known = torch.nn.functional.pad(pattern.blocks != -2, (0, 50, 0, 50))
     for b in range(2):
         for i in range(q_tiles):

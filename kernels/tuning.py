@@ -139,12 +139,14 @@ def attention_tile(dim: int, itemsize: int, masked: bool, causal: bool, arch: Ar
 
 
 class BackwardPart(NamedTuple):
-    """One kernel's blocks of queries and keys."""
+    """One kernel's blocks of queries and keys. ``registers``: of a thread at most, 0 for what ptxas chooses: it would rather spill a few bytes than have
+    room for a program less, until it is told that all it can have will do."""
 
     queries: int
     keys: int
     warps: int
     stages: int
+    registers: int = 0
 
 
 class BackwardTile(NamedTuple):
@@ -157,8 +159,8 @@ class BackwardTile(NamedTuple):
 
 
 def attention_backward_tile(dim: int, itemsize: int, masked: bool, arch: Arch) -> BackwardTile:
-    """``masked``: by a mask or as causal. The kernel of dk and dv holds two sums of its keys in registers, and keys, values, queries and gradients in
-    shared memory."""
+    """``masked``: by a mask or a pattern, or as causal. The kernel of dk and dv holds two sums of its keys in registers, and keys, values, queries and
+    gradients in shared memory. What Triton 3.6 and 3.7 compile without spills."""
     padded = max(power_of_2(dim), 16)
     large = arch.shared >= 160 * KIB
     hopper = arch.kind == "cuda" and arch.shared >= 227 * KIB  # as in attention_tile
@@ -173,16 +175,17 @@ def attention_backward_tile(dim: int, itemsize: int, masked: bool, arch: Arch) -
         if arch.name == "sm_90":
             dkdv = BackwardPart(32 if masked else 64, 64, 4, 2)
         else:
-            dkdv = BackwardPart(32, 32, 4, 2) if hopper or masked else BackwardPart(32, 64, 8, 2)
+            dkdv = BackwardPart(32, 32, 4, 2, 255) if hopper or masked else BackwardPart(32, 64, 8, 2)
     elif padded <= 128:
         dq = BackwardPart(64, 32 if masked else 64, 8, 2) if large else BackwardPart(64, 32, 8, 1)
         if hopper and arch.name != "sm_90":
-            dkdv = BackwardPart(32, 32, 4, 1)
+            dkdv = BackwardPart(32, 32, 4, 1, 255)
         else:
-            dkdv = BackwardPart(64 if large and not masked and dim == padded else 32, 64, 8, 2 if large else 1)
+            whole = dim == padded
+            dkdv = BackwardPart(64 if large and not (hopper or masked) and whole else 32, 64, 8, 2 if large and not (hopper and masked and not whole) else 1)
     else:
-        dq = BackwardPart(64, 32, 8, 1) if hopper and arch.name != "sm_90" else BackwardPart(32, 32 if hopper else 16, 8, 1) if masked else BackwardPart(16, 32, 8, 1)
-        dkdv = BackwardPart(32, 32, 8, 1)
+        dq = BackwardPart(32, 32 if hopper else 16, 8, 1) if masked else BackwardPart(64 if hopper and arch.name != "sm_90" else 16, 32, 8, 1)
+        dkdv = BackwardPart(16 if hopper and masked else 32, 32, 8, 1)
     return BackwardTile(dq, dkdv, padded, "ieee")
 
 

@@ -201,11 +201,11 @@ def dkdv_kernel(
         i_h = i_kv * group + i
         p_q, p_grad = q + (i_b * q_b + i_h * q_h) * UNIT, grad + (i_b * g_b + i_h * g_h) * UNIT
         o_row = o_rows + i_h * rows
-        end = q_tokens
+        begin, end = start, q_tokens
         if blocks is not None:
             p_seen = seen + (i_b * seen_b + i_h * seen_h + i_tile.to(tl.int64) * seen_t)
-            start, end = 0, tl.load(p_seen) * BLOCK_M
-        for i_m in range(start, end, BLOCK_M):
+            begin, end = 0, tl.load(p_seen) * BLOCK_M
+        for i_m in range(begin, end, BLOCK_M):
             first = i_m
             if blocks is not None:
                 first = tl.load(p_seen + (i_m // BLOCK_M + tl.full([], 1, tl.int64))) * BLOCK_M
@@ -262,7 +262,7 @@ def _launch(grad, lse_grad, q, k, v, out, highest, total, mask, causal: bool, sc
         seen = tiles_seen(pattern[0], (triton.cdiv(q_tokens, part.queries), part.queries), (triton.cdiv(k_tokens, part.keys), part.keys), kernel is dkdv_kernel)
         launch(kernel, programs * tiles, q, *inputs, *results, *masks, tiles, *numbers, *strided(pattern[0], 4), pattern[1], *strided(seen, 4), MASK=kind, CAUSAL=causal, PRECISION=tile.precision,
                BLOCK_M=part.queries, BLOCK_N=part.keys, DIM=dim, BLOCK_D=tile.dim, UNIT=unit, num_warps=part.warps, num_stages=part.stages,
-               enable_fp_fusion=False)
+               enable_fp_fusion=False, **({"maxnreg": part.registers} if part.registers else {}))
     return dq, dk, dv
 
 

@@ -358,5 +358,5 @@ DOCUMENTED = (*QUICK, "adaln_modulate_backward 1536 bf16", "adaln_modulate_backw
               "qk_norm_rope 128 f32", "qk_norm_rope_backward 128 f32", "layer_norm_2d 1536 bf16", "layer_norm_2d_backward 1536 bf16", "bias_activation_backward gelu_tanh 6144 bf16",
               "attention 64 f32", "attention 128 bf16", "attention 128 bf16 additive", "attention 128 f32",
               "attention 256 bf16", "attention 512 bf16", "joint_attention 64 bf16", "attention_varlen 64 bf16", "attention_varlen 128 bf16 causal", "attention 64 bf16 pattern",
-              "attention 128 bf16 pattern", "attention_backward 64 bf16", "attention_backward 128 bf16 causal", "attention_backward 128 f32",
+              "attention 128 bf16 pattern", "attention_backward 64 bf16", "attention_backward 128 bf16 causal", "attention_backward 64 bf16 pattern", "attention_backward 128 f32",
               "joint_attention hopper 64 bf16", "joint_attention hopper 128 bf16")

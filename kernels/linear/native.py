@@ -57,9 +57,8 @@ def why_not_cpu(x, weight, bias, activation, gate, residual, exact) -> str:
         return "the erf form of GELU has no kernel"
     if x.dtype is torch.float32 and forced_backend() != "cpu":
         # By tokens, not by rows: whether a sample is in a batch must not change its result.
-        dims = x.dim()
-        tokens = x.shape[-2] if dims > 2 else 1
-        if dims == 2 and not INTEL and x.shape[0] <= FEW_ROWS:
+        tokens = x.shape[-2] if x.dim() > 2 else 1
+        if x.dim() == 2 and not INTEL and x.shape[0] <= FEW_ROWS:
             return ""
         if tokens < FEW_TOKENS:
             return "for so few rows of a sample PyTorch's product is as fast, and sums in shorter chains"

@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 
 from fusewire.kernels import cuda_rows
+from fusewire.kernels.adaln.backward_calls import LAYER, NONE, RMS
 from fusewire.kernels.adaln.reference import normalise
 from fusewire.kernels.adaln.triton_limits import predicates, too_large
 
 MAX_CHANNELS = 16384  # a row is held in the registers of one block
 MAX_ROWS = 2**31 - 1  # a block has a row; blocks are numbered along x
-NONE, LAYER, RMS = 0, 1, 2  # which norm the kernel applies
 
 op = cuda_rows.raw(
     "cuda_adaln(Tensor x, Tensor? y, Tensor? gate, Tensor? y2, Tensor? gate2, Tensor? weight, Tensor? bias, Tensor? shift, Tensor? scale, "

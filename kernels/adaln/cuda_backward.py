@@ -10,13 +10,11 @@ import torch
 
 from fusewire.kernels import cuda_rows
 from fusewire.kernels.adaln import triton_limits
-from fusewire.kernels.adaln.cuda import LAYER, MAX_ROWS, NONE, RMS
+from fusewire.kernels.adaln.backward_calls import MODULATIONS, ROWWISE, VECTORS, calls
+from fusewire.kernels.adaln.cuda import MAX_ROWS
 
 MAX_CHANNELS = 4096  # a row and up to six sums over rows are held in the registers of one block
 PARTS, LONGEST = 256, 64  # a sample's tokens are cut into so many parts, of at most so many tokens each
-ROWWISE = ("x", "y", "y2")
-MODULATIONS = ("gate", "gate2", "shift", "scale", "shift2", "scale2")
-VECTORS = ("weight", "bias")  # their sums go over the samples too
 
 op = cuda_rows.raw(
     "cuda_adaln_backward(Tensor? grad, Tensor? grad1, Tensor? grad2, Tensor? x, Tensor? y, Tensor? gate, Tensor? y2, Tensor? gate2, Tensor? scale, "
@@ -60,8 +58,7 @@ def parts_of(tokens: int) -> int:
 
 
 def _backward(wanted: int, norm: int, eps: float, grad, grad1, grad2, arguments: dict[str, torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
-    """The gradients of ``arguments``, in their order; bit i of ``wanted`` asks for the i-th. ``grad``: of the residual, where there are gates; ``grad1``,
-    ``grad2``: of the modulated norms."""
+    """As ``calls`` says."""
     like = next(iter(arguments.values()))
     batch, tokens, channels = like.shape
     found = {name: like.new_empty(tensor.shape) for i, (name, tensor) in enumerate(arguments.items()) if tensor is not None and wanted >> i & 1}
@@ -73,20 +70,4 @@ def _backward(wanted: int, norm: int, eps: float, grad, grad1, grad2, arguments:
     return tuple(found[name] if name in found else like.new_empty(0) for name in arguments)
 
 
-def adaln_modulate_backward(grad, x, shift, scale, weight, bias, eps: float, rms: bool, wanted: int) -> tuple[torch.Tensor, ...]:
-    arguments = {"x": x, "shift": shift, "scale": scale, "weight": weight, "bias": bias}
-    return _backward(wanted, RMS if rms else LAYER, eps, None, grad, None, arguments)
-
-
-def adaln_modulate_dual_backward(grad, grad2, x, shift, scale, shift2, scale2, eps: float, wanted: int) -> tuple[torch.Tensor, ...]:
-    arguments = {"x": x, "shift": shift, "scale": scale, "shift2": shift2, "scale2": scale2}
-    return _backward(wanted, LAYER, eps, None, grad, grad2, arguments)
-
-
-def gate_residual_backward(grad, y, gate, wanted: int) -> tuple[torch.Tensor, ...]:
-    return _backward(wanted, NONE, 0.0, grad, None, None, {"y": y, "gate": gate})
-
-
-def gate_residual_adaln_backward(grad, grad2, x, y, gate, y2, gate2, shift, scale, weight, bias, eps: float, rms: bool, wanted: int) -> tuple[torch.Tensor, ...]:
-    arguments = {"x": x, "y": y, "gate": gate, "y2": y2, "gate2": gate2, "shift": shift, "scale": scale, "weight": weight, "bias": bias}
-    return _backward(wanted, RMS if rms else LAYER, eps, grad, grad2, None, arguments)
+adaln_modulate_backward, adaln_modulate_dual_backward, gate_residual_backward, gate_residual_adaln_backward = calls(_backward)

@@ -11,15 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
+from fusewire.kernels.adaln.backward_calls import MODULATIONS, ROWWISE, VECTORS, calls
 from fusewire.kernels.triton_base import arch_of, inner_contiguous, launch, load_rows, narrow, over_tokens, strided
 from fusewire.kernels.triton_sums import add_up, sum_of_rows
 from fusewire.kernels.tuning import Arch, RowTile, aligned, row_tile
 
-NONE, LAYER, RMS = 0, 1, 2  # which norm the forward applied
 PARTS = 256  # of a sample's tokens: one program and one row of partial sums each
-ROWWISE = ("x", "y", "y2")
-MODULATIONS = ("gate", "gate2", "shift", "scale", "shift2", "scale2")
-VECTORS = ("weight", "bias")  # their sums go over the samples too
 
 
 @triton.jit
@@ -142,7 +139,7 @@ def _tile(channels: int, sums: int, arch: Arch) -> RowTile:
 
 
 def _backward(wanted: int, norm: int, eps: float, grad, grad1, grad2, arguments: dict[str, torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
-    """The gradients of ``arguments``, in their order; bit i of ``wanted`` asks for the i-th. ``grad``, ``grad1``, ``grad2``: as the kernel takes them."""
+    """As ``calls`` says."""
     like = next(iter(arguments.values()))
     batch, tokens, channels = like.shape
     tile = _tile(channels, sum(tensor is not None for name, tensor in arguments.items() if name not in ROWWISE), arch_of(like.device))
@@ -173,20 +170,4 @@ def _backward(wanted: int, norm: int, eps: float, grad, grad1, grad2, arguments:
     return tuple(found[name] if name in found else like.new_empty(0) for name in arguments)
 
 
-def adaln_modulate_backward(grad, x, shift, scale, weight, bias, eps: float, rms: bool, wanted: int) -> tuple[torch.Tensor, ...]:
-    arguments = {"x": x, "shift": shift, "scale": scale, "weight": weight, "bias": bias}
-    return _backward(wanted, RMS if rms else LAYER, eps, None, grad, None, arguments)
-
-
-def adaln_modulate_dual_backward(grad, grad2, x, shift, scale, shift2, scale2, eps: float, wanted: int) -> tuple[torch.Tensor, ...]:
-    arguments = {"x": x, "shift": shift, "scale": scale, "shift2": shift2, "scale2": scale2}
-    return _backward(wanted, LAYER, eps, None, grad, grad2, arguments)
-
-
-def gate_residual_backward(grad, y, gate, wanted: int) -> tuple[torch.Tensor, ...]:
-    return _backward(wanted, NONE, 0.0, grad, None, None, {"y": y, "gate": gate})
-
-
-def gate_residual_adaln_backward(grad, grad2, x, y, gate, y2, gate2, shift, scale, weight, bias, eps: float, rms: bool, wanted: int) -> tuple[torch.Tensor, ...]:
-    arguments = {"x": x, "y": y, "gate": gate, "y2": y2, "gate2": gate2, "shift": shift, "scale": scale, "weight": weight, "bias": bias}
-    return _backward(wanted, RMS if rms else LAYER, eps, grad, grad2, None, arguments)
+adaln_modulate_backward, adaln_modulate_dual_backward, gate_residual_backward, gate_residual_adaln_backward = calls(_backward)

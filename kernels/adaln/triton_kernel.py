@@ -11,11 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+from fusewire.kernels.adaln.backward_calls import LAYER, NONE, RMS
 from fusewire.kernels.adaln.reference import normalise, normalised_dtype
 from fusewire.kernels.adaln.triton_backward import (  # noqa: F401 (the launchers of the room's Triton rows are looked up here)
-    LAYER,
-    NONE,
-    RMS,
     adaln_modulate_backward,
     adaln_modulate_dual_backward,
     gate_residual_adaln_backward,

@@ -3,14 +3,12 @@
 // A block walks over some tiles of rows and writes a row of partial sums for the weight; column_sums_kernels.cu adds these up.
 #include "cuda/qk_norm_rope_backward.h"
 
-#include "cuda/device.h"
+#include "cuda/head_rows.h"
 
 namespace fusewire::cuda {
 
-constexpr int kBlock = 128;  // threads: as many rows as fit
-
 template <typename T, int kChunks>
-__global__ void __launch_bounds__(kBlock) qk_norm_rope_gradient_kernel(const __grid_constant__ QkGradient k) {
+__global__ void __launch_bounds__(kHeadBlock) qk_norm_rope_gradient_kernel(const __grid_constant__ QkGradient k) {
   constexpr int N = kChunk<T>;
   const bool is_q = blockIdx.x < k.part[0].blocks;
   const QkGradientPart& part = k.part[is_q ? 0 : 1];
@@ -45,9 +43,7 @@ __global__ void __launch_bounds__(kBlock) qk_norm_rope_gradient_kernel(const __g
       if (k.cos.data) {
         // (even, odd) was turned to (even cos - odd sin, odd cos + even sin): its gradient is turned the other way
         float c[N / 2], s[N / 2];
-        const int pair = channel(j) / 2;
-        load_chunk(static_cast<const float*>(k.cos.data) + (i_t * k.cos.token + pair * k.cos.channel), k.cos.channel, count[j] / 2, k.cos.vector, c);
-        load_chunk(static_cast<const float*>(k.sin.data) + (i_t * k.sin.token + pair * k.sin.channel), k.sin.channel, count[j] / 2, k.sin.vector, s);
+        load_rotation(k.cos, k.sin, i_t, channel(j), count[j], c, s);
 #pragma unroll
         for (int i = 0; i < N / 2; ++i) {
           const float even = g[j][2 * i], odd = g[j][2 * i + 1];
@@ -81,7 +77,7 @@ __global__ void __launch_bounds__(kBlock) qk_norm_rope_gradient_kernel(const __g
   if (!part.sums) return;
 
   // The block's rows, by pairs
-  __shared__ float shared[kChunks * N][kBlock];
+  __shared__ float shared[kChunks * N][kHeadBlock];
   const unsigned thread = threadIdx.y * blockDim.x + threadIdx.x;
 #pragma unroll
   for (int j = 0; j < kChunks; ++j) {
@@ -105,28 +101,22 @@ __global__ void __launch_bounds__(kBlock) qk_norm_rope_gradient_kernel(const __g
 }
 
 template <typename T, int kChunks>
-static const char* launch_rows(QkGradient& task, int64_t chunks, void* stream) {
-  unsigned lanes = 1;  // of a row: a power of two
-  while (lanes * kChunks < chunks) lanes *= 2;
-  const unsigned rows = kBlock / lanes;
-  for (QkGradientPart& part : task.part) {
-    const unsigned tiles = static_cast<unsigned>(ceil_div(part.rows, rows));
-    if (!part.sums) part.blocks = tiles;
-    part.steps = part.blocks ? static_cast<unsigned>(ceil_div(tiles, part.blocks)) : 0;
+struct GradientRows {
+  static const char* launch(QkGradient& task, unsigned lanes, void* stream) {
+    const unsigned rows = kHeadBlock / lanes;
+    for (QkGradientPart& part : task.part) {
+      const unsigned tiles = static_cast<unsigned>(ceil_div(part.rows, rows));
+      if (!part.sums) part.blocks = tiles;
+      part.steps = part.blocks ? static_cast<unsigned>(ceil_div(tiles, part.blocks)) : 0;
+    }
+    const int64_t blocks = static_cast<int64_t>(task.part[0].blocks) + task.part[1].blocks;
+    if (blocks > kMaxBlocks) return "q and k have too many rows";
+    return blocks ? cuda::launch(qk_norm_rope_gradient_kernel<T, kChunks>, blocks, dim3(lanes, rows), stream, task) : nullptr;
   }
-  const int64_t blocks = static_cast<int64_t>(task.part[0].blocks) + task.part[1].blocks;
-  if (blocks > kMaxBlocks) return "q and k have too many rows";
-  return blocks ? launch(qk_norm_rope_gradient_kernel<T, kChunks>, blocks, dim3(lanes, rows), stream, task) : nullptr;
-}
+};
 
-// How a row is cut depends on the head dimension alone.
 const char* launch_qk_gradient(QkGradient task, Type type, void* stream) {
-  FUSEWIRE_CUDA_SWITCH(type, {
-    const int64_t chunks = ceil_div(task.dim, kChunk<T>);
-    if (chunks <= kWarp) return launch_rows<T, 1>(task, chunks, stream);
-    if (chunks <= 2 * kWarp) return launch_rows<T, 2>(task, chunks, stream);
-    return launch_rows<T, kMaxDim / kChunk<T> / kWarp>(task, chunks, stream);
-  })
+  FUSEWIRE_CUDA_SWITCH(type, { return launch_heads<GradientRows, T>(task, stream); })
   return "unknown dtype";
 }
 

@@ -1,14 +1,12 @@
 // QK norm with rotary embedding on CUDA: q and k in one launch, each head's row read once and written once, by a part of a warp.
 #include "cuda/qk_norm_rope.h"
 
-#include "cuda/device.h"
+#include "cuda/head_rows.h"
 
 namespace fusewire::cuda {
 
-constexpr int kBlock = 128;  // threads: as many rows as fit
-
 template <typename T, int kChunks>
-__global__ void __launch_bounds__(kBlock) qk_norm_rope_kernel(const __grid_constant__ QkNorm k) {
+__global__ void __launch_bounds__(kHeadBlock) qk_norm_rope_kernel(const __grid_constant__ QkNorm k) {
   constexpr int N = kChunk<T>;
   const bool is_q = blockIdx.x < k.q_blocks;
   const QkPart& part = k.part[is_q ? 0 : 1];
@@ -48,9 +46,7 @@ __global__ void __launch_bounds__(kBlock) qk_norm_rope_kernel(const __grid_const
     }
     if (k.cos.data) {
       float c[N / 2], s[N / 2];
-      const int pair = channel(j) / 2;
-      load_chunk(static_cast<const float*>(k.cos.data) + (i_t * k.cos.token + pair * k.cos.channel), k.cos.channel, count[j] / 2, k.cos.vector, c);
-      load_chunk(static_cast<const float*>(k.sin.data) + (i_t * k.sin.token + pair * k.sin.channel), k.sin.channel, count[j] / 2, k.sin.vector, s);
+      load_rotation(k.cos, k.sin, i_t, channel(j), count[j], c, s);
 #pragma unroll
       for (int i = 0; i < N / 2; ++i) {
         // (even, odd) -> (even cos - odd sin, odd cos + even sin)
@@ -64,24 +60,18 @@ __global__ void __launch_bounds__(kBlock) qk_norm_rope_kernel(const __grid_const
 }
 
 template <typename T, int kChunks>
-static const char* launch_rows(QkNorm& task, int64_t chunks, void* stream) {
-  unsigned lanes = 1;  // of a row: a power of two
-  while (lanes * kChunks < chunks) lanes *= 2;
-  const unsigned rows = kBlock / lanes;
-  task.q_blocks = static_cast<unsigned>(ceil_div(task.part[0].rows, rows));
-  const int64_t blocks = task.q_blocks + ceil_div(task.part[1].rows, rows);
-  if (blocks > kMaxBlocks) return "q and k have too many rows";
-  return launch(qk_norm_rope_kernel<T, kChunks>, blocks, dim3(lanes, rows), stream, task);
-}
+struct NormRows {
+  static const char* launch(QkNorm& task, unsigned lanes, void* stream) {
+    const unsigned rows = kHeadBlock / lanes;
+    task.q_blocks = static_cast<unsigned>(ceil_div(task.part[0].rows, rows));
+    const int64_t blocks = task.q_blocks + ceil_div(task.part[1].rows, rows);
+    if (blocks > kMaxBlocks) return "q and k have too many rows";
+    return cuda::launch(qk_norm_rope_kernel<T, kChunks>, blocks, dim3(lanes, rows), stream, task);
+  }
+};
 
-// How a row is cut depends on the head dimension alone.
 const char* launch_qk_norm(QkNorm task, Type type, void* stream) {
-  FUSEWIRE_CUDA_SWITCH(type, {
-    const int64_t chunks = ceil_div(task.dim, kChunk<T>);
-    if (chunks <= kWarp) return launch_rows<T, 1>(task, chunks, stream);
-    if (chunks <= 2 * kWarp) return launch_rows<T, 2>(task, chunks, stream);
-    return launch_rows<T, kMaxDim / kChunk<T> / kWarp>(task, chunks, stream);
-  })
+  FUSEWIRE_CUDA_SWITCH(type, { return launch_heads<NormRows, T>(task, stream); })
   return "unknown dtype";
 }
 

@@ -69,7 +69,11 @@ def attend(q, k, v, mask, causal: bool, scale: float | None, pattern=None) -> tu
     highest = logits.amax(-1, keepdim=True).detach().clamp(min=torch.finfo(logits.dtype).min)
     weights = torch.exp(logits - highest)
     total = weights.sum(-1, keepdim=True)
-    return (weights @ v / total.masked_fill(total == 0, 1)).transpose(1, 2), highest.squeeze(-1), total.squeeze(-1)
+    divisor = total.masked_fill(total == 0, 1)
+    # Divided after the product, which rounds better; before it where it is differentiated: the gradient of q then subtracts sums of the same
+    # products, and that of a query which sees one key is 0, as it should be
+    out = weights / divisor @ v if weights.requires_grad else weights @ v / divisor
+    return out.transpose(1, 2), highest.squeeze(-1), total.squeeze(-1)
 
 
 def _visible(q, k, blocks, words) -> torch.Tensor | None:

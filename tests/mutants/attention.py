@@ -3,7 +3,7 @@ from tests.mutants.mutant import of_room
 mutant = of_room("attention")
 MUTANTS = (
     mutant("causal lets the next key through", "reference.py", ".triu(1)", ".triu(2)", "test_attention.py"),
-    mutant("a masked row gives NaN", "reference.py", "total.masked_fill(total == 0, 1)).transpose(1, 2)", "total).transpose(1, 2)", "test_attention.py"),
+    mutant("a masked row gives NaN", "reference.py", "divisor = total.masked_fill(total == 0, 1)", "divisor = total", "test_attention.py"),
     mutant("NaN of unused keys leaks", "reference.py", "unused = hidden.all(dim=-2).unsqueeze(-1)\n    k, v = k.masked_fill(unused, 0), v.masked_fill(unused, 0)\n    logits",
            "logits", "test_attention.py"),
     mutant("an additive mask is multiplied", "reference.py", "logits = logits + mask.to(logits.dtype)", "logits = logits * mask.to(logits.dtype)",

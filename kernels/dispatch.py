@@ -88,16 +88,16 @@ class Table:
     def rows(self, rows: list[Backend]) -> None:
         self._rows = rows
         # Without the Python call around an op, 0.2 us; torch.compile traces the op itself
-        self._direct = [(row, getattr(row.run, "_op", row.run)) for row in rows]
+        self._direct = [(row.why_not, getattr(row.run, "_op", row.run), row.name, row.run) for row in rows]
 
     def __call__(self, *args):
         if _forced is not None:
             return self._run_forced(args)
-        for row, direct in self._direct:
-            if not row.why_not(*args):
+        for why_not, direct, name, run in self._direct:
+            if not why_not(*args):
                 if torch.compiler.is_compiling():
-                    return row.run(*args)
-                self.calls[row.name] += 1
+                    return run(*args)
+                self.calls[name] += 1
                 return direct(*args)
         raise BackendError(f"{self.op}: no backend can serve this call")
 

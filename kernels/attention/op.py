@@ -111,9 +111,10 @@ _WEIGHTS = ("q_weight", "k_weight", "q2_weight", "k2_weight")
 def _check(names: tuple[str, str, str], q, k, v) -> None:
     """q [B, Tq, H, D], k and v [B, Tk, H_kv, D], one dtype, one device."""
     if isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor):
-        dtype, device, shape, key_shape = q.dtype, q.device, q.shape, k.shape
-        if (k.dtype is dtype and v.dtype is dtype and dtype in checks.FLOATS and k.device == device and v.device == device and len(shape) == 4
-                and v.shape == key_shape and key_shape[::2] == shape[::2] and key_shape[3:] == shape[3:]):
+        dtype, shape, key_shape = q.dtype, q.shape, k.shape
+        if (k.dtype is dtype and v.dtype is dtype and dtype in checks.FLOATS and len(shape) == 4 and v.shape == key_shape
+                and (key_shape == shape or key_shape[::2] == shape[::2] and key_shape[3:] == shape[3:])
+                and (k.is_cpu and v.is_cpu if q.is_cpu else k.device == q.device == v.device)):
             return  # the common good input: everything below holds
     for name, x in zip(names, (q, k, v)):
         checks.floating(name, x)
@@ -129,6 +130,20 @@ def _check(names: tuple[str, str, str], q, k, v) -> None:
             raise TypeError(f"{name} has dtype {x.dtype}; it should be {q.dtype}, as {names[0]} has")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}; it should be on {q.device}, where {names[0]} is")
+
+
+def _joins(q, k, v, q2, k2, v2) -> bool:
+    """The common joint attention, six tensors on the CPU with as many heads each, in few comparisons; others take the checks below."""
+    dtype = getattr(q, "dtype", None)
+    for x in (q, k, v, q2, k2, v2):
+        if not (isinstance(x, torch.Tensor) and x.is_cpu and x.dtype is dtype):
+            return False
+    shape, shape2 = k.shape, k2.shape
+    if not (len(shape) == 4 == len(shape2) and dtype in checks.FLOATS and v.shape == shape and v2.shape == shape2):
+        return False
+    (batch, _, heads, channels), (batch2, _, heads2, channels2) = shape, shape2
+    return batch == batch2 and heads == heads2 and channels == channels2 and (
+        q.shape == shape or q.shape == (batch, q.shape[1], heads, channels)) and (q2.shape == shape2 or q2.shape == (batch, q2.shape[1], heads, channels))
 
 
 def _check_streams(q, k, q2, k2) -> None:
@@ -224,7 +239,7 @@ def attention(q, k, v, *, mask=None, causal: bool = False, scale: float | None =
     Raises: TypeError for a dtype, ValueError for a shape, a device, ``scale`` or ``eps`` that is not as stated.
     Source: Dao et al. (2022), "FlashAttention"; Vaswani et al. (2017).
     """
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+    if torch._C._is_any_autocast_enabled():
         q, k, v = cast((q, k, v))
     _check(("q", "k", "v"), q, k, v)
     _check_rest(q, _WEIGHTS, (q_weight, k_weight), scale, eps)
@@ -265,12 +280,14 @@ def joint_attention(q, k, v, q2, k2, v2, *, q_weight=None, k_weight=None, q2_wei
     Raises: TypeError for a dtype, ValueError for a shape, a device, ``scale`` or ``eps`` that is not as stated.
     Source: Esser et al. (2024), "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", the joint attention of MMDiT.
     """
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+    if torch._C._is_any_autocast_enabled():
         q, k, v, q2, k2, v2 = cast((q, k, v, q2, k2, v2))
-    _check(("q", "k", "v"), q, k, v)
-    _check(("q2", "k2", "v2"), q2, k2, v2)
-    _check_streams(q, k, q2, k2)
-    _check_rest(q, _WEIGHTS, (q_weight, k_weight, q2_weight, k2_weight), scale, eps)
+    if not _joins(q, k, v, q2, k2, v2):
+        _check(("q", "k", "v"), q, k, v)
+        _check(("q2", "k2", "v2"), q2, k2, v2)
+        _check_streams(q, k, q2, k2)
+    if not (q_weight is k_weight is q2_weight is k2_weight is scale is None and eps > 0):
+        _check_rest(q, _WEIGHTS, (q_weight, k_weight, q2_weight, k2_weight), scale, eps)
     if learns(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight):
         pairs = ((_normalised(q, q_weight, eps), _normalised(q2, q2_weight, eps)), (_normalised(k, k_weight, eps), _normalised(k2, k2_weight, eps)), (v, v2))
         out, _, _ = _softmax(*(torch.cat(pair, dim=1) for pair in pairs), None, False, scale)

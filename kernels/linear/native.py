@@ -39,8 +39,9 @@ def why_not_cpu(x, weight, bias, activation, gate, residual, exact) -> str:
         return f"x is on {x.device}"
     if x.dtype is torch.float64:
         return "x has dtype torch.float64"
-    if any(t is not None and t.dtype is not x.dtype for t in (weight, bias, gate, residual)):
-        return "the tensors differ in dtype"
+    for tensor in (weight, bias, gate, residual):
+        if tensor is not None and tensor.dtype is not x.dtype:
+            return "the tensors differ in dtype"
     if x.numel() == 0 or weight.numel() == 0:
         return "a tensor is empty"
     if torch.is_autocast_enabled("cpu"):

@@ -94,10 +94,12 @@ def _fits(x, weight, bias, activation, gate, residual) -> bool:
     """The common call in few comparisons; ``_check`` looks at the rest and finds out what is wrong."""
     if gate is not None or residual is not None or not isinstance(x, torch.Tensor) or not isinstance(weight, torch.Tensor):
         return False
-    dtype, device, shape, given = x.dtype, x.device, weight.shape, x.shape
+    dtype, shape, given = x.dtype, weight.shape, x.shape
+    device = None if x.is_cpu else x.device  # there is one CPU
     return (len(shape) == 2 and len(given) > 0 and given[-1] == shape[1] and dtype in checks.FLOATS and weight.dtype is dtype
-            and weight.device == device and (activation is None or activation in reference.ACTIVATIONS)
-            and (bias is None or isinstance(bias, torch.Tensor) and bias.dtype is dtype and bias.device == device and bias.shape == shape[:1]))
+            and (weight.is_cpu if device is None else weight.device == device) and (activation is None or activation in reference.ACTIVATIONS)
+            and (bias is None or isinstance(bias, torch.Tensor) and bias.dtype is dtype and bias.shape == shape[:1]
+                 and (bias.is_cpu if device is None else bias.device == device)))
 
 
 def _check(x, weight, bias, activation, gate, residual) -> None:

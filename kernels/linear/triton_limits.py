@@ -42,7 +42,7 @@ def why_not_cublaslt(x, weight, bias, activation, gate, residual, exact) -> str:
     if exact:
         return "numerics='exact' rounds between the product and the activation, as the stock calls do"
     if not x.is_cuda:
-        return f"x is on {x.device.type}"
+        return "x is on cpu" if x.is_cpu else f"x is on {x.device.type}"
     if activation != "gelu_tanh" or bias is None:
         return "cuBLASLt's epilogue is bias and GELU-tanh"
     if x.dtype not in (torch.bfloat16, torch.float16) or not x.dtype is weight.dtype is bias.dtype:  # in float32 its GELU errs seven times as much

@@ -25,8 +25,8 @@ app = typer.Typer(help=f"Fused kernels for text-to-image models: swap them in, p
                   no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
 TargetArg = Annotated[Optional[str], typer.Argument(
-    help="A diffusers folder, or a preset with random weights: sd3.5-medium, sd3.5-large, sd3-medium, sd3.5-tiny, sd3-tiny. "
-         "Default: the embedded pipeline, digits-sd3.", show_default=False)]
+    help="A diffusers folder, or a preset with random weights: sd3.5-medium, sd3.5-large, sd3-medium, flux-dev, flux-schnell, sd1.5, sdxl, sd-vae, "
+         "dit-xl-2, or the small sd3.5-tiny, sd3-tiny, flux-tiny, sd-tiny, dit-tiny. Default: the embedded pipeline, digits-sd3.", show_default=False)]
 Dtype = Annotated[str, typer.Option(help="Of weights and inputs: float32, bfloat16, float16 or float64.")]
 Numerics = Annotated[str, typer.Option(help="exact: torch.equal to stock. close: one rounding, other libraries. both.")]
 Layers = Annotated[Optional[int], typer.Option(help="Blocks of a preset.", show_default="the preset's own")]

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from fusewire.cli import app
+from fusewire.presets import PRESETS
 from tests.spoil import spoil
 from tests.tiny import tiny_pipeline
 
@@ -37,6 +38,11 @@ def answer(result):
 def test_help_stands_alone(command):
     result = run(command, "--help")
     assert result.exit_code == 0 and "Exit codes: 0 all holds" in result.stdout and "--json" in result.stdout
+
+
+def test_help_names_every_preset():
+    words = run("profile", "--help").stdout.replace("│", " ").replace(",", " ").replace(".  ", " ").split()
+    assert {*PRESETS} <= {word.rstrip(".") for word in words}
 
 
 def test_no_command_lists_them_all():

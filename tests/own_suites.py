@@ -4,7 +4,8 @@
 
 SUITE is a folder with the ``tests`` folder of either project. Every model and scheduler that a test makes is swapped as soon as it has been made or
 loaded; what does not pass then is run stock. A test that passes stock alone is an error of ours. Outcomes are kept in FILE as they come and a test that
-has one is not run again, so that a run can be interrupted, or be cut by ``--seconds``, and go on; delete FILE to begin anew.
+has one is not run again, so that a run can be interrupted, or be cut by ``--seconds``, and go on; delete FILE to begin anew. diffusers' tests need the
+packages parameterized and requests-mock.
 """
 
 from __future__ import annotations
@@ -280,6 +281,10 @@ def main() -> int:
                    "--outcomes", str(arguments.outcomes), "--seconds", str(until - time.monotonic())]
         if status := subprocess.run(command, cwd=arguments.suite, env=environment).returncode:
             return status
+    ran = {test.split("::")[0].removeprefix("tests/") for test in read(arguments.outcomes)}
+    if uncollected := [file for file in files if file not in ran]:
+        print(f"no test of these files was found; the lines above say why: {', '.join(uncollected)}", file=sys.stderr)
+        return 1
     if arguments.write:
         sources = arguments.outcomes.with_suffix(".sources.json")
         known_sources = json.loads(sources.read_text()) if sources.is_file() else {}

@@ -58,18 +58,20 @@ static void run(const LinearCall& call) {
   const auto kernel = FUSEWIRE_PICK(void (*)(const LinearCall&, const LinearBlock&, float*, T), linear_block);
   const int64_t panel = FUSEWIRE_PICK(int64_t (*)(), linear_panel)();
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t panels = (call.outputs + panel - 1) / panel, row_blocks = (call.rows + kLinearRows - 1) / kLinearRows;
-  // As wide as can be (every block reads its rows of x once), with three blocks for each thread.
-  const int64_t width = std::clamp<int64_t>(panels * row_blocks / (3 * threads), 1, kLinearCols / panel) * panel;
-  const int64_t height = (call.rows + row_blocks - 1) / row_blocks;
-  const int64_t floats = FUSEWIRE_PICK(int64_t (*)(int64_t, int64_t), linear_scratch)(height, width);
-  const int64_t col_blocks = (call.outputs + width - 1) / width, blocks = col_blocks * row_blocks;
+  // As wide as can be (every block copies its rows of x), as equal as can be, and three for each thread: first the rows are cut, as long as a weight
+  // is packed for many of them, then the columns.
+  const int64_t panels = (call.outputs + panel - 1) / panel, most = kLinearCols / panel, enough = 3 * threads;
+  int64_t row_blocks = (call.rows + kLinearRows - 1) / kLinearRows, col_blocks = (panels + most - 1) / most;
+  while (row_blocks * col_blocks < enough && call.rows / (row_blocks + 1) >= kLinearManyRows) ++row_blocks;
+  while (row_blocks * col_blocks < enough && col_blocks < panels) ++col_blocks;
+  const int64_t height = (call.rows + row_blocks - 1) / row_blocks, blocks = row_blocks * col_blocks;
+  const int64_t floats = FUSEWIRE_PICK(int64_t (*)(int64_t, int64_t), linear_scratch)(height, (panels + col_blocks - 1) / col_blocks * panel);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, std::min(threads, blocks), 1, [&](int64_t, int64_t) {
     float* memory = reinterpret_cast<float*>(scratch(floats * sizeof(float)));
     for (int64_t i = next++; i < blocks; i = next++) {
-      const int64_t row = i / col_blocks * height, col = i % col_blocks * width;
-      kernel(call, {row, std::min(height, call.rows - row), col, std::min(width, call.outputs - col)}, memory, T{});
+      const int64_t row = i / col_blocks * height, at = i % col_blocks, col = at * panels / col_blocks * panel, end = (at + 1) * panels / col_blocks * panel;
+      if (row < call.rows) kernel(call, {row, std::min(height, call.rows - row), col, std::min(end, call.outputs) - col}, memory, T{});
     }
   });
 }

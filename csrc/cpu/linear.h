@@ -28,7 +28,8 @@ struct LinearCall {
 // The part of the output that one task computes. Results do not depend on how the output is cut.
 struct LinearBlock { int64_t row, rows, col, cols; };
 
-constexpr int64_t kLinearRows = 2520, kLinearCols = 256;  // the largest block
+constexpr int64_t kLinearRows = 1302, kLinearCols = 256;  // the largest block: more rows' sums would leave the second-level cache
+constexpr int64_t kLinearManyRows = 448;  // against which packing a weight does not count
 
 FUSEWIRE_DECLARE(int64_t, linear_panel, ())    // a block's columns should be a multiple of it
 FUSEWIRE_DECLARE(int64_t, linear_scratch, (int64_t rows, int64_t cols))  // floats that linear_block needs, 64-byte aligned

@@ -1,0 +1,70 @@
+"""Convolutions in the form that is faster: none may change what a model computes, nor what a user's own choice of a format is."""
+
+import pytest
+import torch
+from torch import nn
+
+from fusewire.kernels.library import CPU, cpu_is_intel
+from fusewire.kernels.linear import native, patches
+from fusewire.models import convolution
+from tests.tolerance import assert_close, assert_exact
+
+# (channels, outputs, size): the weight outweighs the picture; the picture the weight
+SHAPES = {"deep": (320, 320, 8), "wide": (12, 20, 40)}
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def layer(shape, dtype, **options):
+    channels, outputs, size = SHAPES[shape]
+    module = nn.Conv2d(channels, outputs, 3, **{"padding": 1, **options}).to(dtype).requires_grad_(False)
+    return module, torch.randn(2, channels, size, size).to(dtype)
+
+
+@pytest.mark.parametrize("intel", (True, False))
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_against_float64(dtype, shape, intel, monkeypatch):
+    if cpu_is_intel() and not intel:
+        pytest.skip("PyTorch's own product serves float32 on Intel")
+    for room in (convolution, patches):
+        monkeypatch.setattr(room, "INTEL", intel)
+    for options in ({}, {"stride": 2}, {"bias": False}, {"padding": "same"}, {"dilation": 2, "padding": 2}, {"padding_mode": "circular"}):
+        module, x = layer(shape, dtype, **options)
+        want, plain = layer(shape, dtype, **options)[0].double(), module(x)
+        want.load_state_dict({name: value.double() for name, value in module.state_dict().items()})
+        assert_close(convolution.convolution(module, x), want(x.double()), plain, str(options))
+
+
+@pytest.mark.skipif(not CPU.loaded or cpu_is_intel() or not native.ONEDNN_BFLOAT16, reason="the forms differ on AMD, with its bfloat16")
+def test_which_form(monkeypatch):
+    called = []
+    monkeypatch.setattr(patches, "_patches_op", lambda *args: called.append(args) or torch.ops.fusewire.conv_patches(*args))
+    for shape, dtype, options, is_called in (("deep", torch.bfloat16, {}, 1), ("deep", torch.float32, {}, 1), ("wide", torch.bfloat16, {}, 0),
+                                             ("deep", torch.bfloat16, {"padding": "same"}, 0), ("deep", torch.bfloat16, {"dilation": 2}, 0),
+                                             ("deep", torch.bfloat16, {"padding_mode": "reflect"}, 0)):
+        module, x = layer(shape, dtype, **options)
+        called.clear()
+        y = convolution.convolution(module, x)
+        assert len(called) == is_called, (shape, dtype, options)
+        assert y.is_contiguous(memory_format=torch.channels_last) or not is_called and dtype is torch.float32
+
+
+def test_weights_that_are_channels_last_stay_the_users_choice():
+    module, x = layer("deep", torch.bfloat16)
+    module = module.to(memory_format=torch.channels_last)
+    assert_exact(convolution.convolution(module, x), module(x))
+
+
+def test_gradients_are_stocks():
+    module, x = layer("deep", torch.float32)
+    module.requires_grad_()
+    expected = torch.autograd.grad(module(x).sin().sum(), list(module.parameters()))
+    for got, want in zip(torch.autograd.grad(convolution.convolution(module, x).sin().sum(), list(module.parameters())), expected):
+        assert_exact(got, want)
+
+
+def test_compiled_whole():
+    module, x = layer("deep", torch.float32)
+    with torch.no_grad():
+        compiled = torch.compile(lambda x: convolution.convolution(module, x), fullgraph=True, backend="aot_eager")
+        assert_exact(compiled(x), convolution.convolution(module, x))

@@ -89,11 +89,13 @@ def _fits(q, k, q_weight, k_weight, rope, eps, norm, others) -> bool:
     """The common call, q and k alike and no rope, in few comparisons; ``_check`` looks at the rest and finds out what is wrong."""
     if rope is not None or others != _COMMON or not isinstance(q, torch.Tensor) or not isinstance(k, torch.Tensor):
         return False
-    shape, dtype, device = q.shape, q.dtype, q.device
+    shape, dtype = q.shape, q.dtype
+    device, size = None if q.is_cpu else q.device, shape[3:]  # there is one CPU
     for weight in (q_weight, k_weight):
-        if weight is not None and not (weight.shape == shape[3:] and weight.dtype is dtype and weight.device == device):
+        if weight is not None and not (weight.shape == size and weight.dtype is dtype and (weight.is_cpu if device is None else weight.device == device)):
             return False
-    return len(shape) == 4 and dtype in checks.FLOATS and k.shape == shape and k.dtype is dtype and k.device == device and eps > 0 and norm in _FUSED
+    return (len(shape) == 4 and dtype in checks.FLOATS and k.shape == shape and k.dtype is dtype and (k.is_cpu if device is None else k.device == device)
+            and eps > 0 and norm in _FUSED)
 
 
 _COMMON = (None, None, None, None, False, False)  # q_bias, k_bias, q_log_scale, k_log_scale, halves, across_heads
@@ -153,10 +155,13 @@ def _formed(q, k, q_weight, k_weight, rope, eps, norm, others, exact) -> tuple[t
 
 
 def _check_out(name, out, x, weight, log_scale, norm) -> None:
+    dtype = x.dtype
+    if (isinstance(out, torch.Tensor) and out.dtype is dtype and (weight is None or weight.dtype is dtype) and log_scale is None and out.shape == x.shape
+            and (out.is_cpu if x.is_cpu else out.device == x.device) and 0 not in out.stride()):
+        return  # the common good output: everything below holds
     checks.floating(name, out)
     if out.shape != x.shape:
         raise ValueError(f"{name} has shape {list(out.shape)}; it should be {list(x.shape)}")
-    dtype = x.dtype
     if weight is not None and weight.dtype is not dtype and norm == "rms":
         dtype = reference.result_dtype(x, weight, reference.RMS)
     elif log_scale is not None:

@@ -7,7 +7,6 @@ writes names the command, the day, the machine and the versions, and is the same
 from __future__ import annotations
 
 import argparse
-import ctypes
 import datetime
 import json
 import os
@@ -20,24 +19,13 @@ from pathlib import Path
 
 import torch
 
-from fusewire import ops
+from fusewire import keep_memory, ops
 from fusewire.machine import describe, version_of
 
 ROOT = Path(__file__).resolve().parents[1]
 # What lowers the instructions that oneDNN and Fusewire use: part of the command, as the result depends on them.
 ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "FUSEWIRE_CPU_ISA")
 WARM_ROUNDS = 3
-
-
-def keep_memory() -> bool:
-    """Tell glibc to keep what is freed. Otherwise a large output costs a page fault for every 4 KiB, or not, depending on what the side before
-    it freed; in a virtual machine that is more than the kernels. True where it could be told."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    trim_threshold, mmap_max = -1, -4
-    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
 
 
 def samples(functions: dict[str, Callable], rounds: int, inner: int = 1, warm: int = WARM_ROUNDS) -> dict[str, list[float]]:
@@ -100,14 +88,18 @@ def write(path: Path, rows: list[dict], state: dict) -> None:
 
 def main(doc: str, rows: Callable[[argparse.Namespace], Iterable[dict]], *, rounds: int = 21,
          options: Callable[[argparse.ArgumentParser], None] = lambda parser: None) -> None:
-    """The command line of a benchmark: ``[--rounds N] [--json FILE]`` and its own ``options``. Rows are printed as they come."""
+    """The command line of a benchmark: ``[--rounds N] [--json FILE] [--fresh-memory]`` and its own ``options``. Rows are printed as they come.
+
+    Freed memory is kept (``fusewire.keep_memory``): otherwise a large output costs page faults, or not, depending on what the side before it freed.
+    """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--fresh-memory", action="store_true", help="leave freed memory to the C library, which hands it back to the system")
     options(parser)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    state, found = machine() | {"freed memory is kept": keep_memory()}, []
+    state, found = machine() | {"freed memory is kept": not arguments.fresh_memory and keep_memory()}, []
     with torch.inference_mode():
         for row in rows(arguments):
             found.append(row)

@@ -21,4 +21,6 @@ def __getattr__(name: str):
         return _importlib.import_module(f"fusewire.{name}")
     if name in ("restore", "swapped"):
         return getattr(_importlib.import_module("fusewire.swap"), name)
+    if name == "keep_memory":
+        return _importlib.import_module("fusewire.memory").keep_memory
     raise AttributeError(f"module 'fusewire' has no attribute {name!r}")

@@ -58,4 +58,16 @@ __device__ inline Affine<T> affine_of(const GroupNorm& k, int64_t n, unsigned ch
   return {given(k.add, 0.0f), stats[0], factor * scale, (stats[1] * factor + given(k.bias, 0.0f)) * scale + given(k.shift, 0.0f)};
 }
 
+// Of SiLU's gradient: the distance of a channel's value from the mean, and dh = grad * silu'(h).
+template <typename T>
+struct Distance {
+  float d, dh;
+  __device__ Distance(const Affine<T>& affine, float x, float grad, bool silu) : d((x + affine.add) - affine.center), dh(grad) {
+    if (!silu) return;
+    // sigmoid(h) * (1 + h * (1 - sigmoid(h))), from the smaller of both
+    const float h = fmaf(d, affine.factor, affine.offset), small = small_sigmoid<sizeof(T) == 2>(fabsf(h)), large = 1.0f - small;
+    dh *= (h < 0.0f ? small : large) * fmaf(h, h < 0.0f ? large : small, 1.0f);
+  }
+};
+
 }  // namespace fusewire::cuda

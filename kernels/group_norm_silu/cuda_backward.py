@@ -34,7 +34,7 @@ def parts_of(channels: int, pixels: int, channels_last: bool) -> int:
     if not channels_last:
         return -(-pixels // PLANE)
     size = channels * pixels
-    return min(-(-size // min(max(size // PARTS, SMALLEST), LARGEST)), pixels)
+    return -(-size // min(max(size // PARTS, SMALLEST), LARGEST))
 
 
 def group_norm_silu_backward(grad, x, groups: int, weight, bias, eps: float, shift, scale, add, silu: bool, of_x: bool) -> tuple[torch.Tensor, ...]:

@@ -58,10 +58,13 @@ def test_many_channels(backward, dtype, shape, groups):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_blocks_of_one_channel(backward, dtype):
-    """A block a channel, whose threads walk over it: of two, then of one chunk in each thread, and not in every one; chunks shared with the next channel."""
+def test_blocks_of_one_channel(backward, monkeypatch, dtype):
+    """A block a channel, whose threads walk over it: of two, then of one chunk in each thread, and not in every one; chunks shared with the next channel.
+    And two blocks, each with one chunk for every thread."""
     for pixels in (39 * 67, 61 * 84):
         check(backward, inputs((1, 8, pixels), dtype, "all"), 1)
+    monkeypatch.setattr(cuda_backward, "PLANE", 256 * 16 // dtype.itemsize)
+    check(backward, inputs((1, 2, 2 * cuda_backward.PLANE), dtype, "all"), 1)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
@@ -158,7 +161,7 @@ def test_nondeterminism(backward, cuda_machine, monkeypatch, memory_format):
     for plane in (2**13, 200):
         monkeypatch.setattr(cuda_backward, "PLANE", plane)
         monkeypatch.setattr(cuda_backward, "SMALLEST", 4 * plane)
-        for shape in ((2, 24, 3, 5), (1, 6, 43, 31)):
+        for shape in ((2, 24, 3, 5), (2, 6, 43, 31)):
             v, grad = inputs(shape, memory_format=memory_format), torch.randn(shape)
             forwards = backward(v, 3, grad)
             cuda_machine.reverse(True)

@@ -135,16 +135,19 @@ def attention_cases():
 
 def backward_cases():
     """The gradients of all arguments alone, from a graph that is kept: bytes are what a kernel has to read and write once."""
-    def graph(call, *inputs):
-        """{side: a call that runs the backward} for ``call(numerics)`` on leaves; eager's is stock's own graph."""
-        sides = {}
+    def graph(call, *inputs, both: bool = True, grads: list | None = None):
+        """{side: a call that runs the backward} for ``call(numerics)`` on leaves; eager's is stock's own graph. ``both``: whether the room has gradients
+        in Triton and in CUDA, of which "close" runs what dispatch prefers. ``grads``, filled where it is empty: one for all sides, which are compared."""
+        sides, grads = {}, [] if grads is None else grads
         for side, backend, numerics in (("eager", "reference", "exact"), ("close", None, "close")):
             with torch.inference_mode(False), torch.enable_grad(), forced(backend):
                 leaves = [x.detach().clone().requires_grad_() for x in inputs]
                 outs = call(leaves, numerics)
                 outs = outs if isinstance(outs, tuple) else (outs,)
-                grads = [torch.randn_like(out) for out in outs]
+                grads += [] if grads else [torch.randn_like(out) for out in outs]
             sides[side] = lambda outs=outs, leaves=leaves, grads=grads: _gradients(outs, leaves, grads)
+        if both and CUDA.loaded and not DRY:
+            sides |= {f"{backend} close": with_backend(backend, sides["close"]) for backend in ("triton", "cuda")}
         return sides
 
     for (batch, tokens, channels), dtype in ((s, d) for s in (sized((2, 4608, 3072), (1, 2, 48)),) for d in SHORT):
@@ -154,14 +157,17 @@ def backward_cases():
         yield "adaln_modulate backward", what, 3 * size, 0, graph(lambda v, n: ops.adaln_modulate(*v, numerics=n), x, m[0], m[1])
         yield "gate_residual backward", what, 3 * size, 0, graph(lambda v, n: ops.gate_residual(*v, numerics=n), x, y, m[0])
         yield "gate_residual_adaln backward", what, 6 * size, 0, graph(lambda v, n: ops.gate_residual_adaln(*v, numerics=n), x, y, *m)
-        yield "rms_norm backward", what, 3 * size, 0, graph(lambda v, n: ops.rms_norm(*v, numerics=n), x, w)
-        yield "layer_norm backward", what, 3 * size, 0, graph(lambda v, n: ops.layer_norm(*v, numerics=n), x, w, w)
+        yield "rms_norm backward", what, 3 * size, 0, graph(lambda v, n: ops.rms_norm(*v, numerics=n), x, w, both=False)
+        yield "layer_norm backward", what, 3 * size, 0, graph(lambda v, n: ops.layer_norm(*v, numerics=n), x, w, w, both=False)
     for (batch, tokens, channels), dtype in ((sized((2, 4096, 2560), (1, 2, 16)), d) for d in SHORT):
         x = rand(batch, tokens, 2 * channels, dtype=dtype)
-        yield "geglu backward", f"{list(x.shape)} {SHORT[dtype]}", 5 * x.numel() // 2 * dtype.itemsize, 0, graph(lambda v, n: ops.geglu(*v, numerics=n), x)
-    for shape, dtype in ((s, d) for s in (sized((2, 320, 128, 128), (1, 4, 2, 3)), sized((1, 128, 1024, 1024), (1, 4, 3, 3))) for d in SHORT):
-        x, w = rand(*shape, dtype=dtype), rand(shape[1], dtype=dtype)
-        yield ("group_norm_silu backward", f"{list(shape)} {SHORT[dtype]}", 3 * x.numel() * dtype.itemsize, 0,
+        yield ("geglu backward", f"{list(x.shape)} {SHORT[dtype]}", 5 * x.numel() // 2 * dtype.itemsize, 0,
+               graph(lambda v, n: ops.geglu(*v, numerics=n), x, both=False))
+    pictures = ((sized((2, 320, 128, 128), (1, 4, 2, 3)), False), (sized((2, 320, 128, 128), (1, 4, 2, 3)), True),
+                (sized((2, 1280, 16, 16), (1, 4, 2, 2)), False), (sized((1, 128, 1024, 1024), (1, 4, 3, 3)), False))
+    for shape, last, dtype in ((*picture, d) for picture in pictures for d in SHORT):
+        x, w = rand(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format), rand(shape[1], dtype=dtype)
+        yield ("group_norm_silu backward", f"{list(shape)}{' channels last' if last else ''} {SHORT[dtype]}", 3 * x.numel() * dtype.itemsize, 0,
                graph(lambda v, n: ops.group_norm_silu(v[0], 2 if DRY else 32, *v[1:], numerics=n), x, w, w))
     for (batch, tokens, heads, dim), dtype in ((sized((1, 4608, 24, 128), (1, 3, 1, 16)), d) for d in SHORT):
         q, w = rand(batch, tokens, heads, dim, dtype=dtype), rand(dim, dtype=dtype)
@@ -169,9 +175,11 @@ def backward_cases():
                graph(lambda v, n: ops.qk_norm_rope(*v, numerics=n), q, q, w, w))
     for tokens, heads, dim in ((16, 1, 16),) if DRY else ((4250, 24, 64), (4608, 24, 128)):
         q, k, v = (rand(1, tokens, heads, dim) for _ in range(3))
-        sides = graph(lambda v, n: ops.attention(*v), q, k, v)
+        options = {"both": False, "grads": []}
+        sides = graph(lambda v, n: ops.attention(*v), q, k, v, **options)
         if not DRY:
-            sides["eager"] = graph(lambda v, n: F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in v)).transpose(1, 2), q, k, v)["eager"]
+            stock = lambda v, n: F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in v)).transpose(1, 2)  # noqa: E731
+            sides["eager"] = graph(stock, q, k, v, **options)["eager"]
             ours = sides["close"]
             sides["close, libraries"] = lambda ours=ours: _with_libraries(ours)
         yield "attention backward", f"{list(q.shape)} bf16", 0, 10 * heads * tokens**2 * dim, sides

@@ -1,4 +1,4 @@
-// GroupNorm with SiLU on CUDA: what group_norm_silu.cpp (tensors) hands to group_norm_silu_kernels.cu (device code).
+// GroupNorm with SiLU on CUDA: what group_norm_silu.cpp (tensors) hands to group_norm_silu_kernels.cu and group_norm_stats_kernels.cu (device code).
 #pragma once
 #include "cuda/views.h"
 
@@ -21,7 +21,8 @@ struct GroupNorm {
 
 constexpr int kMaxBytesLast = 8192;  // a block of 512 threads holds all channels of a pixel
 
-// nullptr, or what went wrong.
+// Both: nullptr, or what went wrong. The first writes `parts` and `stats` alone, the second also `out`.
+const char* launch_group_norm_stats(const GroupNorm& task, Type type, void* stream);
 const char* launch_group_norm(const GroupNorm& task, Type type, void* stream);
 
 }  // namespace fusewire::cuda

@@ -1,4 +1,4 @@
-"""GroupNorm with SiLU by csrc/cuda, forward and in ``close``: the predicate of the room's CUDA row, and what it launches.
+"""GroupNorm with SiLU by csrc/cuda, forward and in ``close``: the predicate of the CUDA row, and what it launches.
 
 Contiguous and channels-last pictures with dense samples are read in place, at any alignment and batch stride; others are copied. A group is cut into
 parts by its own size alone, so that a sample's result does not depend on its batch; the parts' statistics are the one tensor beside the output.
@@ -19,16 +19,25 @@ op = cuda_rows.raw("cuda_group_norm(Tensor x, Tensor? weight, Tensor? bias, Tens
                    "Tensor(c!) stats, int groups, float eps, bool channels_last, bool silu) -> ()")
 
 
-def why_not(x, groups, weight, bias, eps, shift, scale, add, silu, exact) -> str:
-    if exact:
-        return "numerics='exact' keeps PyTorch's own norm"
-    if reason := cuda_rows.why_not(x, weight, bias, shift, scale, add):
+def beyond(x, groups, *tensors) -> str:
+    """Why csrc/cuda cannot serve x and these, in either direction; ``""`` where it can."""
+    if reason := cuda_rows.why_not(x, *tensors):
         return reason
     if x.numel() // max(x.shape[0] * groups, 1) > MAX_GROUP:
         return f"x has groups of more than {MAX_GROUP} elements"
     if x.shape[1] * x.element_size() > MAX_BYTES_LAST and suggest_memory_format(x) is not torch.contiguous_format:
         return f"x is channels-last and has {x.shape[1]} channels, more than {MAX_BYTES_LAST // x.element_size()}"
+    return ""
+
+
+def better_by_triton(x) -> str:
     return cuda_rows.better_by_triton(x) if suggest_memory_format(x) is torch.contiguous_format else ""
+
+
+def why_not(x, groups, weight, bias, eps, shift, scale, add, silu, exact) -> str:
+    if exact:
+        return "numerics='exact' keeps PyTorch's own norm"
+    return beyond(x, groups, weight, bias, shift, scale, add) or better_by_triton(x)
 
 
 def parts_of(channels: int, groups: int, pixels: int, channels_last: bool) -> int:

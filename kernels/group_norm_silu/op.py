@@ -9,7 +9,7 @@ from fusewire.kernels.autograd import fused
 from fusewire.kernels.checks import FLOATS
 from fusewire.kernels.cuda_rows import row as cuda_row
 from fusewire.kernels.dispatch import Backend, Table, always
-from fusewire.kernels.group_norm_silu import cuda, native, reference, triton_limits
+from fusewire.kernels.group_norm_silu import cuda, cuda_backward, native, reference, triton_limits
 from fusewire.kernels.library import define
 from fusewire.kernels.rounding import is_exact, promoted
 from fusewire.kernels.triton_rows import row as triton_row
@@ -32,6 +32,7 @@ _backward_op = define("group_norm_silu_backward(Tensor grad, Tensor x, int group
                       fallback=reference.group_norm_silu_backward, fake=_fake_backward)
 _backward_table = Table("group_norm_silu_backward", [
     Backend("cpu", native.why_not_backward, _backward_op),
+    cuda_row(_backward_op, cuda_backward.op, cuda_backward.why_not, cuda_backward.group_norm_silu_backward),
     triton_row(_backward_op, triton_limits.why_not_backward, "group_norm_silu.group_norm_silu_backward"),
     Backend("reference", always, reference.group_norm_silu_backward),
 ])

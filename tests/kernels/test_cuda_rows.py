@@ -10,6 +10,7 @@ from fusewire.kernels.adaln import cuda as adaln
 from fusewire.kernels.adaln import cuda_backward as adaln_backward
 from fusewire.kernels.dispatch import BackendError, forced
 from fusewire.kernels.group_norm_silu import cuda as group_norm_silu
+from fusewire.kernels.group_norm_silu import cuda_backward as group_norm_silu_backward
 from fusewire.kernels.library import CUDA
 from fusewire.kernels.qk_norm_rope import cuda as qk_norm_rope
 from fusewire.kernels.qk_norm_rope import cuda_backward as qk_norm_rope_backward
@@ -33,6 +34,7 @@ CALLS = {
     "qk_norm_into": (HEADS, HEADS, None, None, torch.zeros_like(HEADS), torch.zeros_like(HEADS), None, None, 1e-6, 0, False),
     "qk_norm_rope_backward": (HEADS, HEADS, HEADS, HEADS, ROW[0, :32], None, None, None, 1e-6, 7),
     "group_norm_silu": (PICTURE, 4, None, None, 1e-5, None, None, None, True, False),
+    "group_norm_silu_backward": (PICTURE, PICTURE, 4, None, PICTURE[0, :, 0, 0], 1e-5, PICTURE[:, :, 0, 0], None, PICTURE[:, :, 1, 1], True, True),
     "flow_euler_step": (X, X, None, TABLE, 1, None, True),
     "solver_step": (X, X, None, X, None, X, None, None, None, SOLVER, 1, None, True, True, True, False, True),
 }
@@ -68,7 +70,10 @@ def test_the_ops_of_csrc_change_their_outputs_alone(in_cuda):
                                                  torch.zeros(1, 32), None, 1e-6)),
                      (sampler_step.op, (X, X, None, TABLE, 1, None, out, False)),
                      (solver_cuda.op, (X, X, *none, SOLVER, 1, None, out, torch.zeros_like(X), torch.zeros_like(X), True, False, True)),
-                     (group_norm_silu.op, (PICTURE, *none[:5], picture, torch.zeros(8, 1, 4), torch.zeros(8, 4), 4, 1e-5, False, True))):
+                     (group_norm_silu.op, (PICTURE, *none[:5], picture, torch.zeros(8, 1, 4), torch.zeros(8, 4), 4, 1e-5, False, True)),
+                     (group_norm_silu_backward.op, (PICTURE, PICTURE, PICTURE[0, :, 0, 0], *none[:3], PICTURE[:, :, 0, 0], picture, torch.zeros(8), *none[:3],
+                                                    torch.zeros(2, 8), torch.zeros(8, 1, 4), torch.zeros(8, 4), torch.zeros(2, 3, 8), torch.zeros(2, 8, 8),
+                                                    torch.zeros(2, 2, 8), 4, 1e-5, False, True))):
         opcheck(op, args, test_utils=("test_schema",))
 
 

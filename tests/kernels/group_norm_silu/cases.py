@@ -55,6 +55,13 @@ def leaves(v: dict) -> dict:
     return {name: tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_() for name, tensor in v.items()}
 
 
+def gradients(run, v: dict, groups: int, grad: torch.Tensor, wanted=(), **keywords) -> dict[str, torch.Tensor]:
+    """Of the tensors of ``v``, or of those ``wanted``, as they lie: no leaf is a copy."""
+    these = {name: tensor.detach().requires_grad_(not wanted or name in wanted) for name, tensor in v.items()}
+    names = [name for name, leaf in these.items() if leaf.requires_grad]
+    return dict(zip(names, torch.autograd.grad(run(these, groups, **keywords), [these[name] for name in names], grad.to(v["x"].dtype))))
+
+
 def served(op: str = "group_norm_silu") -> tuple[int, int]:
     """Calls since the test began on (our CPU library, the reference)."""
     counts = ops.stats()[op]

@@ -11,7 +11,7 @@ from torch.library import opcheck
 from fusewire.kernels.group_norm_silu import reference
 from fusewire.kernels.library import CPU
 from tests.effort import examples
-from tests.kernels.group_norm_silu.cases import DTYPES, FORMATS, OPTIONS, call, inputs, leaves, served, stock, wide
+from tests.kernels.group_norm_silu.cases import DTYPES, FORMATS, OPTIONS, call, gradients, inputs, served, stock, wide
 from tests.kernels.group_norm_silu.test_group_norm_silu import grid
 from tests.kernels.isa_levels import run_at
 from tests.tolerance import assert_close, assert_exact, assert_within
@@ -19,11 +19,6 @@ from tests.tolerance import assert_close, assert_exact, assert_within
 needs_library = pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
 SHAPES = [((1, 3, 5, 7), 1), ((2, 30, 9, 7), 5), ((3, 17, 4, 4), 17), ((3, 40, 33, 37), 4), ((2, 12, 67), 3), ((2, 12, 3, 9, 11), 4),
           ((1, 128, 32, 32), 32)]
-
-
-def gradients(run, v: dict, groups: int, grad: torch.Tensor, **keywords) -> dict[str, torch.Tensor]:
-    v = leaves(v)
-    return dict(zip(v, torch.autograd.grad(run(v, groups, **keywords), list(v.values()), grad.to(v["x"].dtype))))
 
 
 @pytest.mark.parametrize("shape, groups, memory_format", grid(SHAPES))

@@ -6,7 +6,7 @@ import torch
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.group_norm_silu import triton_kernel
 from fusewire.kernels.tuning import GroupTile, cuda_arch, group_tile
-from tests.kernels.group_norm_silu.cases import FORMATS, call, inputs, leaves, stock, wide
+from tests.kernels.group_norm_silu.cases import FORMATS, call, gradients, inputs, stock, wide
 from tests.kernels.interpreted import DTYPES, ON_GPU, in_triton, needs_interpreter, unchanged
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact, assert_within
@@ -14,11 +14,6 @@ from tests.tolerance import assert_close, assert_exact, assert_within
 pytestmark = needs_interpreter
 # Tails; one channel a group; more than one part a group with a last one that is not full; five and three dimensions
 SHAPES = [((1, 3, 5, 7), 1), ((2, 10, 6, 6), 10), ((1, 6, 41, 53), 1), ((1, 8, 3, 5, 7), 2), ((2, 12, 67), 3)]
-
-
-def gradients(run, v, groups, grad, **keywords):
-    v = leaves(v)
-    return dict(zip(v, torch.autograd.grad(run(v, groups, **keywords), list(v.values()), grad)))
 
 
 @pytest.mark.parametrize("shape, groups", SHAPES, ids=str)

@@ -61,7 +61,7 @@ def test_fsdp_before_the_swap(family, found):
     """Sharded modules have another class. What is none that ``swap`` knows stays stock; where that is all, ``swap`` says so."""
     got = found["fsdp_before_swap", family, "exact"]
     if isinstance(got, str):
-        assert "NothingToDo" in got and "with nothing to swap" in got, got
+        assert "NothingToDo" in got and "with nothing to swap" in got and "swap first, then shard" in got, got
     else:
         check_gradients(got, family)
 

@@ -57,7 +57,7 @@ def swap(target, numerics: str, only: str | Iterable[str] | None, strict: bool) 
                 if id(candidate.instance) not in seen or candidate.fused is None:
                     _settle(candidate, only, report, changes, seen)
     if not report.swapped:
-        raise NothingToDo(_nothing_to_swap(target, report, missing))
+        raise NothingToDo(_nothing_to_swap(target, parts, report, missing))
     unexpected = [entry for entry in report.left if not entry.by_choice]
     if strict and unexpected:
         raise SwapError(f"strict=True, and {len(unexpected)} of the ops would have been left at stock:\n{report}")
@@ -183,10 +183,12 @@ def _names(only, known: list[str]) -> set[str] | None:
     return names
 
 
-def _nothing_to_swap(target, report: Report, missing: str) -> str:
+def _nothing_to_swap(target, parts: list[tuple[str, object]], report: Report, missing: str) -> str:
     lines = [f"pipe_or_module is a {type(target).__name__} with nothing to swap for numerics={report.numerics!r}"]
     if missing:
         lines.append(missing)
+    if any(cls.__name__ == "FSDPModule" for _, instance in parts for cls in type(instance).__mro__):
+        lines.append("fully_shard has given its modules other classes: swap first, then shard")
     lines += sorted({f"{entry.op}: {entry.reason}" for entry in report.left})
     return "; ".join(lines)
 

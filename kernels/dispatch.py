@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from torch.compiler import is_compiling
 
 from fusewire.kernels.library import CPU, variant
 
@@ -38,7 +39,7 @@ def launched(name: str, op: torch._ops.OpOverload, why_not: Callable[..., str], 
         return Backend(name, why_not, registered)
 
     def run(*args):
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        if torch.is_grad_enabled() or is_compiling() or torch._C._len_torch_dispatch_stack():
             return registered(*args)
         return launch(*args)
 
@@ -95,7 +96,7 @@ class Table:
             return self._run_forced(args)
         for why_not, direct, name, run in self._direct:
             if not why_not(*args):
-                if torch.compiler.is_compiling():
+                if is_compiling():
                     return run(*args)
                 self.calls[name] += 1
                 return direct(*args)
@@ -109,7 +110,7 @@ class Table:
                 reason = row.why_not(*args)
                 if reason:
                     raise BackendError(f"{self.op}: the forced backend {_forced!r} cannot serve this call: {reason}")
-                if not torch.compiler.is_compiling():
+                if not is_compiling():
                     self.calls[row.name] += 1
                 return row.run(*args)
         raise BackendError(f"{self.op} has no backend {_forced!r}; it has {', '.join(row.name for row in self.rows)}")

@@ -184,12 +184,12 @@ def gate_residual_adaln(x, y, gate, shift, scale, *, y2=None, gate2=None, gate_t
     if weight is not None or bias is not None:
         checks.vector("weight", weight, x.shape[-1], x.device)
         checks.vector("bias", bias, x.shape[-1], x.device)
-    checks.positive("eps", eps)
-    exact = is_exact(numerics)
-    options = weight, bias, eps, _is_rms(norm), exact
+    if not eps > 0:
+        checks.positive("eps", eps)
+    rms, exact = _is_rms(norm), is_exact(numerics)
     if gate_tanh:
         gate, gate2 = (None if tensor is None else forms.through_tanh(tensor, exact) for tensor in (gate, gate2))
     if frames > 1:
-        residual, out = _gate_modulate(*forms.by_frames(frames, x.shape, x, y, gate, y2, gate2, shift, scale), *options)
+        residual, out = _gate_modulate(*forms.by_frames(frames, x.shape, x, y, gate, y2, gate2, shift, scale), weight, bias, eps, rms, exact)
         return residual.view(x.shape), out.view(x.shape)
-    return _gate_modulate(x, y, gate, y2, gate2, shift, scale, *options)
+    return _gate_modulate(x, y, gate, y2, gate2, shift, scale, weight, bias, eps, rms, exact)

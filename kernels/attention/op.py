@@ -288,7 +288,7 @@ def joint_attention(q, k, v, q2, k2, v2, *, q_weight=None, k_weight=None, q2_wei
         _check_streams(q, k, q2, k2)
     if not (q_weight is k_weight is q2_weight is k2_weight is scale is None and eps > 0):
         _check_rest(q, _WEIGHTS, (q_weight, k_weight, q2_weight, k2_weight), scale, eps)
-    if learns(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight):
+    if torch.is_grad_enabled() and learns(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight):
         pairs = ((_normalised(q, q_weight, eps), _normalised(q2, q2_weight, eps)), (_normalised(k, k_weight, eps), _normalised(k2, k2_weight, eps)), (v, v2))
         out, _, _ = _softmax(*(torch.cat(pair, dim=1) for pair in pairs), None, False, scale)
         return tuple(part.contiguous() for part in out.split((q.shape[1], q2.shape[1]), dim=1))

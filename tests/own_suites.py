@@ -24,6 +24,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 OUTCOMES, HUB = ROOT / "build" / "own-suites.jsonl", ROOT / "build" / "own-suites-hub"
@@ -60,10 +61,10 @@ DIFFUSERS = (
 
 
 def stand_ins(folder: Path) -> None:
-    """What nearly every pipeline's tests fetch from the hub, in the layout of its cache: two tiny tokenizers and T5's config, of our own making, so
-    that these tests run without a network. Tests with expected pictures see other tokens there and fail, stock and swapped."""
+    """What nearly every pipeline's tests fetch from the hub, in the layout of its cache: two tiny tokenizers and text encoders of random weights, of our
+    own making, so that these tests run without a network. Tests with expected pictures see others there and fail, stock and swapped."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import CLIPTokenizer, PreTrainedTokenizerFast, T5Config
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
     letters = list(pre_tokenizers.ByteLevel.alphabet())
     special = ["<|startoftext|>", "<|endoftext|>"]
@@ -74,8 +75,13 @@ def stand_ins(folder: Path) -> None:
     unigram.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)])
     t5 = PreTrainedTokenizerFast(tokenizer_object=unigram, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512)
     config = T5Config(vocab_size=1103, d_model=32, d_kv=8, d_ff=37, num_layers=5, num_heads=4, relative_attention_num_buckets=8)
-    for name, parts in (("tiny-random-clip", (clip,)), ("tiny-random-t5", (t5, config))):
-        repository = folder / "hub" / f"models--hf-internal-testing--{name}"
+    torch.manual_seed(0)
+    text = CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=1000, hidden_size=32, intermediate_size=37, num_hidden_layers=5, num_attention_heads=4,
+                                                      projection_dim=32, hidden_act="gelu"))
+    for name, parts in (("hf-internal-testing/tiny-random-clip", (clip,)), ("hf-internal-testing/tiny-random-t5", (t5, T5EncoderModel(config))),
+                        ("peft-internal-testing/tiny-clip-text-2", (clip, text)), ("hf-internal-testing/tiny-sd3-text_encoder", (text,)),
+                        ("hf-internal-testing/tiny-sd3-text_encoder-2", (text,))):
+        repository = folder / "hub" / f"models--{name.replace('/', '--')}"
         for part in parts:
             part.save_pretrained(repository / "snapshots" / "made-here")
         (repository / "refs").mkdir(exist_ok=True)

@@ -133,17 +133,16 @@ def _check(names: tuple[str, str, str], q, k, v) -> None:
 
 
 def _joins(q, k, v, q2, k2, v2) -> bool:
-    """The common joint attention, six tensors on the CPU with as many heads each, in few comparisons; others take the checks below."""
+    """The common joint attention in few comparisons: on the CPU, each stream's q, k and v of one shape; others take the checks below."""
     dtype = getattr(q, "dtype", None)
     for x in (q, k, v, q2, k2, v2):
         if not (isinstance(x, torch.Tensor) and x.is_cpu and x.dtype is dtype):
             return False
     shape, shape2 = k.shape, k2.shape
-    if not (len(shape) == 4 == len(shape2) and dtype in checks.FLOATS and v.shape == shape and v2.shape == shape2):
+    if not (len(shape) == 4 == len(shape2) and dtype in checks.FLOATS and q.shape == shape == v.shape and q2.shape == shape2 == v2.shape):
         return False
     (batch, _, heads, channels), (batch2, _, heads2, channels2) = shape, shape2
-    return batch == batch2 and heads == heads2 and channels == channels2 and (
-        q.shape == shape or q.shape == (batch, q.shape[1], heads, channels)) and (q2.shape == shape2 or q2.shape == (batch, q2.shape[1], heads, channels))
+    return batch == batch2 and heads == heads2 and channels == channels2
 
 
 def _check_streams(q, k, q2, k2) -> None:

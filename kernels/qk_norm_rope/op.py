@@ -92,7 +92,7 @@ def _fits(q, k, q_weight, k_weight, rope, eps, norm, others) -> bool:
     shape, dtype = q.shape, q.dtype
     device, size = None if q.is_cpu else q.device, shape[3:]  # there is one CPU
     for weight in (q_weight, k_weight):
-        if weight is not None and not (weight.shape == size and weight.dtype is dtype and (weight.is_cpu if device is None else weight.device == device)):
+        if weight is not None and not (isinstance(weight, torch.Tensor) and weight.shape == size and weight.dtype is dtype and (weight.is_cpu if device is None else weight.device == device)):
             return False
     return (len(shape) == 4 and dtype in checks.FLOATS and k.shape == shape and k.dtype is dtype and (k.is_cpu if device is None else k.device == device)
             and eps > 0 and norm in _FUSED)

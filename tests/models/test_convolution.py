@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from fusewire import ops
 from fusewire.kernels.library import CPU, cpu_is_intel
 from fusewire.kernels.linear import native, patches
 from fusewire.models import convolution
@@ -44,8 +45,9 @@ def test_which_form(monkeypatch):
                                              ("deep", torch.bfloat16, {"padding_mode": "reflect"}, 0)):
         module, x = layer(shape, dtype, **options)
         called.clear()
+        before = ops.stats()["linear"]["cpu"]
         y = convolution.convolution(module, x)
-        assert len(called) == is_called, (shape, dtype, options)
+        assert len(called) == is_called == ops.stats()["linear"]["cpu"] - before, (shape, dtype, options)
         assert y.is_contiguous(memory_format=torch.channels_last) or not is_called and dtype is torch.float32
 
 

@@ -197,6 +197,9 @@ def test_bad_input(error, words, arguments):
     (TypeError, "q2 has dtype", dict(q2=Q.double(), k2=K.double(), v2=V.double())),
     (ValueError, "v2 has shape", dict(v2=V[:, :2])),
     (ValueError, "k2_weight has shape", dict(k2_weight=torch.ones(7))),
+    (ValueError, r"q has shape \[3\]; it should be \[B, T, H, D\]", dict(q=torch.ones(3))),
+    (ValueError, r"q2 has shape \[\]; it should be \[B, T, H, D\]", dict(q2=torch.ones(()))),
+    (TypeError, "q is a NoneType", dict(q=None)),
 ], ids=lambda value: value if isinstance(value, str) else None)
 def test_bad_joint_input(error, words, arguments):
     with pytest.raises(error, match=words):

@@ -149,6 +149,7 @@ def test_a_query_that_sees_one_key(queries):
     q, k, v = qkv(1, queries, 307, 1, 78, torch.float32)
     grad = torch.randn_like(q)
     assert_exact(gradients(lambda *x: ops.attention(*x, pattern=pattern), q, k, v, grad)[0], torch.zeros_like(q))
+    assert served("cpu" if CPU.loaded else "reference", "attention_softmax")
 
 
 @settings(max_examples=examples(200), deadline=None)

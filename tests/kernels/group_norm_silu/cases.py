@@ -9,6 +9,9 @@ from fusewire import ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FORMATS = ("contiguous", "channels_last")
+# (dtype, shape, groups) for csrc/cuda: channels-last pixels of more chunks than a block has threads, and fewer pixels than it has rows
+MANY_CHANNELS = [(torch.bfloat16, (1, 2560, 3, 5), 32), (torch.bfloat16, (1, 4096, 1, 2), 8), (torch.float32, (1, 2048, 2, 2), 8),
+                 (torch.float32, (1, 1028, 2, 3), 4)]
 # What may be given beside x and groups: as VAE and U-Net blocks do, AdaGN, and everything at once
 OPTIONS = {
     "plain": (), "affine": ("weight", "bias"), "weight": ("weight",), "add": ("weight", "bias", "add"), "adagn": ("weight", "bias", "shift", "scale"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fusewire.kernels.group_norm_silu import cuda
-from tests.kernels.group_norm_silu.cases import FORMATS, OPTIONS, call, in_format, inputs, stock, wide
+from tests.kernels.group_norm_silu.cases import FORMATS, MANY_CHANNELS, OPTIONS, call, in_format, inputs, stock, wide
 from tests.kernels.interpreted import ON_GPU
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact
@@ -32,11 +32,8 @@ def test_values(in_cuda, dtype, memory_format, shape, groups):
         assert all(torch.equal(before[name], v[name]) for name in v)
 
 
-@pytest.mark.parametrize("dtype, shape, groups", [
-    (torch.bfloat16, (1, 2560, 3, 5), 32), (torch.bfloat16, (1, 4096, 1, 2), 8), (torch.float32, (1, 2048, 2, 2), 8), (torch.float32, (1, 1028, 2, 3), 4)],
-    ids=str)
+@pytest.mark.parametrize("dtype, shape, groups", MANY_CHANNELS, ids=str)
 def test_many_channels(in_cuda, dtype, shape, groups):
-    """Channels-last pixels of more chunks than a block has threads, and fewer pixels than it has rows."""
     v = inputs(shape, dtype, "all", "channels_last")
     with in_cuda("group_norm_silu"):
         got = call(v, groups, numerics="close")

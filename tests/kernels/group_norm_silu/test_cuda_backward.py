@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fusewire.kernels.group_norm_silu import cuda_backward, reference
-from tests.kernels.group_norm_silu.cases import FORMATS, OPTIONS, call, gradients, inputs, stock, wide
+from tests.kernels.group_norm_silu.cases import FORMATS, MANY_CHANNELS, OPTIONS, call, gradients, inputs, stock, wide
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact, assert_within
 
@@ -49,11 +49,8 @@ def test_values(backward, dtype, memory_format, shape, groups):
         assert all(torch.equal(before[name], v[name]) for name in v)
 
 
-@pytest.mark.parametrize("dtype, shape, groups", [
-    (torch.bfloat16, (1, 2560, 3, 5), 32), (torch.bfloat16, (1, 4096, 1, 2), 8), (torch.float32, (1, 2048, 2, 2), 8), (torch.float32, (1, 1028, 2, 3), 4)],
-    ids=str)
+@pytest.mark.parametrize("dtype, shape, groups", MANY_CHANNELS, ids=str)
 def test_many_channels(backward, dtype, shape, groups):
-    """Channels-last pixels of more chunks than a block has threads, and fewer pixels than it has rows."""
     check(backward, inputs(shape, dtype, "all", "channels_last"), groups)
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusewire import ops
 from fusewire.kernels.library import CPU
 from fusewire.kernels.linear import native, patches
 from tests.effort import examples
@@ -31,6 +32,7 @@ def test_property(batch, channels, height, width, kernel_h, kernel_w, stride_h, 
     got = OP(layout(x), *numbers)
     assert_exact(got, want)
     assert got.is_contiguous() and patches._fake(x, *numbers).shape == got.shape
+    assert CPU.has("conv_patches") is CPU.loaded  # not the fallback
 
 
 def test_opcheck():
@@ -54,7 +56,9 @@ def test_against_float64(dtype, bias, stride, padding, memory_format):
     x, b = x.contiguous(memory_format=memory_format), b if bias else None
     assert patches.serves(x, weight, b, stride, padding)
     want = F.conv2d(x.double(), weight.double(), None if b is None else b.double(), stride, padding)
+    before = ops.stats()["linear"]["cpu"]
     got = patches.convolution(x, weight, b, stride, padding)
+    assert ops.stats()["linear"]["cpu"] == before + 1 and CPU.has("conv_patches")
     assert_close(got, want, F.conv2d(x, weight, b, stride, padding))
     assert got.is_contiguous(memory_format=torch.channels_last)
     assert_exact(patches.convolution(x.contiguous(), weight, b, stride, padding), got)

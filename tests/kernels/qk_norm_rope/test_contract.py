@@ -75,6 +75,7 @@ BAD = {
     "k channels": (ValueError, "k has shape", lambda a: {**a, "k": a["k"][..., :4]}),
     "k dtype": (TypeError, "k has dtype", lambda a: {**a, "k": a["k"].bfloat16()}),
     "weight length": (ValueError, r"q_weight has shape \[7\]; it should be \[8\]", lambda a: {**a, "q_weight": torch.ones(7)}),
+    "weight, no rope": (TypeError, "q_weight is a list", lambda a: {**a, "q_weight": [1.0] * 8, "rope": None}),
     "weight device": (ValueError, "q_weight is on meta", lambda a: {**a, "q_weight": torch.ones(8, device="meta")}),
     "eps": (ValueError, "eps is 0", lambda a: {**a, "eps": 0}),
     "norm": (ValueError, "norm is 'group'", lambda a: {**a, "norm": "group"}),

@@ -129,7 +129,7 @@ def compile_case(name: str, target: str) -> list[Compiled]:
     from triton.runtime import driver
 
     from fusewire.kernels.compiled_cases import CASES
-    from fusewire.kernels.triton_base import launches_go_to
+    from fusewire.kernels.triton_launch import launches_go_to
 
     found: list[Compiled] = []
 

@@ -1,78 +1,18 @@
-"""What the rooms' Triton kernels share: launches under the tensor's device, and the casts that keep the rounding contract.
+"""What the rooms' Triton kernels share: views as kernels take them, and the casts that keep the rounding contract.
 
 Imported by the triton_kernel.py files only, which are imported when the first call is served.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-
 import torch
 import triton
 import triton.language as tl
 
 from fusewire.kernels.triton_rows import INTERPRETED as _INTERPRETED
-from fusewire.kernels.tuning import Arch, cuda_arch, hip_arch
 
 INTERPRETED = tl.constexpr(_INTERPRETED)
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-GRID_LIMIT = 2**31 - 1  # programs along x; y and z, with 65,535, are never used
-
-_archs: dict[int, Arch] = {}
-_elsewhere: tuple[Arch, object] | None = None
-
-
-def arch_of(device: torch.device) -> Arch:
-    """The architecture of a CUDA or ROCm device. The interpreter is treated as sm_90."""
-    if _elsewhere is not None:
-        return _elsewhere[0]
-    if device.type != "cuda":
-        return cuda_arch(9, 0)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if index not in _archs:
-        properties = torch.cuda.get_device_properties(index)
-        hip = torch.version.hip is not None
-        _archs[index] = hip_arch(properties.gcnArchName) if hip else cuda_arch(properties.major, properties.minor)
-    return _archs[index]
-
-
-def launch(kernel, programs: int, tensor: torch.Tensor, *args, **options):
-    """Run ``programs`` programs of ``kernel`` on the device of ``tensor`` and its current stream. No program: no launch.
-
-    Neither synchronises nor tunes, so that a call can be captured in a CUDA graph (once the kernel is compiled). Returns the compiled kernel, or None
-    where nothing was launched.
-    """
-    if programs > GRID_LIMIT:
-        raise ValueError(f"{kernel.__name__} would need {programs} programs; the limit is {GRID_LIMIT}")
-    if programs == 0:
-        return None
-    if _elsewhere is not None:
-        _elsewhere[1](kernel, programs, args, options)
-        return None
-    with torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext():
-        return kernel[(programs,)](*args, **options)
-
-
-def relaunch(compiled, programs: int, tensor: torch.Tensor, *args) -> None:
-    """Run again what ``launch`` returned, on the same device, with all of the kernel's arguments in order: constants as they were, the others of the
-    same types. Triton then does not ask anew what they are specialised by."""
-    with torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext():
-        compiled[programs, 1, 1](*args)
-
-
-@contextmanager
-def launches_go_to(arch: Arch, receive) -> Iterator[None]:
-    """Inside, launchers choose for ``arch`` and hand ``receive(kernel, programs, args, options)`` what they would have launched.
-
-    Meta tensors do: only shapes, strides and alignment are looked at. This is how the kernels are compiled where there is no GPU.
-    """
-    global _elsewhere
-    before, _elsewhere = _elsewhere, (arch, receive)
-    try:
-        yield
-    finally:
-        _elsewhere = before
 
 
 def strided(tensor: torch.Tensor | None, dims: int) -> tuple:

@@ -19,9 +19,21 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "o
 MISSING = "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 
+_capabilities: dict[int, tuple[int, int]] = {}
+
+
+def capability(index: int | None) -> tuple[int, int]:
+    """The compute capability of the CUDA device ``index``. PyTorch is asked once: it takes several microseconds, and every predicate wants to know."""
+    if index is None:
+        index = torch.cuda.current_device()
+    if index not in _capabilities:
+        _capabilities[index] = torch.cuda.get_device_capability(index)
+    return _capabilities[index]
+
+
 def too_old(index: int | None) -> str:
     """Why the CUDA device ``index`` is too old for Triton, or ``""``."""
-    if torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0):
+    if torch.version.hip is not None or capability(index) >= (8, 0):
         return ""
     return "the GPU's compute capability is below 8.0"
 

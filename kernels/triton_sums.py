@@ -7,7 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fusewire.kernels.triton_base import launch, narrow
+from fusewire.kernels.triton_base import narrow
+from fusewire.kernels.triton_launch import launch
 
 
 @triton.jit

@@ -77,7 +77,7 @@ def _why_not(x, rms: bool, exact: bool, named) -> str:
     if not CPU.loaded:
         return CPU.reason
     if x.device.type != "cpu":
-        return f"x is on {x.device}"
+        return "x is on a GPU" if x.is_cuda else f"x is on {x.device}"
     for name, tensor in named:
         if tensor is not None and tensor.dtype is not x.dtype:
             return f"{name} has dtype {tensor.dtype}, x has {x.dtype}"

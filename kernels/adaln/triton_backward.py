@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from fusewire.kernels.adaln.backward_calls import MODULATIONS, ROWWISE, VECTORS, calls
-from fusewire.kernels.triton_base import arch_of, inner_contiguous, launch, load_rows, narrow, over_tokens, strided
+from fusewire.kernels.triton_base import inner_contiguous, load_rows, narrow, over_tokens, strided
+from fusewire.kernels.triton_launch import arch_of, launch
 from fusewire.kernels.triton_sums import add_up, sum_of_rows
 from fusewire.kernels.tuning import Arch, RowTile, aligned, row_tile
 

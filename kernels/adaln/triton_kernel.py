@@ -20,7 +20,8 @@ from fusewire.kernels.adaln.triton_backward import (  # noqa: F401 (the launcher
     gate_residual_backward,
 )
 from fusewire.kernels.rounding import promoted
-from fusewire.kernels.triton_base import TYPES, arch_of, inner_contiguous, launch, load_rows, narrow, over_tokens, rounded, strided
+from fusewire.kernels.triton_base import TYPES, inner_contiguous, load_rows, narrow, over_tokens, rounded, strided
+from fusewire.kernels.triton_launch import arch_of, launch
 from fusewire.kernels.tuning import aligned, row_tile
 
 

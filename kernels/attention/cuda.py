@@ -17,7 +17,7 @@ from fusewire.kernels.attention import hopper_limits
 from fusewire.kernels.dispatch import forced_backend
 from fusewire.kernels.qk_norm_rope import op as qk_norm
 from fusewire.kernels.qk_norm_rope.reference import RMS
-from fusewire.kernels.triton_rows import too_old
+from fusewire.kernels.triton_rows import capability, too_old
 from fusewire.kernels.tuning import attention_library, attention_library_backward, attention_ours
 
 DEVICE = "cuda"  # the tests, which have no GPU, make it "cpu", and put functions for the CPU into the two tables below
@@ -54,7 +54,8 @@ def _gpu(index: int | None) -> tuple[str, str]:
     """(why these libraries cannot serve on the device, its architecture)."""
     if torch.version.hip is not None:
         return "cuDNN and FlashAttention are asked for on NVIDIA GPUs alone", ""
-    return too_old(index), "sm_{}{}".format(*torch.cuda.get_device_capability(index))
+    major, minor = capability(index)
+    return too_old(index), f"sm_{major}{minor}"
 
 
 _gpu._dynamo_marked_constant = True  # as too_old

@@ -14,7 +14,7 @@ def _why_not(q) -> str:
     if not CPU.loaded:
         return CPU.reason
     if not q.is_cpu:
-        return f"q is on {q.device}"
+        return "q is on a GPU" if q.is_cuda else f"q is on {q.device}"
     if not 0 < q.shape[-1] <= MAX_CHANNELS:
         return f"the head dimension is {q.shape[-1]}; 1 to {MAX_CHANNELS} are served"
     return ""

@@ -13,7 +13,8 @@ import triton.language as tl
 
 from fusewire.kernels.attention.triton_blocks import LOG2E, LOWEST, dot, in_units, load_block, mask_of, masked, place_among_packed, shown, slots, store_block, tiles_seen, unit_of
 from fusewire.kernels.attention.triton_limits import default_scale
-from fusewire.kernels.triton_base import arch_of, fused, launch, narrow, strided
+from fusewire.kernels.triton_base import fused, narrow, strided
+from fusewire.kernels.triton_launch import arch_of, launch
 from fusewire.kernels.tuning import attention_backward_tile
 
 

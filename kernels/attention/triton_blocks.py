@@ -8,7 +8,8 @@ import triton.language as tl
 
 from fusewire.kernels.attention.reference import EMPTY as _EMPTY
 from fusewire.kernels.attention.reference import FULL as _FULL
-from fusewire.kernels.triton_base import INTERPRETED, launch, narrow, strided
+from fusewire.kernels.triton_base import INTERPRETED, narrow, strided
+from fusewire.kernels.triton_launch import launch
 from fusewire.kernels.tuning import power_of_2
 
 NO_MASK, BOOL, ADDITIVE = 0, 1, 2

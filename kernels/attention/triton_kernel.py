@@ -17,7 +17,8 @@ from fusewire.kernels.attention.triton_limits import default_scale
 from fusewire.kernels.qk_norm_rope import op as qk_norm_op
 from fusewire.kernels.qk_norm_rope import triton_kernel as qk_norm
 from fusewire.kernels.qk_norm_rope.reference import RMS
-from fusewire.kernels.triton_base import arch_of, fused, inner_contiguous, launch, narrow, strided
+from fusewire.kernels.triton_base import fused, inner_contiguous, narrow, strided
+from fusewire.kernels.triton_launch import arch_of, launch
 from fusewire.kernels.tuning import attention_tile
 
 

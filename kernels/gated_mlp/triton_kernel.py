@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from fusewire.kernels.rounding import promoted
-from fusewire.kernels.triton_base import arch_of, as_tokens, launch, narrow, strided
+from fusewire.kernels.triton_base import as_tokens, narrow, strided
+from fusewire.kernels.triton_launch import arch_of, launch
 from fusewire.kernels.tuning import flat_tile
 
 GELU, SILU, QUICK = 0, 1, 2

@@ -104,7 +104,7 @@ def why_not(x, groups, weight, bias, eps, shift, scale, add, silu, exact) -> str
     if not CPU.loaded:
         return CPU.reason
     if not x.is_cpu:
-        return f"x is on {x.device}"
+        return "x is on a GPU" if x.is_cuda else f"x is on {x.device}"
     for name, tensor in (("weight", weight), ("bias", bias), ("shift", shift), ("scale", scale), ("add", add)):
         if tensor is not None and tensor.dtype is not dtype:
             return f"{name} has dtype {tensor.dtype}, x has {dtype}"

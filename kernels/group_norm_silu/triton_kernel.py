@@ -13,7 +13,8 @@ import triton.language as tl
 
 from fusewire.kernels.group_norm_silu.reference import over_pixels, suggest_memory_format
 from fusewire.kernels.rounding import promoted
-from fusewire.kernels.triton_base import arch_of, fused, launch, narrow, strided
+from fusewire.kernels.triton_base import fused, narrow, strided
+from fusewire.kernels.triton_launch import arch_of, launch
 from fusewire.kernels.tuning import group_tile
 
 

@@ -36,7 +36,7 @@ def why_not_cpu(x, weight, bias, activation, gate, residual, exact) -> str:
     if exact:
         return "numerics='exact' keeps the stock matrix product"
     if not x.is_cpu:
-        return f"x is on {x.device}"
+        return "x is on a GPU" if x.is_cuda else f"x is on {x.device}"
     if x.dtype is torch.float64:
         return "x has dtype torch.float64"
     for tensor in (weight, bias, gate, residual):
@@ -146,5 +146,5 @@ def why_not_bias_activation_backward(grad, y, bias, activation, of_bias) -> str:
     if not CPU.loaded:
         return CPU.reason
     if not y.is_cpu:
-        return f"y is on {y.device}"
+        return "y is on a GPU" if y.is_cuda else f"y is on {y.device}"
     return next((f"{name} has dtype {t.dtype}, y has {y.dtype}" for name, t in (("grad", grad), ("bias", bias)) if t is not None and t.dtype is not y.dtype), "")

@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fusewire.kernels.triton_base import as_tokens, launch, load_rows, narrow, strided
+from fusewire.kernels.triton_base import as_tokens, load_rows, narrow, strided
+from fusewire.kernels.triton_launch import launch
 from fusewire.kernels.triton_sums import add_up, sum_of_rows
 
 PARTS = 128  # of the rows, where the bias has a gradient: one row of partial sums each

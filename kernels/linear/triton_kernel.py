@@ -15,7 +15,8 @@ import triton.language as tl
 
 from fusewire.kernels.linear.reference import over_tokens
 from fusewire.kernels.linear.triton_backward import bias_activation_backward  # noqa: F401 (the row looks for its launcher here)
-from fusewire.kernels.triton_base import TYPES, arch_of, element_block, elementwise, launch, load_elements, narrow, rounded
+from fusewire.kernels.triton_base import TYPES, element_block, elementwise, load_elements, narrow, rounded
+from fusewire.kernels.triton_launch import arch_of, launch
 from fusewire.kernels.tuning import flat_tile
 
 

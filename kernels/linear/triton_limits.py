@@ -23,16 +23,16 @@ def _autocast(x) -> str:
 def why_not_epilogue(x, weight, bias, activation, gate, residual, exact) -> str:
     if exact and gate is None and residual is None:
         return "numerics='exact' leaves nothing to fuse: the stock calls round in between"
+    if residual is None and activation == "none":
+        return "there is nothing to fuse with the matrix product"
+    if gate is None and residual is not None and (exact or forced_backend() != "triton"):
+        return "a sum alone is one call already"
     if reason := why_not(x, weight, bias, gate, residual) or _autocast(x):
         return reason
     if x.dim() > 4:
         return f"x has {x.dim()} dimensions, more than 4"
     if x.numel() // max(x.shape[-1], 1) * weight.shape[0] >= 2**37:
         return "the result has 2^37 elements or more"
-    if activation == "none" and residual is None:
-        return "there is nothing to fuse with the matrix product"
-    if exact and gate is None:
-        return "a sum alone is one call already"
     if activation != "none" and forced_backend() != "triton" and not trained(x, weight, bias, activation):
         return "bias and activation in one pass save no memory traffic over the GEMM's own bias and PyTorch's activation"
     return ""

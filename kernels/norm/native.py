@@ -45,7 +45,7 @@ def _why_not(x, weight, bias, mixed: bool = False) -> str:
     if not CPU.loaded:
         return CPU.reason
     if not x.is_cpu:
-        return f"x is on {x.device}"
+        return "x is on a GPU" if x.is_cuda else f"x is on {x.device}"
     if x.dim() > MAX_DIMS:
         return f"x has more than {MAX_DIMS} dimensions"
     dtype = x.dtype

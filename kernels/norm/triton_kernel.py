@@ -12,7 +12,8 @@ import triton.language as tl
 
 from fusewire.kernels.norm.reference import rms_dtype
 from fusewire.kernels.norm.triton_picture import layer_norm_2d, layer_norm_2d_backward  # noqa: F401 (the rows look for their launchers here)
-from fusewire.kernels.triton_base import arch_of, as_tokens, inner_contiguous, launch, load_rows, narrow, strided
+from fusewire.kernels.triton_base import as_tokens, inner_contiguous, load_rows, narrow, strided
+from fusewire.kernels.triton_launch import arch_of, launch
 from fusewire.kernels.tuning import aligned, row_tile
 
 PROGRAMS = 512  # of the backward: one row of sums each

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from fusewire.kernels.norm.reference import picture_layout
-from fusewire.kernels.triton_base import arch_of, launch, narrow, strided
+from fusewire.kernels.triton_base import narrow, strided
+from fusewire.kernels.triton_launch import arch_of, launch
 from fusewire.kernels.triton_sums import add_up, sum_of_rows
 from fusewire.kernels.tuning import PictureTile, picture_tile
 

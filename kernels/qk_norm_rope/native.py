@@ -31,7 +31,7 @@ def _why_not(q, q_weight, k_weight, norm, exact) -> str:
     if not CPU.loaded:
         return CPU.reason
     if not q.is_cpu:
-        return f"q is on {q.device}"
+        return "q is on a GPU" if q.is_cuda else f"q is on {q.device}"
     if exact and norm < reference.ROTATION and _differs[norm]:
         return _differs[norm]
     if not ((q_weight is None or q_weight.dtype is q.dtype) and (k_weight is None or k_weight.dtype is q.dtype)):

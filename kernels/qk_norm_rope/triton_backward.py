@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fusewire.kernels.triton_base import arch_of, inner_contiguous, launch, narrow, strided
+from fusewire.kernels.triton_base import inner_contiguous, narrow, strided
+from fusewire.kernels.triton_launch import arch_of, launch
 from fusewire.kernels.triton_sums import add_up, sum_of_rows
 from fusewire.kernels.tuning import Arch, RowTile, aligned, row_tile
 

@@ -13,7 +13,8 @@ import triton.language as tl
 
 from fusewire.kernels.qk_norm_rope.reference import ROTATION, TORCH_RMS, result_dtype
 from fusewire.kernels.qk_norm_rope.triton_backward import qk_norm_rope_backward  # noqa: F401 (the row looks for its launcher here)
-from fusewire.kernels.triton_base import TYPES, arch_of, inner_contiguous, launch, narrow, rounded, strided, vector_aligned
+from fusewire.kernels.triton_base import TYPES, inner_contiguous, narrow, rounded, strided, vector_aligned
+from fusewire.kernels.triton_launch import arch_of, launch
 from fusewire.kernels.tuning import aligned, row_tile
 
 NONE, GIVEN, COMPUTED = 0, 1, 2  # the reciprocal root mean square: not applied, read, computed

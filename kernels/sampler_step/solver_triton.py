@@ -11,7 +11,8 @@ import triton.language as tl
 
 from fusewire.kernels.sampler_step.solver_reference import contiguous_operands, empty_results
 from fusewire.kernels.sampler_step.tables import PLACE
-from fusewire.kernels.triton_base import arch_of, launch, narrow, rounded
+from fusewire.kernels.triton_base import narrow, rounded
+from fusewire.kernels.triton_launch import arch_of, launch
 from fusewire.kernels.tuning import flat_tile
 
 (GUIDANCE, X0_X, X_DIVISOR, X0_M, X0_DIVISOR, X0_LIMIT, E_X, E_M, E_X0, E_DIVISOR, E_PREVIOUS, E_SCALE, X, X0, E, SCALE, NOISE, KNOWN,

@@ -14,7 +14,8 @@ import triton.language as tl
 
 from fusewire.kernels.sampler_step.reference import halves
 from fusewire.kernels.sampler_step.solver_triton import solver_step  # noqa: F401: the row looks for its launcher here
-from fusewire.kernels.triton_base import arch_of, element_block, elementwise, launch, load_elements, narrow, rounded
+from fusewire.kernels.triton_base import element_block, elementwise, load_elements, narrow, rounded
+from fusewire.kernels.triton_launch import arch_of, launch
 from fusewire.kernels.tuning import flat_tile
 
 

@@ -206,7 +206,7 @@ class Launches:
 
     def __init__(self, monkeypatch, hopper):
         self.first, self.again = [], []
-        monkeypatch.setattr(hopper, "launch", lambda kernel, programs, like, *args, **options: (self.first.append((programs, args, options)), len(self.first))[1])
+        monkeypatch.setattr(hopper, "launch_anew", lambda kernel, programs, like, *args, **options: (self.first.append((programs, args, options)), len(self.first))[1])
         monkeypatch.setattr(hopper, "relaunch", lambda compiled, programs, like, *args: self.again.append((compiled, programs, args)))
 
 

@@ -200,6 +200,11 @@ def attention_library(dim: int, queries: int, keys: int, arch: str) -> str:
     return "flash" if dim <= 128 or arch in ("sm_80", "sm_90", "sm_100", "sm_103") else ""
 
 
+# A sample's queries times keys times channels from which on the 3 to 10 percent that our kernel for Hopper gains outweigh what its launch takes the
+# processor more than cuDNN's (benchmarks/results/gpu.json). Where two streams are joined, which saves their concatenation, it always serves.
+OURS_FROM = 2**32
+
+
 def attention_ours(dim: int, queries: int, keys: int, causal: bool, arch: str) -> bool:
     """Whether our kernel for Hopper comes before the libraries, where no gradient is wanted: from 1024 tokens on, as far as it was measured against cuDNN
     (benchmarks/results/hopper_attention.json: 1.03 to 1.10 times as fast on an H200, 1178 to 8192 tokens)."""

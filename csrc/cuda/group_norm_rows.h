@@ -6,6 +6,8 @@
 namespace fusewire::cuda {
 
 constexpr int kBlock = 256, kLargeBlock = kMaxBytesLast / 16;  // threads; the large one where a pixel has more chunks
+constexpr int kSteps = 4;  // chunks (contiguous pictures) or pixels (channels-last ones) of a thread whose loads are on their way at a time
+constexpr unsigned kTile = kSteps * kBlock;  // chunks
 
 template <typename T>
 __device__ inline float parameter(const Tokens& p, int64_t n, int64_t c) {
@@ -49,13 +51,53 @@ struct Affine {
   }
 };
 
+// The first value of a group, from which its means are measured.
+template <typename T>
+__device__ inline float first_value(const GroupNorm& k, int64_t n, unsigned g) {
+  const int64_t c = static_cast<int64_t>(g) * k.per_group;
+  const float x = widen(static_cast<const T*>(k.x)[n * k.x_batch + c * (k.channels_last ? 1 : k.pixels)]);
+  return k.add.data ? x + parameter<T>(k.add, n, c) : x;
+}
+
+// Of a group: the mean, what is to be added to a distance from it as it is no float, and 1 / sqrt(variance + eps).
+struct Stats {
+  float center, rest, rstd;
+};
+
+// A group's statistics from its parts, for every thread of the block. In float64: they are few.
+template <typename T>
+__device__ inline Stats stats_of_parts(const GroupNorm& k, int64_t n, unsigned g) {
+  __shared__ double warps[2][kWarp];
+  const float* parts = k.parts + (n * k.groups + g) * k.part_count * 4;
+  const double size = static_cast<double>(k.per_group) * k.pixels;
+  double sum = 0.0, squares = 0.0;
+  for (unsigned i = threadIdx.x; i < k.part_count; i += kBlock) sum += static_cast<double>(parts[i * 4]) * parts[i * 4 + 1];
+  const double mean = row_sum(sum, warps[0]) / size;
+  for (unsigned i = threadIdx.x; i < k.part_count; i += kBlock) {
+    const double away = parts[i * 4 + 1] - mean;
+    squares += parts[i * 4 + 2] + parts[i * 4] * (away * away);
+  }
+  const double variance = row_sum(squares, warps[1]) / size, center = first_value<T>(k, n, g) + mean;
+  const float nearest = static_cast<float>(center);
+  return {nearest, static_cast<float>(nearest - center), static_cast<float>(1.0 / sqrt(variance + k.eps))};
+}
+
+__device__ inline Stats stored_stats(const GroupNorm& k, int64_t n, unsigned g) {
+  const float* stats = k.stats + (n * k.groups + g) * 4;
+  return {stats[0], stats[1], stats[2]};
+}
+
 // (xhat * weight + bias) * (1 + scale) + shift
 template <typename T>
-__device__ inline Affine<T> affine_of(const GroupNorm& k, int64_t n, unsigned channel) {
-  const float* stats = k.stats + (n * k.groups + channel / k.per_group) * 4;
+__device__ inline Affine<T> affine_of(const GroupNorm& k, int64_t n, unsigned channel, const Stats& stats) {
   const auto given = [&](const Tokens& p, float otherwise) { return p.data ? parameter<T>(p, n, channel) : otherwise; };
-  const float factor = stats[2] * given(k.weight, 1.0f), scale = 1.0f + given(k.scale, 0.0f);
-  return {given(k.add, 0.0f), stats[0], factor * scale, (stats[1] * factor + given(k.bias, 0.0f)) * scale + given(k.shift, 0.0f)};
+  const float factor = stats.rstd * given(k.weight, 1.0f), scale = 1.0f + given(k.scale, 0.0f);
+  return {given(k.add, 0.0f), stats.center, factor * scale, (stats.rest * factor + given(k.bias, 0.0f)) * scale + given(k.shift, 0.0f)};
+}
+
+template <typename T>
+__device__ inline Affine<T> affine_of(const GroupNorm& k, int64_t n, unsigned channel) {
+  return affine_of<T>(k, n, channel, stored_stats(k, n, channel / k.per_group));
 }
 
 // Of SiLU's gradient: the distance of a channel's value from the mean, and dh = grad * silu'(h).

@@ -17,11 +17,13 @@ struct GroupNorm {
   float eps;
   bool channels_last, silu;
   bool vector;  // whole chunks of x and of out start on 16 bytes
+  unsigned repeat;  // of what a block has of a channels-last picture; set where the kernel is launched
 };
 
 constexpr int kMaxBytesLast = 8192;  // a block of 512 threads holds all channels of a pixel
 
-// Both: nullptr, or what went wrong. The first writes `parts` and `stats` alone, the second also `out`.
+// All: nullptr, or what went wrong. The first writes `parts` alone, the second `parts` and `stats`, the third `out`, `parts` and perhaps `stats`.
+const char* launch_group_norm_parts(const GroupNorm& task, Type type, void* stream);
 const char* launch_group_norm_stats(const GroupNorm& task, Type type, void* stream);
 const char* launch_group_norm(const GroupNorm& task, Type type, void* stream);
 

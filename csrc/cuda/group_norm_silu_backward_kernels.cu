@@ -9,7 +9,7 @@
 namespace fusewire::cuda {
 
 constexpr int kSums = GroupNormGradient::kSums, kCoefficients = GroupNormGradient::kCoefficients;
-constexpr int kSteps = 2;      // chunks of a thread of x and of grad each, whose loads are on their way at a time
+constexpr int kPairs = 2;      // chunks of a thread of x and of grad each, whose loads are on their way at a time
 constexpr int kPixelSteps = 4;  // pixels of a thread that finds dx of a channels-last picture
 
 // A part of a channel of a contiguous picture, for blockDim.x threads; a block has blockDim.y of them. Chunks are counted from the beginning of the
@@ -44,15 +44,15 @@ struct Plane {
     const T* grad = static_cast<const T*>(k.grad) + (n * k.grad_batch + group());
     unsigned q = begin + threadIdx.x;
     if (k.vector) {
-      for (; q + (kSteps - 1) * blockDim.x < end; q += kSteps * blockDim.x) {
-        float r[kSteps][N], g[kSteps][N];
+      for (; q + (kPairs - 1) * blockDim.x < end; q += kPairs * blockDim.x) {
+        float r[kPairs][N], g[kPairs][N];
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
+        for (int step = 0; step < kPairs; ++step) {
           load_vector(x + (q + step * blockDim.x) * N, r[step]);
           load_vector(grad + (q + step * blockDim.x) * N, g[step]);
         }
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) take((q + step * blockDim.x) * N, r[step], g[step]);
+        for (int step = 0; step < kPairs; ++step) take((q + step * blockDim.x) * N, r[step], g[step]);
       }
     }
     for (; q < end; q += blockDim.x) {
@@ -141,15 +141,15 @@ __global__ void __launch_bounds__(kThreads, kLargeBlock / kThreads) group_norm_g
   const auto pixel = [&](unsigned p) { return static_cast<int64_t>(p) * norm.channels; };
   unsigned p = at.count > 0 ? begin + at.row : end;
   if (k.vector) {
-    for (; p < end && end - p > (kSteps - 1) * at.rows; p += kSteps * at.rows) {
-      float r[kSteps][N], g[kSteps][N];
+    for (; p < end && end - p > (kPairs - 1) * at.rows; p += kPairs * at.rows) {
+      float r[kPairs][N], g[kPairs][N];
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
+      for (int step = 0; step < kPairs; ++step) {
         load_vector(x + pixel(p + step * at.rows), r[step]);
         load_vector(grad + pixel(p + step * at.rows), g[step]);
       }
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) take(r[step], g[step]);
+      for (int step = 0; step < kPairs; ++step) take(r[step], g[step]);
     }
   }
   for (; p < end; p += at.rows) {

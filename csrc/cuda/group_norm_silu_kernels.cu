@@ -3,41 +3,67 @@
 
 namespace fusewire::cuda {
 
-constexpr int kSteps = 4;  // chunks (contiguous pictures) or pixels (channels-last ones) of a thread
+constexpr unsigned kFewParts = 64;  // of a group, which every block of the norm puts together for itself; of more a kernel of its own does it once
 
-// A block: kSteps * kBlock chunks of a group of a contiguous picture.
-template <typename T>
+template <typename T, bool kFew>
+__device__ inline Stats stats_of(const GroupNorm& k, int64_t n, unsigned g) {
+  if constexpr (kFew) return stats_of_parts<T>(k, n, g);
+  return stored_stats(k, n, g);
+}
+
+// A block: a tile of a channel of a contiguous picture. The last tiles come first: what the statistics read last may still be in the cache.
+template <typename T, bool kFew>
+__global__ void __launch_bounds__(kBlock, 1) group_norm_apply_plane_kernel(const __grid_constant__ GroupNorm k) {
+  constexpr int N = kChunk<T>;
+  const unsigned chunks = k.pixels / N, blocks = (chunks + kTile - 1) / kTile, i_block = gridDim.x - 1 - blockIdx.x;
+  const unsigned channel = i_block / blocks % k.channels, first = i_block % blocks * kTile + threadIdx.x;
+  const int64_t n = i_block / blocks / k.channels, plane = static_cast<int64_t>(channel) * k.pixels;
+  const T* x = static_cast<const T*>(k.x) + (n * k.x_batch + plane);
+  T* out = static_cast<T*>(k.out) + (n * k.channels * k.pixels + plane);
+  float r[kSteps][N];
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    if (first + step * kBlock < chunks) load_vector(x + static_cast<int64_t>(first + step * kBlock) * N, r[step]);
+  }
+  const Affine<T> affine = affine_of<T>(k, n, channel, stats_of<T, kFew>(k, n, channel / k.per_group));
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    if (first + step * kBlock >= chunks) break;
+#pragma unroll
+    for (int i = 0; i < N; ++i) r[step][i] = affine(r[step][i], k.silu);
+    store_chunk(out + static_cast<int64_t>(first + step * kBlock) * N, 1, N, true, r[step]);
+  }
+}
+
+// A block: a tile of a group of a contiguous picture, whose channels may be shorter than a chunk.
+template <typename T, bool kFew>
 __global__ void __launch_bounds__(kBlock, 1) group_norm_apply_kernel(const __grid_constant__ GroupNorm k) {
   constexpr int N = kChunk<T>;
-  const unsigned size = k.per_group * k.pixels, chunks = (size + N - 1) / N, blocks = (chunks + kSteps * kBlock - 1) / (kSteps * kBlock);
+  const unsigned size = k.per_group * k.pixels, chunks = (size + N - 1) / N, blocks = (chunks + kTile - 1) / kTile;
   const unsigned i_group = blockIdx.x / blocks, g = i_group % k.groups;
   const int64_t n = i_group / k.groups;
   const T* x = static_cast<const T*>(k.x) + (n * k.x_batch + static_cast<int64_t>(g) * size);
   T* out = static_cast<T*>(k.out) + static_cast<int64_t>(i_group) * size;
-  const unsigned first = blockIdx.x % blocks * kSteps * kBlock;
+  const unsigned first = blockIdx.x % blocks * kTile;
   const auto chunk_of = [&](int step) { return (first + step * kBlock + threadIdx.x) * N; };  // where a chunk begins
   const auto count_of = [&](unsigned e) { return e >= size ? 0 : size - e < N ? static_cast<int>(size - e) : N; };
   float r[kSteps][N];
-  if (k.vector && (first + kSteps * kBlock) * N <= size) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) load_vector(x + chunk_of(step), r[step]);
-  } else {
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) load_chunk(x + chunk_of(step), 1, count_of(chunk_of(step)), k.vector, r[step]);
-  }
+  for (int step = 0; step < kSteps; ++step) load_chunk(x + chunk_of(step), 1, count_of(chunk_of(step)), k.vector, r[step]);
+  const Stats stats = stats_of<T, kFew>(k, n, g);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     const unsigned e = chunk_of(step);
     const int count = count_of(e);
     if (count == 0) return;
     unsigned channel = e / k.pixels, ends = (channel + 1) * k.pixels;  // the first element of the next channel
-    Affine<T> affine = affine_of<T>(k, n, g * k.per_group + channel);
+    Affine<T> affine = affine_of<T>(k, n, g * k.per_group + channel, stats);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       if (i >= count) break;
       if (e + i == ends) {
         ++channel, ends += k.pixels;
-        affine = affine_of<T>(k, n, g * k.per_group + channel);
+        affine = affine_of<T>(k, n, g * k.per_group + channel, stats);
       }
       r[step][i] = affine(r[step][i], k.silu);
     }
@@ -45,50 +71,71 @@ __global__ void __launch_bounds__(kBlock, 1) group_norm_apply_kernel(const __gri
   }
 }
 
-// A block: some pixels of a channels-last picture, kSteps of each thread.
+// A block: some pixels of a channels-last picture, kSteps at a time of each thread.
 template <typename T, int kThreads>
 __global__ void __launch_bounds__(kThreads, 1) group_norm_apply_last_kernel(const __grid_constant__ GroupNorm k) {
   constexpr int N = kChunk<T>;
   const Columns<T> at(k.channels);
   if (at.count == 0) return;
-  const unsigned each = at.rows * kSteps, blocks = (k.pixels + each - 1) / each;
-  const int64_t n = blockIdx.x / blocks;
+  const unsigned tile = at.rows * kSteps, each = tile * k.repeat, blocks = (k.pixels + each - 1) / each, i_block = gridDim.x - 1 - blockIdx.x;
+  const int64_t n = i_block / blocks;
+  const unsigned begin = i_block % blocks * each, end = begin + each < k.pixels ? begin + each : k.pixels;
   Affine<T> affine[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     if (i < at.count) affine[i] = affine_of<T>(k, n, at.channel + i);
   }
+  const T* x = static_cast<const T*>(k.x) + (n * k.x_batch + at.channel);
+  T* out = static_cast<T*>(k.out) + (n * k.pixels * k.channels + at.channel);
+  for (unsigned first = begin + at.row; first < end; first += tile) {
+    float r[kSteps][N];
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const unsigned p = blockIdx.x % blocks * each + step * at.rows + at.row;
-    if (p >= k.pixels) return;
-    const int64_t pixel = static_cast<int64_t>(p) * k.channels + at.channel;
-    float r[N];
-    load_chunk(static_cast<const T*>(k.x) + (n * k.x_batch + pixel), 1, at.count, k.vector, r);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (i < at.count) r[i] = affine[i](r[i], k.silu);
+    for (int step = 0; step < kSteps; ++step) {
+      const unsigned p = first + step * at.rows;
+      if (p < end) load_chunk(x + static_cast<int64_t>(p) * k.channels, 1, at.count, k.vector, r[step]);
     }
-    store_chunk(static_cast<T*>(k.out) + (n * k.pixels * k.channels + pixel), 1, at.count, k.vector, r);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const unsigned p = first + step * at.rows;
+      if (p >= end) break;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (i < at.count) r[step][i] = affine[i](r[step][i], k.silu);
+      }
+      store_chunk(out + static_cast<int64_t>(p) * k.channels, 1, at.count, k.vector, r[step]);
+    }
   }
 }
 
 template <typename T, int kThreads>
-static const char* launch_last(const GroupNorm& k, void* stream) {
-  const int64_t pixels = kThreads / ceil_div(k.channels, kChunk<T>) * kSteps;
-  return launch(group_norm_apply_last_kernel<T, kThreads>, k.batch * ceil_div(k.pixels, pixels), dim3(kThreads), stream, k);
+static const char* launch_last(const GroupNorm& task, void* stream) {
+  GroupNorm k = task;
+  // What a thread has to know of its channels takes as long as a tile: several tiles a block, as long as there are blocks for a large GPU
+  const int64_t tiles = ceil_div(k.pixels, kThreads / ceil_div(k.channels, kChunk<T>) * kSteps);
+  k.repeat = tiles < 1024 ? 1 : tiles < 8 * 512 ? static_cast<unsigned>(tiles / 512) : 8;
+  return launch(group_norm_apply_last_kernel<T, kThreads>, k.batch * ceil_div(tiles, k.repeat), dim3(kThreads), stream, k);
+}
+
+template <typename T, bool kFew>
+static const char* launch_contiguous(const GroupNorm& k, void* stream) {
+  const int64_t chunks = k.pixels / kChunk<T>;
+  if (k.vector && k.pixels % kChunk<T> == 0 && chunks >= kBlock) {
+    return launch(group_norm_apply_plane_kernel<T, kFew>, k.batch * k.channels * ceil_div(chunks, kTile), dim3(kBlock), stream, k);
+  }
+  const int64_t tiles = ceil_div(ceil_div(static_cast<int64_t>(k.per_group) * k.pixels, kChunk<T>), kTile);
+  return launch(group_norm_apply_kernel<T, kFew>, k.batch * k.groups * tiles, dim3(kBlock), stream, k);
 }
 
 template <typename T>
-static const char* launch_apply(const GroupNorm& k, void* stream) {
+static const char* launch_apply(const GroupNorm& k, bool few, void* stream) {
   if (k.channels_last) return (k.channels <= kBlock * kChunk<T> ? launch_last<T, kBlock> : launch_last<T, kLargeBlock>)(k, stream);
-  const int64_t chunks = ceil_div(static_cast<int64_t>(k.per_group) * k.pixels, kChunk<T>);
-  return launch(group_norm_apply_kernel<T>, k.batch * k.groups * ceil_div(chunks, kSteps * kBlock), dim3(kBlock), stream, k);
+  return (few ? launch_contiguous<T, true> : launch_contiguous<T, false>)(k, stream);
 }
 
 const char* launch_group_norm(const GroupNorm& task, Type type, void* stream) {
-  if (const char* error = launch_group_norm_stats(task, type, stream)) return error;
-  FUSEWIRE_CUDA_SWITCH(type, { return launch_apply<T>(task, stream); })
+  const bool few = !task.channels_last && task.part_count <= kFewParts;
+  if (const char* error = (few ? launch_group_norm_parts : launch_group_norm_stats)(task, type, stream)) return error;
+  FUSEWIRE_CUDA_SWITCH(type, { return launch_apply<T>(task, few, stream); })
   return "unknown dtype";
 }
 

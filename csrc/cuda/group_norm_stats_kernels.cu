@@ -1,20 +1,11 @@
 // The statistics of group norms on CUDA: of parts of the groups, then of the groups. No atomics: the same bits every time.
 //
-// Means are distances from the group's first value, so that a large mean costs no bits, and squares are taken about the part's mean: a part is read
-// twice, the second time from a cache.
+// Means are distances from the group's first value, so that a large mean costs no bits. Squares are taken about the mean of the part's first tile, which
+// stays in registers; that the part's mean is another one is mended at the end. A part has few tiles: were the tiles' means far apart, so would be the
+// values, and what the mending loses is little beside their squares.
 #include "cuda/group_norm_rows.h"
 
 namespace fusewire::cuda {
-
-constexpr int kSteps = 4;  // chunks of a thread whose loads are on their way at a time
-
-// The first value of a group.
-template <typename T>
-__device__ inline float first_value(const GroupNorm& k, int64_t n, unsigned g) {
-  const int64_t c = static_cast<int64_t>(g) * k.per_group;
-  const float x = widen(static_cast<const T*>(k.x)[n * k.x_batch + c * (k.channels_last ? 1 : k.pixels)]);
-  return k.add.data ? x + parameter<T>(k.add, n, c) : x;
-}
 
 // A distance from a mean that is `from` and a little more.
 struct Mean {
@@ -33,62 +24,75 @@ __global__ void __launch_bounds__(kBlock, 1) group_norm_parts_kernel(const __gri
   const unsigned size = k.per_group * k.pixels, chunks = (size + N - 1) / N, mine = (chunks + k.part_count - 1) / k.part_count;
   const T* x = static_cast<const T*>(k.x) + (n * k.x_batch + static_cast<int64_t>(g) * size);
   const unsigned begin = i_part * mine, end = begin + mine < chunks ? begin + mine : chunks;
-  const float count = static_cast<float>(begin >= end ? 0 : end * N < size ? end * N - begin * N : size - begin * N);
-  const auto take_chunk = [&](unsigned e, int values, const float* r, auto take) {
-    if (!k.add.data) {
+  const auto count_to = [&](unsigned last) {  // values of the chunks [begin, last)
+    return static_cast<float>(begin >= last ? 0 : last * N < size ? (last - begin) * N : size - begin * N);
+  };
+  float r[kSteps][N];
+  const auto values_of = [&](unsigned j) { return j >= end ? 0 : size - j * N < N ? static_cast<int>(size - j * N) : N; };
+  const auto load_tile = [&](unsigned first) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const unsigned j = first + step * kBlock + threadIdx.x;
+      load_chunk(x + static_cast<int64_t>(j) * N, 1, values_of(j), k.vector, r[step]);
+    }
+    if (!k.add.data) return;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const unsigned j = first + step * kBlock + threadIdx.x, e = j * N;
+      const int values = values_of(j);
+      if (values == 0) continue;
+      unsigned channel = e / k.pixels, ends = (channel + 1) * k.pixels;  // the first element of the next channel
+      const auto added = [&] { return parameter<T>(k.add, n, static_cast<int64_t>(g) * k.per_group + channel); };
+      float add = added();
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        if (i < values) take(r[i]);
+        if (i >= values) break;
+        if (e + i == ends) ++channel, ends += k.pixels, add = added();
+        r[step][i] += add;
       }
-      return;
-    }
-    unsigned channel = e / k.pixels, ends = (channel + 1) * k.pixels;  // the first element of the next channel
-    const auto added = [&] { return parameter<T>(k.add, n, static_cast<int64_t>(g) * k.per_group + channel); };
-    float add = added();
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (i >= values) break;
-      if (e + i == ends) ++channel, ends += k.pixels, add = added();
-      take(r[i] + add);
     }
   };
-  const auto for_values = [&](auto take) {
-    unsigned j = begin + threadIdx.x;
-    if (k.vector) {  // several loads on their way at a time
-      const unsigned whole = size / N < end ? size / N : end;
-      for (; j + (kSteps - 1) * kBlock < whole; j += kSteps * kBlock) {
-        float r[kSteps][N];
+  const auto for_tile = [&](unsigned first, auto take) {
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) load_vector(x + (j + step * kBlock) * N, r[step]);
+    for (int step = 0; step < kSteps; ++step) {
+      const int values = values_of(first + step * kBlock + threadIdx.x);
+      if (values == N) {
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) take_chunk((j + step * kBlock) * N, N, r[step], take);
+        for (int i = 0; i < N; ++i) take(r[step][i]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          if (i < values) take(r[step][i]);
+        }
       }
-    }
-    for (; j < end; j += kBlock) {
-      const unsigned e = j * N;
-      const int values = size - e < N ? static_cast<int>(size - e) : N;
-      float r[N];
-      load_chunk(x + e, 1, values, k.vector, r);
-      take_chunk(e, values, r, take);
     }
   };
 
   const float from = first_value<T>(k, n, g);
   float sum = 0.0f, squares = 0.0f;
-  for_values([&](float v) { sum += v - from; });
-  const float mean = row_sum(sum, warps[0]) / fmaxf(count, 1.0f);
+  load_tile(begin);
+  for_tile(begin, [&](float v) { sum += v - from; });
+  const float mean = row_sum(sum, warps[0]) / fmaxf(count_to(begin + kTile < end ? begin + kTile : end), 1.0f);
   const Mean about(from, mean);
   sum = 0.0f;
-  for_values([&](float v) {
-    const float d = about.away(v);
-    sum += d;  // what the first sum lost
-    squares += d * d;
-  });
+  const auto take_tile = [&](unsigned first) {
+    for_tile(first, [&](float v) {
+      const float d = about.away(v);
+      sum += d;
+      squares += d * d;
+    });
+  };
+  take_tile(begin);
+  for (unsigned first = begin + kTile; first < end; first += kTile) {
+    load_tile(first);
+    take_tile(first);
+  }
   sum = row_sum(sum, warps[1]);
   squares = row_sum(squares, warps[2]);
   if (threadIdx.x == 0) {
     float* part = k.parts + static_cast<int64_t>(blockIdx.x) * 4;
-    part[0] = count, part[1] = mean + sum / fmaxf(count, 1.0f), part[2] = squares;
+    const float count = count_to(end), more = sum / fmaxf(count, 1.0f);
+    part[0] = count, part[1] = mean + more, part[2] = fmaxf(squares - sum * more, 0.0f);
   }
 }
 
@@ -101,33 +105,40 @@ __global__ void __launch_bounds__(kThreads, 1) group_norm_parts_last_kernel(cons
   const unsigned i_part = blockIdx.x % k.part_count, mine = (k.pixels + k.part_count - 1) / k.part_count;
   const int64_t n = blockIdx.x / k.part_count;
   const unsigned begin = i_part * mine < k.pixels ? i_part * mine : k.pixels, end = begin + mine < k.pixels ? begin + mine : k.pixels;
-  const float count = static_cast<float>(k.per_group) * static_cast<float>(end - begin);
   const Columns<T> at(k.channels);
+  const unsigned tile = at.rows * kSteps;
   const T* x = static_cast<const T*>(k.x) + (n * k.x_batch + at.channel);
   const auto part_of = [&](unsigned g) { return k.parts + ((n * k.groups + g) * k.part_count + i_part) * 4; };
+  const auto count_to = [&](unsigned last) { return static_cast<float>(k.per_group) * static_cast<float>(last - begin); };  // values of a group
 
-  float add[N] = {}, center[N] = {}, rest[N] = {}, sum[N], squares[N];
+  float add[N] = {}, center[N] = {}, rest[N] = {}, sum[N], squares[N], r[kSteps][N];
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     if (i < at.count && k.add.data) add[i] = parameter<T>(k.add, n, at.channel + i);
     if (i < at.count) center[i] = first_value<T>(k, n, (at.channel + i) / k.per_group);
+    sum[i] = squares[i] = 0.0f;
   }
-  // Of each channel's distances from its group's center, and of their squares
-  const auto sum_pixels = [&] {
+  const auto load_tile = [&](unsigned first) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) sum[i] = squares[i] = 0.0f;
-    for (unsigned p = begin + at.row; at.count > 0 && p < end; p += at.rows) {
-      float r[N];
-      load_chunk(x + static_cast<int64_t>(p) * k.channels, 1, at.count, k.vector, r);
+    for (int step = 0; step < kSteps; ++step) {
+      const unsigned p = first + step * at.rows + at.row;
+      load_chunk(x + static_cast<int64_t>(p) * k.channels, 1, p < end ? at.count : 0, k.vector, r[step]);
+    }
+  };
+  // Of each channel's distances from its group's center, and of their squares
+  const auto sum_tile = [&](unsigned first) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if (first + step * at.rows + at.row >= end) continue;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const float d = ((k.add.data ? r[i] + add[i] : r[i]) - center[i]) + rest[i];
+        const float d = ((k.add.data ? r[step][i] + add[i] : r[step][i]) - center[i]) + rest[i];
         sum[i] += d;
         squares[i] += d * d;
       }
     }
   };
-  // Over a group's channels and the rows of threads, one after the other and so in float64; calls take(part, total). Everybody comes here.
+  // Over the rows of threads, then over a group's channels, one after the other and so in float64; calls take(part, total). Everybody comes here.
   // (`values` is no reference to an array: the compiler of nvcc 13.0 crashes on that.)
   const auto for_groups = [&](const float* values, auto take) {
     __syncthreads();
@@ -136,67 +147,68 @@ __global__ void __launch_bounds__(kThreads, 1) group_norm_parts_last_kernel(cons
       if (i < at.count) shared[at.row * k.channels + at.channel + i] = values[i];
     }
     __syncthreads();
+    for (unsigned c = threadIdx.x; c < k.channels; c += kThreads) {
+      double total = 0.0;
+      for (unsigned row = 0; row < at.rows; ++row) total += shared[row * k.channels + c];
+      shared[c] = static_cast<float>(total);
+    }
+    __syncthreads();
     for (unsigned g = threadIdx.x; g < k.groups; g += kThreads) {
       double total = 0.0;
-      for (unsigned row = 0; row < at.rows; ++row) {
-        for (unsigned c = g * k.per_group; c < (g + 1) * k.per_group; ++c) total += shared[row * k.channels + c];
-      }
+      for (unsigned c = g * k.per_group; c < (g + 1) * k.per_group; ++c) total += shared[c];
       take(part_of(g), static_cast<float>(total));
     }
   };
 
-  const float divisor = fmaxf(count, 1.0f);
-  sum_pixels();
-  for_groups(sum, [&](float* part, float total) { part[0] = count, part[1] = total / divisor; });
+  const float in_tile = fmaxf(count_to(begin + tile < end ? begin + tile : end), 1.0f), count = count_to(end);
+  load_tile(begin);
+  sum_tile(begin);
+  for_groups(sum, [&](float* part, float total) { part[0] = count, part[1] = total / in_tile; });
   __syncthreads();  // the means are written
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    if (i >= at.count) break;
+    sum[i] = squares[i] = 0.0f;
+    if (i >= at.count) continue;
     const Mean about(center[i], part_of((at.channel + i) / k.per_group)[1]);
     center[i] = about.center, rest[i] = about.rest;
   }
-  sum_pixels();
-  for_groups(sum, [&](float* part, float total) { part[1] += total / divisor; });  // what the first sum lost
+  sum_tile(begin);
+  for (unsigned first = begin + tile; first < end; first += tile) {
+    load_tile(first);
+    sum_tile(first);
+  }
   for_groups(squares, [&](float* part, float total) { part[2] = total; });
+  for_groups(sum, [&](float* part, float total) {
+    const float more = total / fmaxf(count, 1.0f);
+    part[1] += more, part[2] = fmaxf(part[2] - total * more, 0.0f);
+  });
 }
 
-// A block: a group, from its parts. In float64: they are few.
+// A block: a group, from its parts.
 template <typename T>
 __global__ void __launch_bounds__(kBlock, 1) group_norm_stats_kernel(const __grid_constant__ GroupNorm k) {
-  __shared__ double warps[2][kWarp];
-  const float* parts = k.parts + static_cast<int64_t>(blockIdx.x) * k.part_count * 4;
-  const double size = static_cast<double>(k.per_group) * k.pixels;
-  double sum = 0.0, squares = 0.0;
-  for (unsigned i = threadIdx.x; i < k.part_count; i += kBlock) sum += static_cast<double>(parts[i * 4]) * parts[i * 4 + 1];
-  const double mean = row_sum(sum, warps[0]) / size;
-  for (unsigned i = threadIdx.x; i < k.part_count; i += kBlock) {
-    const double away = parts[i * 4 + 1] - mean;
-    squares += parts[i * 4 + 2] + parts[i * 4] * (away * away);
-  }
-  const double variance = row_sum(squares, warps[1]) / size;
+  const Stats found = stats_of_parts<T>(k, blockIdx.x / k.groups, blockIdx.x % k.groups);
   if (threadIdx.x == 0) {
-    const double center = first_value<T>(k, blockIdx.x / k.groups, blockIdx.x % k.groups) + mean;
     float* stats = k.stats + static_cast<int64_t>(blockIdx.x) * 4;
-    stats[0] = static_cast<float>(center), stats[1] = static_cast<float>(stats[0] - center);
-    stats[2] = static_cast<float>(1.0 / sqrt(variance + k.eps));
+    stats[0] = found.center, stats[1] = found.rest, stats[2] = found.rstd;
   }
 }
 
 template <typename T>
-static const char* launch_stats(const GroupNorm& k, void* stream) {
-  const char* error;
-  if (!k.channels_last) {
-    error = launch(group_norm_parts_kernel<T>, k.batch * k.groups * k.part_count, dim3(kBlock), stream, k);
-  } else if (k.channels <= kBlock * kChunk<T>) {
-    error = launch(group_norm_parts_last_kernel<T, kBlock>, k.batch * k.part_count, dim3(kBlock), stream, k);
-  } else {
-    error = launch(group_norm_parts_last_kernel<T, kLargeBlock>, k.batch * k.part_count, dim3(kLargeBlock), stream, k);
-  }
-  return error ? error : launch(group_norm_stats_kernel<T>, k.batch * k.groups, dim3(kBlock), stream, k);
+static const char* launch_parts(const GroupNorm& k, void* stream) {
+  if (!k.channels_last) return launch(group_norm_parts_kernel<T>, k.batch * k.groups * k.part_count, dim3(kBlock), stream, k);
+  if (k.channels <= kBlock * kChunk<T>) return launch(group_norm_parts_last_kernel<T, kBlock>, k.batch * k.part_count, dim3(kBlock), stream, k);
+  return launch(group_norm_parts_last_kernel<T, kLargeBlock>, k.batch * k.part_count, dim3(kLargeBlock), stream, k);
+}
+
+const char* launch_group_norm_parts(const GroupNorm& task, Type type, void* stream) {
+  FUSEWIRE_CUDA_SWITCH(type, { return launch_parts<T>(task, stream); })
+  return "unknown dtype";
 }
 
 const char* launch_group_norm_stats(const GroupNorm& task, Type type, void* stream) {
-  FUSEWIRE_CUDA_SWITCH(type, { return launch_stats<T>(task, stream); })
+  if (const char* error = launch_group_norm_parts(task, type, stream)) return error;
+  FUSEWIRE_CUDA_SWITCH(type, { return launch(group_norm_stats_kernel<T>, task.batch * task.groups, dim3(kBlock), stream, task); })
   return "unknown dtype";
 }
 

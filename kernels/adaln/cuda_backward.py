@@ -26,8 +26,10 @@ op = cuda_rows.raw(
 def _serves(triton_why_not, args, x, *tensors) -> str:
     if reason := cuda_rows.why_not(x, *tensors) or triton_limits.too_large(x, MAX_CHANNELS, MAX_ROWS):
         return reason
-    if x.dtype.itemsize == 2 and (reason := cuda_rows.better_by_triton(x)) and not triton_why_not(*args):
-        return reason
+    # Without a norm, in float32, both are as fast
+    if x.dtype.itemsize == 2 or triton_why_not is not triton_limits.why_not_gate_backward:
+        if (reason := cuda_rows.better_by_triton(x)) and not triton_why_not(*args):
+            return reason
     return ""
 
 

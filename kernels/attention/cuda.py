@@ -18,7 +18,7 @@ from fusewire.kernels.dispatch import forced_backend
 from fusewire.kernels.qk_norm_rope import op as qk_norm
 from fusewire.kernels.qk_norm_rope.reference import RMS
 from fusewire.kernels.triton_rows import capability, too_old
-from fusewire.kernels.tuning import attention_library, attention_library_backward, attention_ours
+from fusewire.kernels.tuning import OURS_FROM, attention_library, attention_library_backward, attention_ours
 
 DEVICE = "cuda"  # the tests, which have no GPU, make it "cpu", and put functions for the CPU into the two tables below
 NONDETERMINISTIC = os.environ.get("FUSEWIRE_NONDETERMINISTIC") == "1"
@@ -80,6 +80,8 @@ def _splits(heads: int, dim: int, queries: int, keys: int) -> bool:
 def _loads(x) -> bool:
     """Whether x [B, T, H, D] can be read where it lies: rows whole multiples of 16 bytes apart, that share no memory. (Where the first one lies cannot be
     asked while a graph is traced: see _heads_first.)"""
+    if x.is_contiguous():
+        return True  # the head dimension is a multiple of 8
     strides = [stride for stride, size in zip(x.stride()[:3], x.shape) if size != 1]
     return x.stride(3) == 1 and all(stride and stride % 8 == 0 for stride in strides)
 
@@ -111,12 +113,14 @@ def _choice(q, k, queries: int, keys: int, causal: bool, scale, choose, read: tu
         return "", reason
     if library == "flash" and choose is attention_library and _splits(heads, dim, queries, keys):
         return "", "so few queries that FlashAttention would split the keys, by a rule that counts the samples of the batch"
-    if not all(_loads(x) for x in read):
+    if not all(map(_loads, read)):
         return "", "a tensor's rows are not whole multiples of 16 bytes apart, or share memory"
     return library, ""
 
 
 def _weights_differ(q, *weights) -> str:
+    if weights[0] is weights[1] is None and len(weights) == 2:
+        return ""
     return "a norm's weight has another dtype than q" if any(w is not None and w.dtype is not q.dtype for w in weights) else ""
 
 
@@ -133,13 +137,16 @@ def _ours(q, queries: int, keys: int, causal: bool) -> str:
 
 
 def why_not_attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps, blocks=None, words=None) -> str:
-    return _why_not(q, k, v, mask, q_weight, k_weight, causal, scale, blocks) or _ours(q, q.shape[1], k.shape[1], causal)
+    if reason := _why_not(q, k, v, mask, q_weight, k_weight, causal, scale, blocks):
+        return reason
+    queries, keys = q.shape[1], k.shape[1]
+    return "" if queries * keys * q.shape[2] * q.shape[3] < OURS_FROM else _ours(q, queries, keys, causal)
 
 
 def _why_not(q, k, v, mask, q_weight, k_weight, causal, scale, blocks) -> str:
     if reason := _hides(mask, blocks):
         return f"there is a {reason}"
-    read = tuple(x for x, weight in ((q, q_weight), (k, k_weight), (v, None)) if weight is None)
+    read = (q, k, v) if q_weight is k_weight is None else tuple(x for x, weight in ((q, q_weight), (k, k_weight), (v, None)) if weight is None)
     return _choice(q, k, q.shape[1], k.shape[1], causal, scale, attention_library, read)[1] or _weights_differ(q, q_weight, k_weight)
 
 
@@ -172,7 +179,7 @@ def _heads_first(x) -> torch.Tensor:
 def _attend(q, k, v, causal: bool, scale: float | None, choose, wanted: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """([B, T, H, D] contiguous, what the library says of the log-sum-exp: where it is ``wanted``, float32 [B, H, T] or [B, H, T, 1])."""
     library = choose(q.shape[3], q.shape[1], k.shape[1], _gpu(q.device.index)[1])
-    out, lse = FORWARD[library](*(_heads_first(x) for x in (q, k, v)), causal, scale, wanted)
+    out, lse = FORWARD[library](_heads_first(q), _heads_first(k), _heads_first(v), causal, scale, wanted)
     if wanted and library == "cudnn":
         _LSE_DIMS[0] = lse.dim()
     return out.transpose(1, 2).contiguous(), lse
@@ -198,10 +205,11 @@ def _normalised(x, weight) -> torch.Tensor:
 
 
 def attention(q, k, v, mask, q_weight, k_weight, causal: bool, scale: float | None, eps: float, blocks=None, words=None) -> torch.Tensor:
+    if q_weight is k_weight is None:
+        return _attend(q, k, v, causal, scale, attention_library)[0]
     normed_q, normed_k = _normalised(q, q_weight), _normalised(k, k_weight)
     pairs = [pair for pair in ((q, q_weight, normed_q), (k, k_weight, normed_k)) if pair[1] is not None]
-    if pairs:
-        _norm_into(pairs, eps)
+    _norm_into(pairs, eps)
     return _attend(normed_q, normed_k, v, causal, scale, attention_library)[0]
 
 

@@ -13,7 +13,8 @@ from fusewire.kernels.group_norm_silu.reference import suggest_memory_format
 
 MAX_GROUP = 2**31 - 2**20  # elements of a group are numbered in 32 bits; offsets have 64
 MAX_BYTES_LAST = 8192  # a block of 512 threads holds all channels of a pixel
-MAX_PARTS = 1024
+BLOCK, STEPS = 256, 4  # threads and, of each, the 16-byte chunks that it holds at a time: a tile, as csrc/cuda/group_norm_rows.h has it
+FEW, MOST = (64, 256), (8, 16)  # contiguous and channels-last: from how many tiles a part has more than one, and how many at most
 
 op = cuda_rows.raw("cuda_group_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? shift, Tensor? scale, Tensor? add, Tensor(a!) out, Tensor(b!) parts, "
                    "Tensor(c!) stats, int groups, float eps, bool channels_last, bool silu) -> ()")
@@ -40,10 +41,15 @@ def why_not(x, groups, weight, bias, eps, shift, scale, add, silu, exact) -> str
     return beyond(x, groups, weight, bias, shift, scale, add) or better_by_triton(x)
 
 
-def parts_of(channels: int, groups: int, pixels: int, channels_last: bool) -> int:
-    """Parts of a group: 8192 elements of a contiguous picture, pixels of 16384 elements of a channels-last one, as long as they are few."""
-    size, each = (channels * pixels, 16384) if channels_last else (channels // groups * pixels, 8192)
-    return min(-(-size // each), MAX_PARTS, pixels if channels_last else MAX_PARTS)
+def parts_of(channels: int, groups: int, pixels: int, channels_last: bool, itemsize: int) -> int:
+    """Parts of a group: a tile each, 16 KiB of a contiguous picture or some pixels of a channels-last one, as long as they are few; then several."""
+    chunk = 16 // itemsize
+    if channels_last:
+        across = -(-channels // chunk)
+        tiles = -(-pixels // (STEPS * ((BLOCK if across <= BLOCK else 2 * BLOCK) // across)))
+    else:
+        tiles = -(-(channels // groups * pixels) // (STEPS * BLOCK * chunk))
+    return -(-tiles // min(-(-tiles // FEW[channels_last]), MOST[channels_last]))
 
 
 def group_norm_silu(x, groups: int, weight, bias, eps: float, shift, scale, add, silu: bool, exact: bool) -> torch.Tensor:
@@ -56,7 +62,7 @@ def group_norm_silu(x, groups: int, weight, bias, eps: float, shift, scale, add,
         x = x.clone(memory_format=memory_format)
     shift, scale, add = (tensor if tensor is None or tensor.dim() == 2 else tensor.flatten(1) for tensor in (shift, scale, add))
     batch, channels = x.shape[:2]
-    parts = parts_of(channels, groups, out.numel() // (batch * channels), last)
+    parts = parts_of(channels, groups, out.numel() // (batch * channels), last, x.element_size())
     op(x, weight, bias, shift, scale, add, out, x.new_empty((batch * groups, parts, 4), dtype=torch.float32),
        x.new_empty((batch * groups, 4), dtype=torch.float32), groups, eps, last, silu)
     return out

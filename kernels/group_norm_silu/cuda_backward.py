@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from fusewire.kernels import cuda_rows
-from fusewire.kernels.group_norm_silu import cuda, triton_limits
+from fusewire.kernels.group_norm_silu import cuda
 from fusewire.kernels.group_norm_silu.reference import suggest_memory_format
 
 PLANE = 2**13  # pixels of a channel of a contiguous picture that are summed together
@@ -22,11 +22,7 @@ op = cuda_rows.raw(
 
 
 def why_not(grad, x, groups, weight, bias, eps, shift, scale, add, silu, of_x) -> str:
-    if reason := cuda.beyond(x, groups, grad, weight, bias, shift, scale, add):
-        return reason
-    if (reason := cuda.better_by_triton(x)) and not triton_limits.why_not_backward(grad, x, groups, weight, bias, eps, shift, scale, add, silu, of_x):
-        return reason
-    return ""
+    return cuda.beyond(x, groups, grad, weight, bias, shift, scale, add)
 
 
 def parts_of(channels: int, pixels: int, channels_last: bool) -> int:
@@ -54,7 +50,7 @@ def group_norm_silu_backward(grad, x, groups: int, weight, bias, eps: float, shi
         def room(*shape):
             return x.new_empty(shape, dtype=torch.float32)
 
-        op(grad, x, weight, bias, shift, scale, add, *found, room(batch * groups, cuda.parts_of(channels, groups, pixels, last), 4),
+        op(grad, x, weight, bias, shift, scale, add, *found, room(batch * groups, cuda.parts_of(channels, groups, pixels, last, x.element_size()), 4),
            room(batch * groups, 4), room(batch * (parts + 1 if parts > 1 else 1), 3, channels), room(batch, channels, 8) if of_x else None,
            None if weight is None and bias is None else room(2, batch, channels), groups, eps, last, silu)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in found)

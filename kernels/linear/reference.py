@@ -31,10 +31,10 @@ def linear(x, weight, bias, activation: str, gate, residual, exact: bool) -> tor
     gate = None if gate is None else over_tokens(gate, x)
     if exact:
         return residual + (y if gate is None else gate * y)
+    if gate is None:
+        return residual + y  # computed in float32, rounded once
     wide = compute_dtype(y.dtype)
-    dtype = promoted(residual.dtype, y, gate)
-    y = y.to(wide) if gate is None else gate.to(wide) * y.to(wide)
-    return (residual.to(wide) + y).to(dtype)
+    return (residual.to(wide) + gate.to(wide) * y.to(wide)).to(promoted(residual.dtype, y, gate))
 
 
 def bias_activation(y, bias, activation: str) -> torch.Tensor:

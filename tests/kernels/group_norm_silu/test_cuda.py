@@ -41,11 +41,40 @@ def test_many_channels(in_cuda, dtype, shape, groups):
 
 
 def test_parts_depend_on_the_group_alone():
-    for last in (False, True):
-        for pixels in (1, 35, 4096, 262144, 2**24):
-            parts = cuda.parts_of(128, 32, pixels, last)
-            assert 1 <= parts <= cuda.MAX_PARTS and (not last or parts <= pixels)
-    assert cuda.parts_of(320, 32, 4096, False) == 5 and cuda.parts_of(320, 32, 4096, True) == 80
+    """A tile each, 8192 elements in bfloat16, 4096 in float32; from 64 tiles on (256 of a channels-last picture) there are several to a part."""
+    assert [cuda.parts_of(320, 32, pixels, False, 2) for pixels in (1, 4096, 65536, 2**20)] == [1, 5, 40, 160]
+    assert [cuda.parts_of(128, 32, pixels, False, 4) for pixels in (1, 4096, 65536, 2**20, 2**24)] == [1, 4, 64, 128, 2048]
+    assert [cuda.parts_of(320, 32, pixels, True, 2) for pixels in (1, 24, 25, 4096, 2**18)] == [1, 1, 2, 171, 683]
+    assert cuda.parts_of(2048, 32, 9, True, 4) == 3  # the large block, whose threads have four pixels each
+
+
+@pytest.mark.parametrize("options", ("plain", "all"))
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype, outlier", [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)], ids=str)
+def test_parts_of_several_tiles(in_cuda, monkeypatch, dtype, outlier, memory_format, options):
+    """cancellation, tail: the first tile's mean is not the part's. A mean of 100 with a deviation of 0.01; the first tile, and it alone, around 0."""
+    monkeypatch.setattr(cuda, "FEW", (1, 1))
+    shape, groups = (2, 4, 57, 101), 2
+    assert cuda.parts_of(4, groups, 57 * 101, memory_format != "contiguous", dtype.itemsize) == 1
+    v = inputs(shape, dtype, options, memory_format)
+    if dtype is torch.float32:
+        v["x"].mul_(0.01).add_(100)
+    if outlier:
+        v["x"][:, :, :41 if memory_format == "contiguous" else 11] -= 100
+    with in_cuda("group_norm_silu"):
+        got = call(v, groups, numerics="close")
+    assert_close(got, stock(wide(v), groups), stock(v, groups))
+
+
+def test_few_and_many_parts(in_cuda, monkeypatch):
+    """64 parts are put together by every block of the norm, 65 by a kernel of their own."""
+    monkeypatch.setattr(cuda, "FEW", (65, 65))
+    for parts, pixels in ((64, 64 * 4096), (65, 64 * 4096 + 4)):
+        assert cuda.parts_of(1, 1, pixels, False, 4) == parts
+        v = inputs((1, 1, 4, pixels // 4), torch.float32)
+        with in_cuda("group_norm_silu"):
+            got = call(v, 1, numerics="close")
+        assert_close(got, stock(wide(v), 1), stock(v, 1))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)

@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from fusewire import ops
-from fusewire.kernels import cuda_rows
 from fusewire.kernels.dispatch import forced
-from fusewire.kernels.group_norm_silu import cuda, cuda_backward, reference, triton_limits
+from fusewire.kernels.group_norm_silu import cuda, cuda_backward, reference
 from tests.effort import examples
 from tests.kernels.group_norm_silu.cases import FORMATS, OPTIONS, call, gradients, inputs, stock, wide
 from tests.kernels.group_norm_silu.test_cuda_backward import DTYPES, backward  # noqa: F401  (a fixture)
@@ -78,22 +77,6 @@ def test_what_it_leaves_to_others(in_cuda, monkeypatch):
         assert not why_not(last.contiguous()) and (why_not(last) == "") is served
     monkeypatch.setattr(cuda, "MAX_GROUP", 17)
     assert "groups of more than 17 elements" in why_not(x)
-
-
-def test_large_samples_are_better_by_triton(in_cuda, monkeypatch):
-    monkeypatch.setattr(cuda_rows, "INTERPRETED", False)
-    monkeypatch.setattr(cuda_rows, "MISSING", "")
-    large = torch.empty(1, 4, 1024, cuda_rows.LARGE // 4096)
-    last = large.contiguous(memory_format=torch.channels_last)
-
-    def why_not(x):
-        return cuda_backward.why_not(x, x, 2, None, None, 1e-5, None, None, None, True, True)
-
-    assert not why_not(large), "Triton interprets: it does not serve"
-    monkeypatch.setattr(triton_limits, "why_not", lambda *args: "")
-    assert "Triton" in why_not(large) and not why_not(last) and not why_not(large[:, :, 1:])
-    with forced("cuda"):
-        assert not why_not(large)
 
 
 def test_backends(in_cuda):

@@ -150,15 +150,17 @@ def compile_all(names, targets, processes: int = 2) -> Iterator[Compiled]:
             yield from found
 
 
-def may_spill(case: str) -> bool:
-    """float32 attention: three TF32 products keep both halves of a block of queries in registers (fusewire.kernels.tuning has the smallest tiles)."""
-    return "attention" in case and " f32" in case
+def may_spill(case: str, target: str) -> bool:
+    """float32 attention: three TF32 products keep both halves of a block of queries in registers (fusewire.kernels.tuning has the smallest tiles); and
+    gradients of 128 channels on sm_90, 24 bytes by Triton 3.6, none by 3.7: the tile without a spill is a tenth slower."""
+    gradients = target == "sm_90" and case in ("attention_backward 128 bf16", "attention_varlen_backward 128 bf16")
+    return "attention" in case and (" f32" in case or gradients)
 
 
 def faults(one: Compiled) -> list[str]:
     """What must not be: a spill, too much shared memory, a 32-bit offset, an atomic."""
     found = []
-    if one.spills and not may_spill(one.case):
+    if one.spills and not may_spill(one.case, one.target):
         found.append(f"{one.spills} bytes spilled")
     if one.shared > one.shared_limit:
         found.append(f"{one.shared} bytes of shared memory, more than {one.shared_limit}")

@@ -26,6 +26,18 @@ struct Columns {
   }
 };
 
+// x / (1 + exp(-x)) for a 16-bit result, which shows neither the errors of the device's own functions nor what they flush to zero.
+__device__ inline float fast_silu(float x) {
+#if defined(FUSEWIRE_CUDA_ON_CPU)
+  return x / (1.0f + __expf(-x));
+#else
+  float e, r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -1.4426950408889634f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.0f + e));
+  return x * r;
+#endif
+}
+
 // exp(-x) / (1 + exp(-x)) for x >= 0. kFast: by the device's own functions, whose errors a 16-bit result does not show.
 template <bool kFast>
 __device__ inline float small_sigmoid(float x) {
@@ -42,11 +54,12 @@ template <typename T>
 struct Affine {
   float add = 0.0f, center = 0.0f, factor = 0.0f, offset = 0.0f;
 
-  __device__ float operator()(float x, bool silu) const {
-    const float y = fmaf((x + add) - center, factor, offset);
-    if (!silu) return y;
+  __device__ float operator()(float x) const { return fmaf((x + add) - center, factor, offset); }
+
+  __device__ static float silu(float y) {
+    if constexpr (sizeof(T) == 2) return fast_silu(y);
     // y * sigmoid(y), from the smaller of sigmoid(y) and 1 - sigmoid(y): for positive y one rounding is left
-    const float small = small_sigmoid<sizeof(T) == 2>(fabsf(y));
+    const float small = small_sigmoid<false>(fabsf(y));
     return y < 0.0f ? y * small : small > 0.0f ? fmaf(-y, small, y) : y;
   }
 };
@@ -64,22 +77,36 @@ struct Stats {
   float center, rest, rstd;
 };
 
-// A group's statistics from its parts, for every thread of the block. In float64: they are few.
-template <typename T>
+// A group's statistics from its parts, for every thread of the block. In float64, which has room for what the distances from the first value cancel, and
+// so by few threads: it is slow on many GPUs. kFew: by one warp.
+template <typename T, bool kFew>
 __device__ inline Stats stats_of_parts(const GroupNorm& k, int64_t n, unsigned g) {
+  constexpr int kThreads = kFew ? kWarp : kBlock;
   __shared__ double warps[2][kWarp];
+  __shared__ Stats found;
   const float* parts = k.parts + (n * k.groups + g) * k.part_count * 4;
-  const double size = static_cast<double>(k.per_group) * k.pixels;
-  double sum = 0.0, squares = 0.0;
-  for (unsigned i = threadIdx.x; i < k.part_count; i += kBlock) sum += static_cast<double>(parts[i * 4]) * parts[i * 4 + 1];
-  const double mean = row_sum(sum, warps[0]) / size;
-  for (unsigned i = threadIdx.x; i < k.part_count; i += kBlock) {
-    const double away = parts[i * 4 + 1] - mean;
-    squares += parts[i * 4 + 2] + parts[i * 4] * (away * away);
+  if (threadIdx.x < kThreads) {
+    double sum = 0.0, squares = 0.0;
+    for (unsigned i = threadIdx.x; i < k.part_count; i += kThreads) {
+      const double mean = parts[i * 4 + 1], weighted = parts[i * 4] * mean;
+      sum += weighted;
+      squares += parts[i * 4 + 2] + weighted * mean;
+    }
+    sum = lane_sum(sum), squares = lane_sum(squares);
+    if (threadIdx.x % kWarp == 0) warps[0][threadIdx.x / kWarp] = sum, warps[1][threadIdx.x / kWarp] = squares;
   }
-  const double variance = row_sum(squares, warps[1]) / size, center = first_value<T>(k, n, g) + mean;
-  const float nearest = static_cast<float>(center);
-  return {nearest, static_cast<float>(nearest - center), static_cast<float>(1.0 / sqrt(variance + k.eps))};
+  if constexpr (!kFew) __syncthreads();
+  if (threadIdx.x == 0) {
+    double sum = 0.0, squares = 0.0;
+    for (int w = 0; w < kThreads / kWarp; ++w) sum += warps[0][w], squares += warps[1][w];
+    const double size = static_cast<double>(k.per_group) * k.pixels, mean = sum / size, variance = squares / size - mean * mean;
+    const double center = first_value<T>(k, n, g) + mean;
+    const float nearest = static_cast<float>(center);
+    // (a variance that is NaN stays so)
+    found = {nearest, static_cast<float>(nearest - center), static_cast<float>(1.0 / sqrt((variance < 0.0 ? 0.0 : variance) + k.eps))};
+  }
+  __syncthreads();
+  return found;
 }
 
 __device__ inline Stats stored_stats(const GroupNorm& k, int64_t n, unsigned g) {
@@ -87,12 +114,26 @@ __device__ inline Stats stored_stats(const GroupNorm& k, int64_t n, unsigned g) 
   return {stats[0], stats[1], stats[2]};
 }
 
+// What is given for a channel: read before a barrier, it is on its way while the block waits.
+template <typename T>
+struct Given {
+  float add, weight, bias, scale, shift;
+  __device__ Given(const GroupNorm& k, int64_t n, unsigned channel) {
+    const auto of = [&](const Tokens& p, float otherwise) { return p.data ? parameter<T>(p, n, channel) : otherwise; };
+    add = of(k.add, 0.0f), weight = of(k.weight, 1.0f), bias = of(k.bias, 0.0f), scale = 1.0f + of(k.scale, 0.0f), shift = of(k.shift, 0.0f);
+  }
+};
+
 // (xhat * weight + bias) * (1 + scale) + shift
 template <typename T>
+__device__ inline Affine<T> affine_of(const Given<T>& given, const Stats& stats) {
+  const float factor = stats.rstd * given.weight;
+  return {given.add, stats.center, factor * given.scale, (stats.rest * factor + given.bias) * given.scale + given.shift};
+}
+
+template <typename T>
 __device__ inline Affine<T> affine_of(const GroupNorm& k, int64_t n, unsigned channel, const Stats& stats) {
-  const auto given = [&](const Tokens& p, float otherwise) { return p.data ? parameter<T>(p, n, channel) : otherwise; };
-  const float factor = stats.rstd * given(k.weight, 1.0f), scale = 1.0f + given(k.scale, 0.0f);
-  return {given(k.add, 0.0f), stats.center, factor * scale, (stats.rest * factor + given(k.bias, 0.0f)) * scale + given(k.shift, 0.0f)};
+  return affine_of<T>(Given<T>(k, n, channel), stats);
 }
 
 template <typename T>

@@ -7,8 +7,15 @@ constexpr unsigned kFewParts = 64;  // of a group, which every block of the norm
 
 template <typename T, bool kFew>
 __device__ inline Stats stats_of(const GroupNorm& k, int64_t n, unsigned g) {
-  if constexpr (kFew) return stats_of_parts<T>(k, n, g);
+  if constexpr (kFew) return stats_of_parts<T, true>(k, n, g);
   return stored_stats(k, n, g);
+}
+
+template <typename T>
+__device__ inline void activate(float (&r)[kChunk<T>], bool silu) {
+  if (!silu) return;
+#pragma unroll
+  for (int i = 0; i < kChunk<T>; ++i) r[i] = Affine<T>::silu(r[i]);
 }
 
 // A block: a tile of a channel of a contiguous picture. The last tiles come first: what the statistics read last may still be in the cache.
@@ -25,13 +32,15 @@ __global__ void __launch_bounds__(kBlock, 1) group_norm_apply_plane_kernel(const
   for (int step = 0; step < kSteps; ++step) {
     if (first + step * kBlock < chunks) load_vector(x + static_cast<int64_t>(first + step * kBlock) * N, r[step]);
   }
-  const Affine<T> affine = affine_of<T>(k, n, channel, stats_of<T, kFew>(k, n, channel / k.per_group));
+  const Given<T> given(k, n, channel);
+  const Affine<T> affine = affine_of<T>(given, stats_of<T, kFew>(k, n, channel / k.per_group));
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     if (first + step * kBlock >= chunks) break;
 #pragma unroll
-    for (int i = 0; i < N; ++i) r[step][i] = affine(r[step][i], k.silu);
-    store_chunk(out + static_cast<int64_t>(first + step * kBlock) * N, 1, N, true, r[step]);
+    for (int i = 0; i < N; ++i) r[step][i] = affine(r[step][i]);
+    activate<T>(r[step], k.silu);
+    store_vector(out + static_cast<int64_t>(first + step * kBlock) * N, r[step]);
   }
 }
 
@@ -65,8 +74,9 @@ __global__ void __launch_bounds__(kBlock, 1) group_norm_apply_kernel(const __gri
         ++channel, ends += k.pixels;
         affine = affine_of<T>(k, n, g * k.per_group + channel, stats);
       }
-      r[step][i] = affine(r[step][i], k.silu);
+      r[step][i] = affine(r[step][i]);
     }
+    activate<T>(r[step], k.silu);
     store_chunk(out + e, 1, count, k.vector, r[step]);
   }
 }
@@ -100,8 +110,9 @@ __global__ void __launch_bounds__(kThreads, 1) group_norm_apply_last_kernel(cons
       if (p >= end) break;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        if (i < at.count) r[step][i] = affine[i](r[step][i], k.silu);
+        if (i < at.count) r[step][i] = affine[i](r[step][i]);
       }
+      activate<T>(r[step], k.silu);
       store_chunk(out + static_cast<int64_t>(p) * k.channels, 1, at.count, k.vector, r[step]);
     }
   }

@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, 1) group_norm_parts_last_kernel(cons
 // A block: a group, from its parts.
 template <typename T>
 __global__ void __launch_bounds__(kBlock, 1) group_norm_stats_kernel(const __grid_constant__ GroupNorm k) {
-  const Stats found = stats_of_parts<T>(k, blockIdx.x / k.groups, blockIdx.x % k.groups);
+  const Stats found = stats_of_parts<T, false>(k, blockIdx.x / k.groups, blockIdx.x % k.groups);
   if (threadIdx.x == 0) {
     float* stats = k.stats + static_cast<int64_t>(blockIdx.x) * 4;
     stats[0] = found.center, stats[1] = found.rest, stats[2] = found.rstd;

@@ -75,7 +75,8 @@ def feed_forward_hidden(module, x, how: How) -> tuple[torch.Tensor, nn.Module]:
 def _geglu(projection: nn.Module, x: torch.Tensor, how: How) -> torch.Tensor:
     """``hidden * gelu(gate)`` of the halves of ``projection(x)``; the bias of a plain one is added on the way."""
     if how.linear and plain_linear(projection):
-        return ops.geglu(ops.linear(x, projection.weight, numerics=how.numerics), bias=projection.bias, numerics=how.numerics)
+        product = F.linear(x, projection.weight) if x.is_cuda else ops.linear(x, projection.weight, numerics=how.numerics)
+        return ops.geglu(product, bias=projection.bias, numerics=how.numerics)
     return ops.geglu(projection(x), numerics=how.numerics)
 
 

@@ -55,9 +55,12 @@ def plain_layer_norm(module: nn.Module) -> bool:
 
 
 def linear(module: nn.Module, x: torch.Tensor, how: How, activation: str | None = None) -> torch.Tensor:
-    """``module(x)``, then GELU-tanh where asked for: by ``ops.linear`` where that is permitted and the module is plain, otherwise by calling it."""
+    """``module(x)``, then GELU-tanh where asked for: by ``ops.linear`` where that is permitted and the module is plain, otherwise by calling it. (A product
+    alone on a GPU is PyTorch's in any case, and sooner launched without the checks.)"""
     if how.linear and plain_linear(module):
         parameters = module._parameters
+        if activation is None and x.is_cuda:
+            return F.linear(x, parameters["weight"], parameters["bias"])
         return ops.linear(x, parameters["weight"], parameters["bias"], activation=activation, numerics=how.numerics)
     y = module(x)
     return y if activation is None else F.gelu(y, approximate="tanh")
@@ -74,10 +77,10 @@ def norm_input(x: torch.Tensor) -> torch.Tensor:
 
 def gated_linear(module: nn.Module, x: torch.Tensor, gate: torch.Tensor | None, residual: torch.Tensor, how: How) -> torch.Tensor:
     """``residual + gate * module(x)``; without a gate where it is None."""
-    if how.linear and plain_linear(module):
+    if how.linear and (gate is not None or not x.is_cuda) and plain_linear(module):
         parameters = module._parameters
         return ops.linear(x, parameters["weight"], parameters["bias"], gate=gate, residual=residual, numerics=how.numerics)
-    return gated_sum(residual, module(x), gate, how)
+    return gated_sum(residual, linear(module, x, how), gate, how)
 
 
 def gated_sum(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None, how: How) -> torch.Tensor:

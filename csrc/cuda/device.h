@@ -68,6 +68,21 @@ __device__ inline void load_chunk(const T* p, int64_t step, int count, bool vect
   }
 }
 
+// A chunk as it lies in memory: `count` values of p[0], p[1], ..., then zeros. `vector`: whole chunks start on 16 bytes.
+template <typename T>
+__device__ inline uint4 load_bits(const T* p, int count, bool vector) {
+  if (vector && count == kChunk<T>) return *reinterpret_cast<const uint4*>(p);
+  alignas(16) T values[kChunk<T>];
+#pragma unroll
+  for (int i = 0; i < kChunk<T>; ++i) values[i] = i < count ? p[i] : narrow<T>(0.0f);
+  return *reinterpret_cast<const uint4*>(values);
+}
+
+template <typename T>
+__device__ inline void widen_bits(const uint4& bits, float (&r)[kChunk<T>]) {
+  load_vector(reinterpret_cast<const T*>(&bits), r);
+}
+
 template <typename T>
 __device__ inline void store_chunk(T* p, int64_t step, int count, bool vector, const float (&r)[kChunk<T>]) {
   if (vector && count == kChunk<T>) {

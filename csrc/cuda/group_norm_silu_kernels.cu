@@ -3,7 +3,7 @@
 
 namespace fusewire::cuda {
 
-constexpr unsigned kFewParts = 64;  // of a group, which every block of the norm puts together for itself; of more a kernel of its own does it once
+constexpr unsigned kFewParts = 16;  // of a group, which every block of the norm puts together for itself; of more a kernel of its own does it once
 
 template <typename T, bool kFew>
 __device__ inline Stats stats_of(const GroupNorm& k, int64_t n, unsigned g) {
@@ -20,27 +20,29 @@ __device__ inline void activate(float (&r)[kChunk<T>], bool silu) {
 
 // A block: a tile of a channel of a contiguous picture. The last tiles come first: what the statistics read last may still be in the cache.
 template <typename T, bool kFew>
-__global__ void __launch_bounds__(kBlock, 1) group_norm_apply_plane_kernel(const __grid_constant__ GroupNorm k) {
+__global__ void __launch_bounds__(kBlock, kFew ? 3 : 4) group_norm_apply_plane_kernel(const __grid_constant__ GroupNorm k) {
   constexpr int N = kChunk<T>;
   const unsigned chunks = k.pixels / N, blocks = (chunks + kTile - 1) / kTile, i_block = gridDim.x - 1 - blockIdx.x;
   const unsigned channel = i_block / blocks % k.channels, first = i_block % blocks * kTile + threadIdx.x;
   const int64_t n = i_block / blocks / k.channels, plane = static_cast<int64_t>(channel) * k.pixels;
   const T* x = static_cast<const T*>(k.x) + (n * k.x_batch + plane);
   T* out = static_cast<T*>(k.out) + (n * k.channels * k.pixels + plane);
-  float r[kSteps][N];
+  uint4 bits[kSteps];
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    if (first + step * kBlock < chunks) load_vector(x + static_cast<int64_t>(first + step * kBlock) * N, r[step]);
+    if (first + step * kBlock < chunks) bits[step] = load_bits(x + static_cast<int64_t>(first + step * kBlock) * N, N, true);
   }
   const Given<T> given(k, n, channel);
   const Affine<T> affine = affine_of<T>(given, stats_of<T, kFew>(k, n, channel / k.per_group));
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     if (first + step * kBlock >= chunks) break;
+    float r[N];
+    widen_bits<T>(bits[step], r);
 #pragma unroll
-    for (int i = 0; i < N; ++i) r[step][i] = affine(r[step][i]);
-    activate<T>(r[step], k.silu);
-    store_vector(out + static_cast<int64_t>(first + step * kBlock) * N, r[step]);
+    for (int i = 0; i < N; ++i) r[i] = affine(r[i]);
+    activate<T>(r, k.silu);
+    store_vector(out + static_cast<int64_t>(first + step * kBlock) * N, r);
   }
 }
 
@@ -56,15 +58,17 @@ __global__ void __launch_bounds__(kBlock, 1) group_norm_apply_kernel(const __gri
   const unsigned first = blockIdx.x % blocks * kTile;
   const auto chunk_of = [&](int step) { return (first + step * kBlock + threadIdx.x) * N; };  // where a chunk begins
   const auto count_of = [&](unsigned e) { return e >= size ? 0 : size - e < N ? static_cast<int>(size - e) : N; };
-  float r[kSteps][N];
+  uint4 bits[kSteps];
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) load_chunk(x + chunk_of(step), 1, count_of(chunk_of(step)), k.vector, r[step]);
+  for (int step = 0; step < kSteps; ++step) bits[step] = load_bits(x + chunk_of(step), count_of(chunk_of(step)), k.vector);
   const Stats stats = stats_of<T, kFew>(k, n, g);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     const unsigned e = chunk_of(step);
     const int count = count_of(e);
     if (count == 0) return;
+    float r[N];
+    widen_bits<T>(bits[step], r);
     unsigned channel = e / k.pixels, ends = (channel + 1) * k.pixels;  // the first element of the next channel
     Affine<T> affine = affine_of<T>(k, n, g * k.per_group + channel, stats);
 #pragma unroll
@@ -74,10 +78,10 @@ __global__ void __launch_bounds__(kBlock, 1) group_norm_apply_kernel(const __gri
         ++channel, ends += k.pixels;
         affine = affine_of<T>(k, n, g * k.per_group + channel, stats);
       }
-      r[step][i] = affine(r[step][i]);
+      r[i] = affine(r[i]);
     }
-    activate<T>(r[step], k.silu);
-    store_chunk(out + e, 1, count, k.vector, r[step]);
+    activate<T>(r, k.silu);
+    store_chunk(out + e, 1, count, k.vector, r);
   }
 }
 
@@ -98,22 +102,24 @@ __global__ void __launch_bounds__(kThreads, 1) group_norm_apply_last_kernel(cons
   const T* x = static_cast<const T*>(k.x) + (n * k.x_batch + at.channel);
   T* out = static_cast<T*>(k.out) + (n * k.pixels * k.channels + at.channel);
   for (unsigned first = begin + at.row; first < end; first += tile) {
-    float r[kSteps][N];
+    uint4 bits[kSteps];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const unsigned p = first + step * at.rows;
-      if (p < end) load_chunk(x + static_cast<int64_t>(p) * k.channels, 1, at.count, k.vector, r[step]);
+      bits[step] = load_bits(x + static_cast<int64_t>(p) * k.channels, p < end ? at.count : 0, k.vector);
     }
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const unsigned p = first + step * at.rows;
       if (p >= end) break;
+      float r[N];
+      widen_bits<T>(bits[step], r);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        if (i < at.count) r[step][i] = affine[i](r[step][i]);
+        if (i < at.count) r[i] = affine[i](r[i]);
       }
-      activate<T>(r[step], k.silu);
-      store_chunk(out + static_cast<int64_t>(p) * k.channels, 1, at.count, k.vector, r[step]);
+      activate<T>(r, k.silu);
+      store_chunk(out + static_cast<int64_t>(p) * k.channels, 1, at.count, k.vector, r);
     }
   }
 }

@@ -16,7 +16,7 @@ struct Mean {
 
 // A block: a part of a group of a contiguous picture, a run of memory.
 template <typename T>
-__global__ void __launch_bounds__(kBlock, 1) group_norm_parts_kernel(const __grid_constant__ GroupNorm k) {
+__global__ void __launch_bounds__(kBlock, 3) group_norm_parts_kernel(const __grid_constant__ GroupNorm k) {
   constexpr int N = kChunk<T>;
   __shared__ float warps[3][kWarp];
   const unsigned i_part = blockIdx.x % k.part_count, i_group = blockIdx.x / k.part_count, g = i_group % k.groups;
@@ -27,42 +27,40 @@ __global__ void __launch_bounds__(kBlock, 1) group_norm_parts_kernel(const __gri
   const auto count_to = [&](unsigned last) {  // values of the chunks [begin, last)
     return static_cast<float>(begin >= last ? 0 : last * N < size ? (last - begin) * N : size - begin * N);
   };
-  float r[kSteps][N];
+  uint4 bits[kSteps];
   const auto values_of = [&](unsigned j) { return j >= end ? 0 : size - j * N < N ? static_cast<int>(size - j * N) : N; };
   const auto load_tile = [&](unsigned first) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const unsigned j = first + step * kBlock + threadIdx.x;
-      load_chunk(x + static_cast<int64_t>(j) * N, 1, values_of(j), k.vector, r[step]);
-    }
-    if (!k.add.data) return;
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const unsigned j = first + step * kBlock + threadIdx.x, e = j * N;
-      const int values = values_of(j);
-      if (values == 0) continue;
-      unsigned channel = e / k.pixels, ends = (channel + 1) * k.pixels;  // the first element of the next channel
-      const auto added = [&] { return parameter<T>(k.add, n, static_cast<int64_t>(g) * k.per_group + channel); };
-      float add = added();
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (i >= values) break;
-        if (e + i == ends) ++channel, ends += k.pixels, add = added();
-        r[step][i] += add;
-      }
+      bits[step] = load_bits(x + static_cast<int64_t>(j) * N, values_of(j), k.vector);
     }
   };
   const auto for_tile = [&](unsigned first, auto take) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const int values = values_of(first + step * kBlock + threadIdx.x);
+      const unsigned j = first + step * kBlock + threadIdx.x, e = j * N;
+      const int values = values_of(j);
+      float r[N];
+      widen_bits<T>(bits[step], r);
+      if (k.add.data && values > 0) {
+        unsigned channel = e / k.pixels, ends = (channel + 1) * k.pixels;  // the first element of the next channel
+        const auto added = [&] { return parameter<T>(k.add, n, static_cast<int64_t>(g) * k.per_group + channel); };
+        float add = added();
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          if (i >= values) break;
+          if (e + i == ends) ++channel, ends += k.pixels, add = added();
+          r[i] += add;
+        }
+      }
       if (values == N) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) take(r[step][i]);
+        for (int i = 0; i < N; ++i) take(r[i]);
       } else {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-          if (i < values) take(r[step][i]);
+          if (i < values) take(r[i]);
         }
       }
     }
@@ -111,7 +109,8 @@ __global__ void __launch_bounds__(kThreads, 1) group_norm_parts_last_kernel(cons
   const auto part_of = [&](unsigned g) { return k.parts + ((n * k.groups + g) * k.part_count + i_part) * 4; };
   const auto count_to = [&](unsigned last) { return static_cast<float>(k.per_group) * static_cast<float>(last - begin); };  // values of a group
 
-  float add[N] = {}, center[N] = {}, rest[N] = {}, sum[N], squares[N], r[kSteps][N];
+  float add[N] = {}, center[N] = {}, rest[N] = {}, sum[N], squares[N];
+  uint4 bits[kSteps];
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     if (i < at.count && k.add.data) add[i] = parameter<T>(k.add, n, at.channel + i);
@@ -122,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 1) group_norm_parts_last_kernel(cons
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const unsigned p = first + step * at.rows + at.row;
-      load_chunk(x + static_cast<int64_t>(p) * k.channels, 1, p < end ? at.count : 0, k.vector, r[step]);
+      bits[step] = load_bits(x + static_cast<int64_t>(p) * k.channels, p < end ? at.count : 0, k.vector);
     }
   };
   // Of each channel's distances from its group's center, and of their squares
@@ -130,9 +129,11 @@ __global__ void __launch_bounds__(kThreads, 1) group_norm_parts_last_kernel(cons
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       if (first + step * at.rows + at.row >= end) continue;
+      float r[N];
+      widen_bits<T>(bits[step], r);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const float d = ((k.add.data ? r[step][i] + add[i] : r[step][i]) - center[i]) + rest[i];
+        const float d = ((k.add.data ? r[i] + add[i] : r[i]) - center[i]) + rest[i];
         sum[i] += d;
         squares[i] += d * d;
       }

@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 
 from fusewire.kernels.attention import hopper_limits
 from fusewire.kernels.dispatch import forced_backend
@@ -25,9 +27,29 @@ NONDETERMINISTIC = os.environ.get("FUSEWIRE_NONDETERMINISTIC") == "1"
 MAX_BATCH = 65535  # samples, and heads: of a cuDNN graph
 SPLITS_FROM = 256  # see _splits
 
+_by_itself: dict[tuple, bool] = {}
+
+
+def _chooses_cudnn(q, k, v, causal: bool, scale: float | None) -> bool:
+    """Whether PyTorch's attention would choose cuDNN for such arguments by itself: it is asked once for each kind."""
+    key = (q.shape, k.shape, q.dtype, causal, q.stride(), k.stride(), v.stride())
+    if key not in _by_itself:
+        if len(_by_itself) >= 4096:
+            _by_itself.clear()
+        choose = getattr(torch, "_fused_sdp_choice", None)
+        _by_itself[key] = choose is not None and choose(q, k, v, is_causal=causal, scale=scale) == SDPBackend.CUDNN_ATTENTION.value
+    return _by_itself[key]
+
+
+def _cudnn(q, k, v, causal: bool, scale: float | None, wanted: bool):
+    # The op by itself returns nine values, which takes longer to launch
+    if not wanted and not torch.is_grad_enabled() and torch._C._get_cudnn_sdp_enabled() and _chooses_cudnn(q, k, v, causal, scale):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale), None
+    return torch.ops.aten._scaled_dot_product_cudnn_attention.default(q, k, v, None, wanted, 0.0, causal, False, scale=scale)[:2]
+
+
 FORWARD = {
-    "cudnn": lambda q, k, v, causal, scale, wanted: torch.ops.aten._scaled_dot_product_cudnn_attention.default(
-        q, k, v, None, wanted, 0.0, causal, False, scale=scale)[:2],
+    "cudnn": _cudnn,
     "flash": lambda q, k, v, causal, scale, wanted: torch.ops.aten._scaled_dot_product_flash_attention.default(
         q, k, v, 0.0, causal, False, scale=scale)[:2],
 }

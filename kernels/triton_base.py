@@ -19,7 +19,8 @@ def strided(tensor: torch.Tensor | None, dims: int) -> tuple:
     """The tensor and its strides, as kernels take them; (None, 0, ..., 0) for None. A stride over a single element is 0, as it could be anything."""
     if tensor is None:
         return (None,) + (0,) * dims
-    return (tensor, *(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride())))
+    shape, strides = tensor.shape, tensor.stride()
+    return (tensor, *strides) if 1 not in shape else (tensor, *[0 if size == 1 else stride for size, stride in zip(shape, strides)])
 
 
 def over_tokens(tensor: torch.Tensor | None) -> tuple:
@@ -29,9 +30,9 @@ def over_tokens(tensor: torch.Tensor | None) -> tuple:
 
 def as_tokens(x: torch.Tensor) -> torch.Tensor:
     """x [..., C] as [B, T, C]: a view, unless it has more than three dimensions whose strides do not merge."""
-    if x.dim() > 3:
-        return x.flatten(0, -3)
-    return x[(None,) * (3 - x.dim())]
+    if x.dim() == 3:
+        return x
+    return x.flatten(0, -3) if x.dim() > 3 else x[(None,) * (3 - x.dim())]
 
 
 def inner_contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -86,7 +86,8 @@ def launch(kernel, programs: int, tensor: torch.Tensor, *args, **options) -> Non
 
 def _hooked() -> bool:
     """Whether a profiler looks at Triton's launches."""
-    return any(hook is not None and getattr(hook, "calls", True) for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook))
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return enter is not None and getattr(enter, "calls", True) or leave is not None and getattr(leave, "calls", True)
 
 
 def launch_anew(kernel, programs: int, tensor: torch.Tensor, *args, **options):

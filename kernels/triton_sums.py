@@ -9,6 +9,7 @@ import triton.language as tl
 
 from fusewire.kernels.triton_base import narrow
 from fusewire.kernels.triton_launch import launch
+from fusewire.kernels.tuning import cdiv
 
 
 @triton.jit
@@ -51,6 +52,6 @@ def add_up(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     for i in range(0, len(pairs), AT_ONCE):
         some = pairs[i:i + AT_ONCE]
         samples, parts, channels = some[0][0].shape
-        blocks = triton.cdiv(channels, 32)
+        blocks = cdiv(channels, 32)
         launch(column_sums_kernel, len(some) * samples * blocks, some[0][1], *(tensor for pair in (*some, *[(None, None)] * (AT_ONCE - len(some))) for tensor in pair),
                parts, blocks, samples * blocks, channels, ROWS=64, LEVELS=6, BLOCK=32, num_warps=4, num_stages=1, enable_fp_fusion=False)

@@ -31,6 +31,11 @@ def hip_arch(name: str) -> Arch:
     return Arch("hip", name, 64 if name.startswith("gfx9") else 32, (160 if name == "gfx950" else 64) * KIB)
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. (Triton's own, which kernels may call too, takes longer than a launch of PyTorch's.)"""
+    return -(-a // b)
+
+
 def power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()

@@ -15,7 +15,7 @@ from fusewire.kernels.adaln.backward_calls import MODULATIONS, ROWWISE, VECTORS,
 from fusewire.kernels.triton_base import inner_contiguous, load_rows, narrow, over_tokens, strided
 from fusewire.kernels.triton_launch import arch_of, launch
 from fusewire.kernels.triton_sums import add_up, sum_of_rows
-from fusewire.kernels.tuning import Arch, RowTile, aligned, row_tile
+from fusewire.kernels.tuning import aligned, Arch, cdiv, row_tile, RowTile
 
 PARTS = 256  # of a sample's tokens: one program and one row of partial sums each
 
@@ -149,9 +149,9 @@ def _backward(wanted: int, norm: int, eps: float, grad, grad1, grad2, arguments:
         return tuple(like.new_empty(0) for _ in arguments)
     found = {name: like.new_empty(tensor.shape) for name, tensor in asked.items()}
     shared = [name for name, tensor in asked.items() if name in VECTORS or name in MODULATIONS and (tensor.dim() == 2 or tensor.shape[1] == 1)]
-    tiles = triton.cdiv(tokens, tile.rows)
-    steps = max(triton.cdiv(tiles, PARTS), 1) if shared else 1
-    parts = triton.cdiv(tiles, steps)
+    tiles = cdiv(tokens, tile.rows)
+    steps = max(cdiv(tiles, PARTS), 1) if shared else 1
+    parts = cdiv(tiles, steps)
     partial = {name: like.new_empty((batch, parts, channels), dtype=torch.float32) for name in shared}
     # The first is written even where it is not asked for: the order of the sums follows the widest store, and must not follow what is asked for
     written = {next(iter(arguments)): like.new_empty(like.shape), **found, **partial}

@@ -22,7 +22,7 @@ from fusewire.kernels.adaln.triton_backward import (  # noqa: F401 (the launcher
 from fusewire.kernels.rounding import promoted
 from fusewire.kernels.triton_base import TYPES, inner_contiguous, load_rows, narrow, over_tokens, rounded, strided
 from fusewire.kernels.triton_launch import arch_of, launch
-from fusewire.kernels.tuning import aligned, row_tile
+from fusewire.kernels.tuning import aligned, cdiv, row_tile
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def _launch(x, gated, norm: int, weight, bias, modulations, eps: float, exact: b
     dtype = x.dtype
     read = [tensor.dtype for tensor in (x, y, gate, y2, gate2, weight, bias, shift, scale, shift2, scale2) if tensor is not None]
     launch(
-        adaln_kernel, triton.cdiv(rows, tile.rows) if channels else 0, x,
+        adaln_kernel, cdiv(rows, tile.rows) if channels else 0, x,
         *strided(x, 3), *strided(y, 3), *over_tokens(gate), *strided(y2, 3), *over_tokens(gate2),
         *strided(weight, 1), *strided(bias, 1),
         *over_tokens(shift), *over_tokens(scale), *over_tokens(shift2), *over_tokens(scale2),

@@ -15,7 +15,7 @@ from fusewire.kernels.attention.triton_blocks import LOG2E, LOWEST, dot, in_unit
 from fusewire.kernels.attention.triton_limits import default_scale
 from fusewire.kernels.triton_base import fused, narrow, strided
 from fusewire.kernels.triton_launch import arch_of, launch
-from fusewire.kernels.tuning import attention_backward_tile
+from fusewire.kernels.tuning import attention_backward_tile, cdiv
 
 
 @triton.jit(do_not_specialize=["tiles", "tokens", "heads"])
@@ -248,7 +248,7 @@ def _launch(grad, lse_grad, q, k, v, out, highest, total, mask, causal: bool, sc
     base, inverse, delta = torch.empty((3, batch, heads, q_tokens), dtype=torch.float32, device=q.device).unbind(0)
     unit = unit_of(q, k, v, grad)
     rows, rows_unit = max(4096 // tile.dim, 16), unit_of(grad, out)
-    tiles = triton.cdiv(q_tokens, rows)
+    tiles = cdiv(q_tokens, rows)
     launch(delta_kernel, batch * heads * tiles, q, *in_units(grad, rows_unit), *in_units(out, rows_unit), *strided(highest, 3), *strided(total, 3),
            *strided(lse_grad, 3), base, inverse, delta, tiles, q_tokens, heads, ROWS=rows, DIM=dim, BLOCK_D=tile.dim, UNIT=rows_unit,
            num_warps=4, num_stages=1, enable_fp_fusion=False)
@@ -260,7 +260,7 @@ def _launch(grad, lse_grad, q, k, v, out, highest, total, mask, causal: bool, sc
     inputs = (*(x for tensor in (q, k, v, grad) for x in in_units(tensor, unit)), base, inverse, delta)
     numbers = (q_tokens, k_tokens, heads, heads // max(kv_heads, 1), factor * LOG2E.value, factor, *cu_seqlens, sequences)
     for kernel, part, programs, tiles, results in ((dq_kernel, tile.dq, batch * heads, q_tiles, (dq,)), (dkdv_kernel, tile.dkdv, batch * kv_heads, k_tiles, (dk, dv))):
-        seen = tiles_seen(pattern[0], (triton.cdiv(q_tokens, part.queries), part.queries), (triton.cdiv(k_tokens, part.keys), part.keys), kernel is dkdv_kernel)
+        seen = tiles_seen(pattern[0], (cdiv(q_tokens, part.queries), part.queries), (cdiv(k_tokens, part.keys), part.keys), kernel is dkdv_kernel)
         launch(kernel, programs * tiles, q, *inputs, *results, *masks, tiles, *numbers, *strided(pattern[0], 4), pattern[1], *strided(seen, 4), MASK=kind, CAUSAL=causal, PRECISION=tile.precision,
                BLOCK_M=part.queries, BLOCK_N=part.keys, DIM=dim, BLOCK_D=tile.dim, UNIT=unit, num_warps=part.warps, num_stages=part.stages,
                enable_fp_fusion=False, **({"maxnreg": part.registers} if part.registers else {}))

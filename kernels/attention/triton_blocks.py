@@ -10,7 +10,7 @@ from fusewire.kernels.attention.reference import EMPTY as _EMPTY
 from fusewire.kernels.attention.reference import FULL as _FULL
 from fusewire.kernels.triton_base import INTERPRETED, narrow, strided
 from fusewire.kernels.triton_launch import launch
-from fusewire.kernels.tuning import power_of_2
+from fusewire.kernels.tuning import cdiv, power_of_2
 
 NO_MASK, BOOL, ADDITIVE = 0, 1, 2
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
@@ -148,7 +148,7 @@ def place_among_packed(slot, cu_seqlens, others, sequences, BLOCK: tl.constexpr)
 def slots(tokens: int, block: int, cu_seqlens: torch.Tensor | None) -> tuple[int, int]:
     """(programs for the blocks of one head, number of packed sequences: 0 where they are not packed)"""
     if cu_seqlens is None:
-        return triton.cdiv(tokens, block), 0
+        return cdiv(tokens, block), 0
     sequences = cu_seqlens.shape[0] - 1  # see _sequence_at
     return tokens // block + sequences if tokens else 0, sequences
 

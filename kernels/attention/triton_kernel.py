@@ -19,7 +19,7 @@ from fusewire.kernels.qk_norm_rope import triton_kernel as qk_norm
 from fusewire.kernels.qk_norm_rope.reference import RMS
 from fusewire.kernels.triton_base import fused, inner_contiguous, narrow, strided
 from fusewire.kernels.triton_launch import arch_of, launch
-from fusewire.kernels.tuning import attention_tile
+from fusewire.kernels.tuning import attention_tile, cdiv
 
 
 
@@ -215,9 +215,9 @@ def _launch(first, second, mask, weights, softmax, causal: bool, scale: float | 
     batch, q_tokens, heads, dim = q.shape
     q2_tokens, k2_tokens = (0 if x is None else x.shape[1] for x in (q2, k2))
     tile = attention_tile(dim, q.dtype.itemsize, mask is not None or pattern[0] is not None, causal, arch_of(q.device))
-    (tiles, sequences), tiles2 = slots(q_tokens, tile.queries, cu_seqlens[0]), triton.cdiv(q2_tokens, tile.queries)
+    (tiles, sequences), tiles2 = slots(q_tokens, tile.queries, cu_seqlens[0]), cdiv(q2_tokens, tile.queries)
     cu_seqlens = tuple(x if x is None else x.contiguous() for x in cu_seqlens)
-    seen = tiles_seen(pattern[0], (tiles, tile.queries), (triton.cdiv(k.shape[1], tile.keys), tile.keys))
+    seen = tiles_seen(pattern[0], (tiles, tile.queries), (cdiv(k.shape[1], tile.keys), tile.keys))
     kind, masks = mask_of(mask)
     segments = []
     unit = unit_of(*first[:3], *second[:3])

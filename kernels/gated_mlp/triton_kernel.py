@@ -13,7 +13,7 @@ import triton.language as tl
 from fusewire.kernels.rounding import promoted
 from fusewire.kernels.triton_base import as_tokens, narrow, strided
 from fusewire.kernels.triton_launch import arch_of, launch
-from fusewire.kernels.tuning import flat_tile
+from fusewire.kernels.tuning import cdiv, flat_tile
 
 GELU, SILU, QUICK = 0, 1, 2
 CHUNKS = 256  # of rows, where the backward sums over them
@@ -89,14 +89,9 @@ def gated_backward_kernel(grad, d_b, d_t, d_c, hidden, h_b, h_t, h_c, gate, g_b,
 
 def _halves(x, gate, bias, gate_first: bool):
     """(hidden, gate, hidden bias, gate bias), views of [B, T, F] and [F]."""
-    width = x.shape[-1] // (2 if gate is None else 1)
-    at = slice(width, None) if gate_first else slice(None, width), slice(None, width) if gate_first else slice(width, None)
-    if gate is None:
-        x = as_tokens(x)
-        halves = x[..., at[0]], x[..., at[1]]
-    else:
-        halves = as_tokens(x), as_tokens(gate)
-    return (*halves, *((None, None) if bias is None else (bias[at[0]], bias[at[1]])))
+    first, second = as_tokens(x).chunk(2, -1) if gate is None else (as_tokens(x), as_tokens(gate))
+    first_bias, second_bias = (None, None) if bias is None else bias.chunk(2)
+    return (second, first, second_bias, first_bias) if gate_first else (first, second, first_bias, second_bias)
 
 
 def _forward(activation: int, x, gate, bias, gate_first: bool) -> torch.Tensor:
@@ -108,7 +103,7 @@ def _forward(activation: int, x, gate, bias, gate_first: bool) -> torch.Tensor:
     width, tokens = gate_rows.shape[2], gate_rows.shape[1]
     out = x.new_empty((*x.shape[:-1], width), dtype=dtype)
     block, warps = flat_tile(width, arch_of(x.device))
-    blocks = triton.cdiv(width, block)
+    blocks = cdiv(width, block)
     launch(gated_kernel, gate_rows.shape[0] * tokens * blocks, x, *strided(hidden, 3), *strided(gate_rows, 3), *strided(biases[0], 1), *strided(biases[1], 1),
            out, tokens, width, blocks, ACT=activation, BLOCK=block, num_warps=warps, num_stages=1, enable_fp_fusion=False)
     return out
@@ -142,11 +137,11 @@ def _backward(activation: int, grad, x, gate, bias, gate_first: bool, of_bias: b
     else:
         stride, of_hidden, of_gate = width, dx, dgate
     rows = gate_rows.shape[0] * tokens
-    steps = max(triton.cdiv(rows, CHUNKS), 1) if of_bias else 1
-    chunks = triton.cdiv(rows, steps)
+    steps = max(cdiv(rows, CHUNKS), 1) if of_bias else 1
+    chunks = cdiv(rows, steps)
     sums = x.new_empty((chunks, 2 * width), dtype=torch.float32) if of_bias else None
     block, warps = flat_tile(width, arch_of(x.device))
-    blocks = triton.cdiv(width, block)
+    blocks = cdiv(width, block)
     grad = as_tokens(grad)
     launch(gated_backward_kernel, chunks * blocks, x, *strided(grad, 3), *strided(hidden, 3), *strided(gate_rows, 3), *strided(biases[0], 1),
            *strided(biases[1], 1), of_hidden, of_gate, stride, sums, hidden_at, gate_at, rows, tokens, steps, width, blocks,

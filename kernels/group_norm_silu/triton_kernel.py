@@ -15,7 +15,7 @@ from fusewire.kernels.group_norm_silu.reference import over_pixels, suggest_memo
 from fusewire.kernels.rounding import promoted
 from fusewire.kernels.triton_base import fused, narrow, strided
 from fusewire.kernels.triton_launch import arch_of, launch
-from fusewire.kernels.tuning import group_tile
+from fusewire.kernels.tuning import cdiv, group_tile, power_of_2
 
 
 @triton.jit
@@ -216,7 +216,7 @@ class _Picture:
         self.groups, self.per_group = groups, x.shape[1] // groups
         self.pixels = x[0, 0].numel() if x.numel() else 0
         self.tile = group_tile(self.per_group * self.pixels, arch_of(x.device))
-        self.part_count = triton.cdiv(self.per_group * self.pixels, self.tile.block * self.tile.steps)
+        self.part_count = cdiv(self.per_group * self.pixels, self.tile.block * self.tile.steps)
         self.add = self._parameter(add)
         self.modulation = (*strided(weight, 1), *strided(bias, 1), *self._parameter(shift), *self._parameter(scale))
         # x's own width decides, which no other layout of the same values changes
@@ -238,9 +238,9 @@ class _Picture:
 
     def over_groups(self, kernel, eps: float, silu: bool, *args) -> None:
         """Launch ``kernel`` over every block of every group."""
-        blocks = triton.cdiv(self.per_group * self.pixels, self.tile.block)
+        blocks = cdiv(self.per_group * self.pixels, self.tile.block)
         launch(kernel, self.batch * self.groups * blocks, self.x, *args, *self.sizes, blocks, eps, SILU=silu,
-               PARTS=triton.next_power_of_2(self.part_count), BLOCK=self.tile.block, **self.options)
+               PARTS=power_of_2(self.part_count), BLOCK=self.tile.block, **self.options)
 
 
 def group_norm_silu(x, groups: int, weight, bias, eps: float, shift, scale, add, silu: bool, exact: bool) -> torch.Tensor:
@@ -260,10 +260,10 @@ def group_norm_silu_backward(grad, x, groups: int, weight, bias, eps: float, shi
     grad = _dense(grad, p.format)
     given = (*p.sample(grad), *p.sample(p.x), *p.add, p.parts, *p.modulation)
     tile = group_tile(p.pixels, arch_of(x.device))
-    programs = triton.cdiv(p.pixels, tile.block * tile.steps)
+    programs = cdiv(p.pixels, tile.block * tile.steps)
     sums = x.new_empty((programs, p.batch, p.channels, 3), dtype=torch.float32)
     launch(group_norm_sums_kernel, programs * p.batch * p.channels, x, *given, sums, *p.sizes, tile.steps, programs, eps, 0, SILU=silu,
-           PARTS=triton.next_power_of_2(p.part_count), BLOCK=tile.block, ALIGNED=p.planes and p.pixels % 16 == 0,
+           PARTS=power_of_2(p.part_count), BLOCK=tile.block, ALIGNED=p.planes and p.pixels % 16 == 0,
            **(p.options | dict(num_warps=tile.warps)))
     of_h, of_factor, of_xhat = sums.sum(0).unbind(-1)  # [B, C] each
     one_scale = 1.0 if scale is None else 1.0 + over_pixels(scale, x).float().flatten(1)

@@ -13,6 +13,7 @@ import triton.language as tl
 from fusewire.kernels.triton_base import as_tokens, load_rows, narrow, strided
 from fusewire.kernels.triton_launch import launch
 from fusewire.kernels.triton_sums import add_up, sum_of_rows
+from fusewire.kernels.tuning import cdiv
 
 PARTS = 128  # of the rows, where the bias has a gradient: one row of partial sums each
 ROWS, BLOCK, WARPS = 8, 256, 8
@@ -62,9 +63,9 @@ def bias_activation_backward(grad, y, bias, activation: str, of_bias: bool) -> t
     dy, of_bias = y.new_empty(y.shape), of_bias and bias is not None
     grad, y = as_tokens(grad), as_tokens(y)
     channels, rows = y.shape[2], y.shape[0] * y.shape[1]
-    tiles, blocks = triton.cdiv(rows, ROWS), triton.cdiv(channels, BLOCK)
-    steps = max(triton.cdiv(tiles, PARTS), 1) if of_bias else 1
-    parts = triton.cdiv(tiles, steps)
+    tiles, blocks = cdiv(rows, ROWS), cdiv(channels, BLOCK)
+    steps = max(cdiv(tiles, PARTS), 1) if of_bias else 1
+    parts = cdiv(tiles, steps)
     sums = y.new_empty((1, parts, channels), dtype=torch.float32) if of_bias else None
     launch(bias_activation_backward_kernel, parts * blocks, y, *strided(grad, 3), *strided(y, 3), *strided(bias, 1), dy, sums, rows, y.shape[1], steps,
            channels, blocks, ACTIVATION=activation, ROWS=ROWS, LEVELS=ROWS.bit_length() - 1, BLOCK=BLOCK, num_warps=WARPS, num_stages=1,

@@ -17,7 +17,7 @@ from fusewire.kernels.linear.reference import over_tokens
 from fusewire.kernels.linear.triton_backward import bias_activation_backward  # noqa: F401 (the row looks for its launcher here)
 from fusewire.kernels.triton_base import TYPES, element_block, elementwise, load_elements, narrow, rounded
 from fusewire.kernels.triton_launch import arch_of, launch
-from fusewire.kernels.tuning import flat_tile
+from fusewire.kernels.tuning import cdiv, flat_tile
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def epilogue(y, bias, activation: str, gate, residual, exact: bool, keep: bool =
     tensors = (tensor if tensor is None else tensor.expand_as(y) for tensor in (bias, gate, residual))
     sizes, views = elementwise(out, y, *tensors, out)
     block, warps = flat_tile(sizes[3], arch_of(y.device))
-    blocks = triton.cdiv(sizes[3], block)
+    blocks = cdiv(sizes[3], block)
     launch(
         epilogue_kernel, math.prod(sizes[:3]) * blocks, y, *(value for view in views for value in view), *sizes[1:], blocks,
         ACTIVATION=activation, PRODUCT=gate if gate is None else TYPES[torch.promote_types(y.dtype, gate.dtype)], EXACT=exact, BLOCK=block,

@@ -14,7 +14,7 @@ from fusewire.kernels.norm.reference import rms_dtype
 from fusewire.kernels.norm.triton_picture import layer_norm_2d, layer_norm_2d_backward  # noqa: F401 (the rows look for their launchers here)
 from fusewire.kernels.triton_base import as_tokens, inner_contiguous, load_rows, narrow, strided
 from fusewire.kernels.triton_launch import arch_of, launch
-from fusewire.kernels.tuning import aligned, row_tile
+from fusewire.kernels.tuning import aligned, cdiv, row_tile
 
 PROGRAMS = 512  # of the backward: one row of sums each
 
@@ -90,7 +90,7 @@ def _norm(x, weight, bias, eps: float, rms: bool, out) -> torch.Tensor:
     x, weight, bias = inner_contiguous(as_tokens(x)), inner_contiguous(weight), inner_contiguous(bias)
     rows = x.shape[0] * x.shape[1]
     read = [tensor.dtype for tensor in (x, weight, bias) if tensor is not None]
-    launch(norm_kernel, triton.cdiv(rows, tile.rows) if channels else 0, x, *strided(x, 3), *strided(weight, 1), *strided(bias, 1), out, rows, x.shape[1],
+    launch(norm_kernel, cdiv(rows, tile.rows) if channels else 0, x, *strided(x, 3), *strided(weight, 1), *strided(bias, 1), out, rows, x.shape[1],
            channels, eps, 0, RMS=rms, ROWS=tile.rows, BLOCK=tile.block, ALIGNED=aligned(channels, read, [out.dtype]),
            num_warps=tile.warps, num_stages=1, enable_fp_fusion=False)
     return out
@@ -111,9 +111,9 @@ def _backward(grad, x, weight, eps: float, rms: bool, of_x: bool, of_weight: boo
     dx = x.new_empty(x.shape) if of_x else None
     grad, x, weight = inner_contiguous(as_tokens(grad)), inner_contiguous(as_tokens(x)), inner_contiguous(weight)
     rows = x.shape[0] * x.shape[1]
-    tiles = triton.cdiv(rows, tile_rows)
-    steps = max(triton.cdiv(tiles, PROGRAMS), 1)
-    programs = triton.cdiv(tiles, steps)
+    tiles = cdiv(rows, tile_rows)
+    steps = max(cdiv(tiles, PROGRAMS), 1)
+    programs = cdiv(tiles, steps)
     sums = x.new_empty((programs, 2, channels), dtype=torch.float32) if of_weight or of_bias else None
     written = [tensor.dtype for tensor in (dx, sums) if tensor is not None]
     read = [tensor.dtype for tensor in (grad, x, weight) if tensor is not None]

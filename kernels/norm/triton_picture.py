@@ -15,7 +15,7 @@ from fusewire.kernels.norm.reference import picture_layout
 from fusewire.kernels.triton_base import narrow, strided
 from fusewire.kernels.triton_launch import arch_of, launch
 from fusewire.kernels.triton_sums import add_up, sum_of_rows
-from fusewire.kernels.tuning import PictureTile, picture_tile
+from fusewire.kernels.tuning import cdiv, picture_tile, PictureTile
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def layer_norm_2d(x, weight, bias, eps: float, exact: bool) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=picture_layout(x))
     batch, channels, height, width = x.shape
     rows, pixels, warps = _tile(x, False)
-    tiles = triton.cdiv(height * width, pixels)
+    tiles = cdiv(height * width, pixels)
     launch(layer_norm_2d_kernel, batch * tiles if channels else 0, x, *_picture(x), *strided(weight, 1), *strided(bias, 1), *_result(out), height * width,
            width, tiles, channels, eps, MERGED=_merged(x), ROWS=rows, LEVELS=rows.bit_length() - 1, PIXELS=pixels, num_warps=warps, num_stages=1,
            enable_fp_fusion=False)
@@ -157,7 +157,7 @@ def layer_norm_2d_backward(grad, x, weight, eps: float, of_x: bool, of_weight: b
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=picture_layout(x)) if of_x else None
     batch, channels, height, width = x.shape
     rows, pixels, warps = _tile(x, True)
-    tiles = triton.cdiv(height * width, pixels)
+    tiles = cdiv(height * width, pixels)
     sums = x.new_empty((1, batch * tiles, 2 * channels), dtype=torch.float32) if of_weight or of_bias else None
     launch(layer_norm_2d_backward_kernel, batch * tiles if channels else 0, x, *_picture(grad), *_picture(x), *strided(weight, 1), *_result(dx), sums,
            height * width, width, tiles, channels, eps, MERGED=_merged(x), GRAD_MERGED=_merged(grad), ROWS=rows, LEVELS=rows.bit_length() - 1,

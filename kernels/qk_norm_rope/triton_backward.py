@@ -13,7 +13,7 @@ import triton.language as tl
 from fusewire.kernels.triton_base import inner_contiguous, narrow, strided
 from fusewire.kernels.triton_launch import arch_of, launch
 from fusewire.kernels.triton_sums import add_up, sum_of_rows
-from fusewire.kernels.tuning import Arch, RowTile, aligned, row_tile
+from fusewire.kernels.tuning import aligned, Arch, cdiv, row_tile, RowTile
 
 PARTS = 1024  # of the rows of q or of k where a weight is there: one program and one row of partial sums each
 
@@ -81,9 +81,9 @@ def _gradients(grad, x, weight, cos, sin, eps: float, of_x: bool, of_weight: boo
         return x.new_empty(0), x.new_empty(0)
     tile = _tile(dim, dtype.itemsize, arch_of(x.device))
     rows = x.shape[0] * x.shape[1] * x.shape[2]
-    tiles = triton.cdiv(rows, tile.rows)
-    steps = max(triton.cdiv(tiles, PARTS), 1) if of_weight else 1
-    programs = triton.cdiv(tiles, steps)
+    tiles = cdiv(rows, tile.rows)
+    steps = max(cdiv(tiles, PARTS), 1) if of_weight else 1
+    programs = cdiv(tiles, steps)
     dx = x.new_empty(x.shape)  # written even where it is not asked for: the order of the sums follows the widest store
     sums = x.new_empty((1, programs, dim), dtype=torch.float32) if of_weight else None
     launch(

@@ -15,7 +15,7 @@ from fusewire.kernels.qk_norm_rope.reference import ROTATION, TORCH_RMS, result_
 from fusewire.kernels.qk_norm_rope.triton_backward import qk_norm_rope_backward  # noqa: F401 (the row looks for its launcher here)
 from fusewire.kernels.triton_base import TYPES, inner_contiguous, narrow, rounded, strided, vector_aligned
 from fusewire.kernels.triton_launch import arch_of, launch
-from fusewire.kernels.tuning import aligned, row_tile
+from fusewire.kernels.tuning import aligned, cdiv, row_tile
 
 NONE, GIVEN, COMPUTED = 0, 1, 2  # the reciprocal root mean square: not applied, read, computed
 
@@ -89,12 +89,12 @@ def _launch(q, k, q_weight, k_weight, q_out, k_out, cos, sin, eps: float, exact:
         q, k, q_weight, k_weight, cos, sin = (inner_contiguous(tensor) for tensor in (q, k, q_weight, k_weight, cos, sin))
     roots = [_stock_root(x, eps) if root == GIVEN else None for x in (q, k)]
     q_rows, k_rows = (x.shape[0] * x.shape[1] * x.shape[2] for x in (q, k))
-    q_tiles = triton.cdiv(q_rows, tile.rows)
+    q_tiles = cdiv(q_rows, tile.rows)
     read = [tensor.dtype for tensor in (q, k, q_weight, k_weight) if tensor is not None]
     # float32 weights are multiplied before any rounding; without a weight, and before a 16-bit one, the stock norm rounds
     normed = [TYPES[x.dtype if weight is None else weight.dtype] for x, weight in ((q, q_weight), (k, k_weight))]
     launch(
-        qk_norm_rope_kernel, (q_tiles + triton.cdiv(k_rows, tile.rows)) if dim else 0, q,
+        qk_norm_rope_kernel, (q_tiles + cdiv(k_rows, tile.rows)) if dim else 0, q,
         *strided(q, 4), *strided(q_weight, 1), roots[0], *strided(q_out, 4), q_rows, q.shape[1], q.shape[2],
         *strided(k, 4), *strided(k_weight, 1), roots[1], *strided(k_out, 4), k_rows, k.shape[1], k.shape[2],
         *strided(cos, 2), *strided(sin, 2), dim, eps, 0, q_tiles,

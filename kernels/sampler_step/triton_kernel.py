@@ -16,7 +16,7 @@ from fusewire.kernels.sampler_step.reference import halves
 from fusewire.kernels.sampler_step.solver_triton import solver_step  # noqa: F401: the row looks for its launcher here
 from fusewire.kernels.triton_base import element_block, elementwise, load_elements, narrow, rounded
 from fusewire.kernels.triton_launch import arch_of, launch
-from fusewire.kernels.tuning import flat_tile
+from fusewire.kernels.tuning import cdiv, flat_tile
 
 
 @triton.jit(do_not_specialize=["step", "steps", "n_1", "n_2", "blocks", "table_column"])
@@ -56,7 +56,7 @@ def flow_euler_step(sample, model_output, uncond, table, step: int, counter, exa
     out = sample.new_empty(sample.shape, dtype=cond.dtype)
     sizes, (sample, cond, uncond, out_view) = elementwise(out, sample, cond, uncond, out)
     block, warps = flat_tile(sizes[3], arch_of(out.device))
-    blocks = triton.cdiv(sizes[3], block)
+    blocks = cdiv(sizes[3], block)
     launch(
         flow_euler_kernel, math.prod(sizes[:3]) * blocks, out, *sample, *cond, *uncond, *out_view,
         table, *table.stride(), table.shape[0], step, counter, *sizes[1:], blocks,

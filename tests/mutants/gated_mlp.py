@@ -27,7 +27,7 @@ MUTANTS = (
     mutant("Triton: the last column is forgotten", "triton_kernel.py", "mask = o_c < width\n    i_b, i_t", "mask = o_c < width - 1\n    i_b, i_t", "test_triton.py"),
     mutant("Triton: sample and token are swapped", "triton_kernel.py", "(i_b.to(tl.int64) * x_b + i_t.to(tl.int64) * x_t)", "(i_b.to(tl.int64) * x_t + i_t.to(tl.int64) * x_b)",
            "test_triton.py"),
-    mutant("Triton: rows of the last chunk are left out", "triton_kernel.py", "chunks = triton.cdiv(rows, steps)", "chunks = max(rows // steps, 1)", "test_triton.py"),
+    mutant("Triton: rows of the last chunk are left out", "triton_kernel.py", "chunks = cdiv(rows, steps)", "chunks = max(rows // steps, 1)", "test_triton.py"),
     mutant("Triton: only the last row's bias gradient stays", "triton_kernel.py", "b_gate_sum += b_dgate", "b_gate_sum = b_dgate", "test_triton.py"),
     mutant("Triton: the bias's halves are swapped", "triton_kernel.py", "hidden_at, gate_at = (width, 0) if gate_first else (0, width)", "hidden_at, gate_at = (0, width)",
            "test_triton.py"),

@@ -39,6 +39,7 @@ MUTANTS = (
     mutant("CUDA: sums over no pixels are not zero", "cuda_backward.py", "x.new_empty if x.numel() else x.new_zeros", "x.new_empty", "test_cuda_backward.py"),
     mutant("CUDA: the gradient's dtype is not asked for", "cuda_backward.py", "cuda.beyond(x, groups, grad, weight,", "cuda.beyond(x, groups, weight,",
            "test_cuda_backward_contract.py"),
-    mutant("CUDA: small samples go to Triton", "cuda_backward.py", "and not triton_limits.why_not_backward(", "or not triton_limits.why_not_backward(",
-           "test_cuda_backward_contract.py"),
+    mutant("CUDA: a part has tiles without end", "cuda.py", "min(-(-tiles // FEW[channels_last]), MOST[channels_last])", "-(-tiles // FEW[channels_last])",
+           "test_cuda.py"),
+    mutant("CUDA: tiles of 16-bit pictures are counted as float32's", "cuda.py", "chunk = 16 // itemsize", "chunk = 4", "test_cuda.py"),
 )

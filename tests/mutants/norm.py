@@ -35,7 +35,7 @@ MUTANTS = (
     mutant("Triton: the gradient misses the weight", "triton_kernel.py", "b_dy *= _vector(weight, o_c, weight_c, channels)", "b_dy *= 1.0", "test_triton.py"),
     mutant("Triton: the gradient's mean is dropped", "triton_kernel.py", "b_dx -= (tl.sum(b_dy, 1) / channels)[:, None]", "b_dx -= 0.0", "test_triton.py"),
     mutant("Triton: only a program's last tile is summed", "triton_kernel.py", "b_plain += tl.sum(b_dy, 0)", "b_plain = tl.sum(b_dy, 0)", "test_triton.py"),
-    mutant("Triton: the last tiles are not summed", "triton_kernel.py", "programs = triton.cdiv(tiles, steps)", "programs = max(tiles // steps, 1)", "test_triton.py"),
+    mutant("Triton: the last tiles are not summed", "triton_kernel.py", "programs = cdiv(tiles, steps)", "programs = max(tiles // steps, 1)", "test_triton.py"),
     mutant("C++: the weight is left out of dx", "csrc/cpu/norm_backward_kernels.cpp", "row_gradient<Rms, N, C>(Weight ? dy * weight : dy, xhat",
            "row_gradient<Rms, N, C>(dy, xhat", "test_norm.py"),
     mutant("C++: the bias's gradient is the weight's", "csrc/cpu/norm_backward_kernels.cpp", "plain += dy;", "plain += dy * xhat;", "test_norm.py"),

@@ -38,5 +38,5 @@ MUTANTS = (
     mutant("Triton: the last pair keeps its angle", "triton_kernel.py", "(o_pair < dim // 2)[None, :]", "(o_pair < dim // 2 - 1)[None, :]", "test_triton.py"),
     mutant("Triton: heads and tokens are swapped", "triton_kernel.py", "(i_b * x_b + i_t * x_t + i_h * x_h)", "(i_b * x_b + i_t * x_h + i_h * x_t)", "test_triton.py"),
     mutant("Triton: k's heads are counted as q's", "triton_kernel.py", "k_rows, k.shape[1], k.shape[2],", "k_rows, k.shape[1], q.shape[2],", "test_triton.py"),
-    mutant("Triton: the last tile of q is k's", "triton_kernel.py", "q_tiles = triton.cdiv(q_rows, tile.rows)", "q_tiles = q_rows // tile.rows", "test_triton.py"),
+    mutant("Triton: the last tile of q is k's", "triton_kernel.py", "q_tiles = cdiv(q_rows, tile.rows)", "q_tiles = q_rows // tile.rows", "test_triton.py"),
 )

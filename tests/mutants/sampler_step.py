@@ -29,7 +29,7 @@ MUTANTS = (
     mutant("Triton: a row outside the table is read", "triton_kernel.py", "inside = (row >= 0) & (row < steps)", "inside = (row >= 0) & (row <= steps)", "test_triton.py"),
     mutant("Triton: the unconditional strides are the conditional ones'", "triton_kernel.py", "load_elements(uncond, uncond_0, uncond_1, uncond_2, uncond_3,",
            "load_elements(uncond, uncond_1, uncond_0, uncond_2, uncond_3,", "test_triton.py"),
-    mutant("Triton: the last block of a row is left out", "triton_kernel.py", "blocks = triton.cdiv(sizes[3], block)", "blocks = max(sizes[3] // block, 1)", "test_triton.py"),
+    mutant("Triton: the last block of a row is left out", "triton_kernel.py", "blocks = cdiv(sizes[3], block)", "blocks = max(sizes[3] // block, 1)", "test_triton.py"),
     mutant("Triton solver: NaN is clamped", "solver_triton.py", "b_x0 = tl.where(b_x0 > limit, limit, b_x0)", "b_x0 = tl.where(b_x0 <= limit, b_x0, limit)", "test_solver_kernels.py"),
     mutant("Triton solver: the previous slope is ignored", "solver_triton.py", "_scalar(p, table_column, inside, E_PREVIOUS), _load(previous, o, m_n)",
            "0.0 * _scalar(p, table_column, inside, E_PREVIOUS), _load(previous, o, m_n)", "test_solver_kernels.py"),

@@ -134,15 +134,14 @@ def _check(names: tuple[str, str, str], q, k, v) -> None:
 
 def _joins(q, k, v, q2, k2, v2) -> bool:
     """The common joint attention in few comparisons: on the CPU, each stream's q, k and v of one shape; others take the checks below."""
-    dtype = getattr(q, "dtype", None)
-    for x in (q, k, v, q2, k2, v2):
-        if not (isinstance(x, torch.Tensor) and x.is_cpu and x.dtype is dtype):
-            return False
-    shape, shape2 = k.shape, k2.shape
-    if not (len(shape) == 4 == len(shape2) and dtype in checks.FLOATS and q.shape == shape == v.shape and q2.shape == shape2 == v2.shape):
+    kind = torch.Tensor
+    if not (isinstance(q, kind) and isinstance(k, kind) and isinstance(v, kind) and isinstance(q2, kind) and isinstance(k2, kind) and isinstance(v2, kind)):
         return False
-    (batch, _, heads, channels), (batch2, _, heads2, channels2) = shape, shape2
-    return batch == batch2 and heads == heads2 and channels == channels2
+    dtype, shape, shape2 = q.dtype, k.shape, k2.shape
+    return (k.dtype is dtype and v.dtype is dtype and q2.dtype is dtype and k2.dtype is dtype and v2.dtype is dtype and dtype in checks.FLOATS
+            and q.is_cpu and k.is_cpu and v.is_cpu and q2.is_cpu and k2.is_cpu and v2.is_cpu
+            and len(shape) == 4 == len(shape2) and q.shape == shape == v.shape and q2.shape == shape2 == v2.shape
+            and shape[0] == shape2[0] and shape[2] == shape2[2] and shape[3] == shape2[3])
 
 
 def _check_streams(q, k, q2, k2) -> None:

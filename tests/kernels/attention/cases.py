@@ -23,6 +23,16 @@ def stock_norm(x, weight, eps, dtype=torch.float64):
     return F.rms_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), eps)
 
 
+def stock_joint(streams, weights, eps=1e-6, dtype=torch.float64):
+    """PyTorch's attention over two streams of q, k and v, one after the other, in ``dtype``. ``weights``: those of the norms by the op's keywords."""
+    def normed(x, name):
+        return x.to(dtype) if weights.get(name) is None else stock_norm(x, weights[name], eps, dtype)
+
+    (q, k, v), (q2, k2, v2) = streams
+    return stock(torch.cat([normed(q, "q_weight"), normed(q2, "q2_weight")], 1), torch.cat([normed(k, "k_weight"), normed(k2, "k2_weight")], 1),
+                 torch.cat([v, v2], 1), dtype=dtype)
+
+
 def qkv(batch, queries, keys, heads, channels, dtype=torch.float32, key_heads=None):
     def make(tokens, heads):
         return torch.randn(batch, tokens, heads, channels).to(dtype)

@@ -9,7 +9,7 @@ import torch
 from fusewire import ops
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU, ISA_LEVELS, cpu_isa
-from tests.kernels.attention.cases import DTYPES, qkv, stock, stock_norm
+from tests.kernels.attention.cases import DTYPES, qkv, stock, stock_joint, stock_norm
 from tests.kernels.isa_levels import run_at
 from tests.tolerance import assert_close
 
@@ -144,16 +144,9 @@ def test_joint(dtype, lengths, norm, backend):
     with forced(backend):
         got = ops.joint_attention(q, k, v, q2, k2, v2, **weights)
     assert ran(backend, "joint_attention")
-
-    def both(dtype):
-        def gain(x, name):
-            return stock_norm(x, weights[name], 1e-6, dtype) if norm else x.to(dtype)
-
-        return stock(torch.cat([gain(q, "q_weight"), gain(q2, "q2_weight")], 1), torch.cat([gain(k, "k_weight"), gain(k2, "k2_weight")], 1),
-                     torch.cat([v, v2], 1), dtype=dtype)
-
     assert got[0].shape == q.shape and got[1].shape == q2.shape
-    assert_close(torch.cat(got, dim=1), both(torch.float64), both(dtype))
+    streams = (q, k, v), (q2, k2, v2)
+    assert_close(torch.cat(got, dim=1), stock_joint(streams, weights), stock_joint(streams, weights, dtype=dtype))
 
 
 @pytest.mark.parametrize("level", ISA_LEVELS[:-1])

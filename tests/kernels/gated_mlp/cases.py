@@ -59,6 +59,6 @@ def wide(v: dict) -> dict:
 
 
 def leaves(v: dict) -> tuple[dict, list[torch.Tensor]]:
-    """The same values as leaves of a graph, and those that are there."""
-    v = {name: None if t is None else t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for name, t in v.items()}
+    """The same memory as leaves of a graph, and those that are there."""
+    v = {name: None if t is None else t.detach().requires_grad_() for name, t in v.items()}
     return v, [t for t in v.values() if t is not None]

@@ -11,6 +11,7 @@ from torch.library import opcheck
 from fusewire import ops
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU, cpu_isa
+from fusewire.kernels.linear import gradients as tables
 from fusewire.kernels.linear import native, reference
 from tests.effort import examples
 from tests.kernels.isa_levels import run_at
@@ -25,6 +26,7 @@ DTYPES = [*FAST, torch.float64]
 ACTIVATIONS = ["gelu_tanh", "gelu", "silu"]
 NAMES = ("x", "weight", "bias", "gate", "residual")
 BACKWARD = torch.ops.fusewire.bias_activation_backward
+BIAS_ACTIVATION, BIAS_ACTIVATION_BACKWARD = tables._bias_activation, tables._bias_activation_backward  # as dispatched, and counted
 
 
 def inputs(batch: int, tokens: int, k: int, n: int, dtype=torch.float32, gate: tuple | None = None, bias: bool = True) -> dict:
@@ -206,18 +208,50 @@ def test_empty(activation, shape):
         assert grad.shape == v[name].shape and grad.isfinite().all()
 
 
+LAYOUT = st.sampled_from(LAYOUTS)
+UNITS = {torch.float32: 12, torch.bfloat16: 1, torch.float16: 1, torch.float64: 1}  # 16 bits are rounded once
+
+
 @settings(max_examples=examples(200), deadline=None)
-@given(st.integers(1, 90), st.integers(1, 150), st.sampled_from(ACTIVATIONS), st.booleans(), st.sampled_from((1.0, 30.0)), st.integers(0, 2**31))
-def test_epilogue_property(rows, width, activation, bias, spread, seed):
-    """tail, cancellation: in float64 the kernel, forwards and backwards, is autograd of the formula, far out in both tails too."""
+@given(st.integers(1, 90), st.integers(1, 150), st.sampled_from(DTYPES), st.sampled_from(ACTIVATIONS), st.booleans(), st.sampled_from((1.0, 30.0)),
+       st.tuples(LAYOUT, LAYOUT, LAYOUT), st.integers(0, 2**31))
+def test_epilogue_property(rows, width, dtype, activation, bias, spread, layouts, seed):
+    """tail, cancellation: the kernel, forwards and backwards, is autograd of the formula in float64, far out in both tails too, with the same bits in
+    any layout."""
     torch.manual_seed(seed)
-    y, grad = (spread * torch.randn(rows, width, dtype=torch.float64)).requires_grad_(), torch.randn(rows, width, dtype=torch.float64)
-    b = torch.randn(width, dtype=torch.float64, requires_grad=True) if bias else None
-    out = reference.ACTIVATIONS[activation](y if b is None else y + b)
-    want = torch.autograd.grad(out, [y] if b is None else [y, b], grad)
-    assert_within(torch.ops.fusewire.bias_activation(y.detach(), b if b is None else b.detach(), activation), out.detach(), 1)
-    for got, other in zip(BACKWARD(grad, y.detach(), b if b is None else b.detach(), activation, bias), want):
-        assert_within(got, other, 1)
+    y, grad = (spread * torch.randn(rows, width)).to(dtype), (2 * torch.rand(rows, width) - 1).to(dtype)
+    b = torch.randn(width).to(dtype) if bias else None
+    leaves = [t.double().requires_grad_() for t in (y, b) if t is not None]
+    out = reference.ACTIVATIONS[activation](sum(leaves))
+    want = out.detach(), *torch.autograd.grad(out, leaves, grad.double())
+
+    def found(y, grad, b):
+        return BIAS_ACTIVATION(y, b, activation), *BIAS_ACTIVATION_BACKWARD(grad, y, b, activation, bias)[:len(leaves)]
+
+    got = found(y, grad, b)
+    for name, mine, theirs in zip(("out", "y", "bias"), got, want):
+        assert_within(mine, theirs, UNITS[dtype], name)
+    for mine, again in zip(got, found(*(t if t is None else layout(t) for layout, t in zip(layouts, (y, grad, b))))):
+        assert_exact(again, mine, " ".join(layout.__name__ for layout in layouts))
+
+
+@settings(max_examples=examples(200), deadline=None)
+@given(st.integers(1, 2), st.integers(1, 60), st.integers(1, 90), st.integers(1, 90), st.sampled_from(FAST), st.sampled_from(ACTIVATIONS), st.booleans(),
+       st.tuples(LAYOUT, LAYOUT, LAYOUT), st.integers(0, 2**31))
+def test_gradients_property(batch, tokens, inner, outer, dtype, activation, bias, layouts, seed):
+    """tail: of any layer with an activation, in any layout."""
+    torch.manual_seed(seed)
+    v = inputs(batch, tokens, inner, outer, dtype, bias=bias)
+    v["grad"] = v["grad"] / max(outer, batch * tokens)**0.5  # no gradient grows with the terms of its sum
+    want = gradients({name: t if t is None else t.double() for name, t in v.items()}, activation, reference.linear)
+    plain = gradients(v, activation, reference.linear)
+    laid = {**v, **{name: layout(v[name]) for layout, name in zip(layouts, ("x", "weight", "grad"))}}
+    before = served()
+    for these in (v, laid):
+        for name, got in gradients(these, activation).items():
+            assert_within(got, want[name], UNITS[dtype], name, plain[name])
+    calls = 2 * serves(v, "cpu")
+    assert served() == ((before[0] + calls, before[1]) if CPU.loaded else (before[0], before[1] + calls))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

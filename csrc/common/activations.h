@@ -29,6 +29,21 @@ FUSEWIRE_INLINE lanes<compute_t<T>, N> logistic(lanes<compute_t<T>, N> y, lanes<
   }
 }
 
+// s = 1 / (1 + e^-z) and s * (1 - s), but for 16 bits, which do not show it, without the difference: it cancels where s is almost 1.
+template <typename V>
+struct Logistic { V s, product; };
+template <typename T, int N>
+FUSEWIRE_INLINE Logistic<lanes<compute_t<T>, N>> logistic_and_slope(lanes<compute_t<T>, N> z) {
+  using C = compute_t<T>;
+  if constexpr (sizeof(T) == 2) {
+    const lanes<C, N> s = logistic<T, N>(splat<N>(C(1)), z);
+    return {s, s * (1 - s)};
+  } else {
+    const lanes<C, N> e = close_exponential<T, N>(z < 0 ? z : -z), part = close_reciprocal<T, N>(1 + e), rest = e * part;
+    return {z < 0 ? rest : part, rest * part};
+  }
+}
+
 // What a GELU needs at x: the standard normal's weight beyond |x|, and e^(-x^2 / 2).
 template <typename V>
 struct NormalTail { V beyond, density; };
@@ -98,13 +113,13 @@ struct GeluTanh {
   }
   template <typename T, int N, typename C = compute_t<T>>
   FUSEWIRE_INLINE static lanes<C, N> value(lanes<C, N> x) { return logistic<T, N>(x, twice_u<T, N>(x)); }
-  // s * (1 + x * (1 - s) * (2 u)')
+  // s + x * s * (1 - s) * (2 u)'
   template <typename T, int N, typename C = compute_t<T>>
   FUSEWIRE_INLINE static void both(lanes<C, N> x, lanes<C, N>& y, lanes<C, N>& slope) {
-    const lanes<C, N> part = logistic<T, N>(splat<N>(C(1)), twice_u<T, N>(x));
+    const auto logistic = logistic_and_slope<T, N>(twice_u<T, N>(x));
     const lanes<C, N> steep = C(1.5957691216057308) * fma<N, C>(C(3 * 0.044715) * x, x, splat<N>(C(1)));
-    y = x * part;
-    slope = part * fma<N, C>(x * (1 - part), steep, splat<N>(C(1)));
+    y = x * logistic.s;
+    slope = fma<N, C>(x * logistic.product, steep, logistic.s);
   }
 };
 
@@ -115,12 +130,13 @@ struct ScaledSilu {
   static constexpr C kScale = Quick ? C(1.702) : C(1);
   template <typename T, int N, typename C = compute_t<T>>
   FUSEWIRE_INLINE static lanes<C, N> value(lanes<C, N> x) { return logistic<T, N>(x, kScale<C> * x); }
-  // s(z) * (1 + z * (1 - s(z))), z = scale * x
+  // s(z) + z * s(z) * (1 - s(z)), z = scale * x
   template <typename T, int N, typename C = compute_t<T>>
   FUSEWIRE_INLINE static void both(lanes<C, N> x, lanes<C, N>& y, lanes<C, N>& slope) {
-    const lanes<C, N> z = kScale<C> * x, part = logistic<T, N>(splat<N>(C(1)), z);
-    y = x * part;
-    slope = part * fma<N, C>(z, 1 - part, splat<N>(C(1)));
+    const lanes<C, N> z = kScale<C> * x;
+    const auto logistic = logistic_and_slope<T, N>(z);
+    y = x * logistic.s;
+    slope = fma<N, C>(z, logistic.product, logistic.s);
   }
 };
 using Silu = ScaledSilu<false>;

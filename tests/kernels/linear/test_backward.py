@@ -209,9 +209,9 @@ def test_empty(activation, shape):
 
 
 LAYOUT = st.sampled_from(LAYOUTS)
-UNITS = {torch.float32: 12, torch.bfloat16: 1, torch.float16: 1, torch.float64: 1}  # 16 bits are rounded once
 
 
+@pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
 @settings(max_examples=examples(200), deadline=None)
 @given(st.integers(1, 90), st.integers(1, 150), st.sampled_from(DTYPES), st.sampled_from(ACTIVATIONS), st.booleans(), st.sampled_from((1.0, 30.0)),
        st.tuples(LAYOUT, LAYOUT, LAYOUT), st.integers(0, 2**31))
@@ -230,28 +230,25 @@ def test_epilogue_property(rows, width, dtype, activation, bias, spread, layouts
 
     got = found(y, grad, b)
     for name, mine, theirs in zip(("out", "y", "bias"), got, want):
-        assert_within(mine, theirs, UNITS[dtype], name)
+        assert_within(mine, theirs, 4 if dtype is torch.float32 else 1, name)  # 16 bits are rounded once
     for mine, again in zip(got, found(*(t if t is None else layout(t) for layout, t in zip(layouts, (y, grad, b))))):
         assert_exact(again, mine, " ".join(layout.__name__ for layout in layouts))
 
 
-@settings(max_examples=examples(200), deadline=None)
-@given(st.integers(1, 2), st.integers(1, 60), st.integers(1, 90), st.integers(1, 90), st.sampled_from(FAST), st.sampled_from(ACTIVATIONS), st.booleans(),
-       st.tuples(LAYOUT, LAYOUT, LAYOUT), st.integers(0, 2**31))
-def test_gradients_property(batch, tokens, inner, outer, dtype, activation, bias, layouts, seed):
-    """tail: of any layer with an activation, in any layout."""
-    torch.manual_seed(seed)
-    v = inputs(batch, tokens, inner, outer, dtype, bias=bias)
-    v["grad"] = v["grad"] / max(outer, batch * tokens)**0.5  # no gradient grows with the terms of its sum
-    want = gradients({name: t if t is None else t.double() for name, t in v.items()}, activation, reference.linear)
-    plain = gradients(v, activation, reference.linear)
-    laid = {**v, **{name: layout(v[name]) for layout, name in zip(layouts, ("x", "weight", "grad"))}}
-    before = served()
-    for these in (v, laid):
-        for name, got in gradients(these, activation).items():
-            assert_within(got, want[name], UNITS[dtype], name, plain[name])
-    calls = 2 * serves(v, "cpu")
-    assert served() == ((before[0] + calls, before[1]) if CPU.loaded else (before[0], before[1] + calls))
+@needs_native
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_slopes(dtype, activation):
+    """cancellation: every slope keeps the rule of close where the logistic function is almost 1 too, on each side apart."""
+    for low, high in ((-12, 0), (0, 3), (3, 12)):
+        y = torch.linspace(low, high, 20001).to(dtype)[None]
+        plain, want = (gradient_of(activation, t) for t in (y, y.double()))
+        assert_close(BACKWARD(torch.ones_like(y), y, None, activation, False)[0], want, plain, f"{low} to {high}")
+
+
+def gradient_of(activation, y):
+    y = y.detach().requires_grad_()
+    return torch.autograd.grad(reference.ACTIVATIONS[activation](y).sum(), y)[0]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -13,7 +13,7 @@ nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit,powe
 timeout 60 "$python" benchmarks/build_cuda.py 2>&1 | tee "$out/gpu-build.txt"  # without it the rows of csrc/cuda are left out
 tests=0
 if [ "${TEST_SECONDS:-260}" -gt 0 ]; then
-  workers=$("$python" -c "import xdist, os; print('-n', min(os.cpu_count(), 14))" 2>/dev/null)
+  workers=$("$python" -c "import xdist, os; print('-n', min(os.cpu_count(), 14), '--dist loadgroup')" 2>/dev/null)
   # TESTS names other files. The GPU's own tests, and those of the Triton and CUDA rooms that run in the interpreter and on the CPU elsewhere.
   FUSEWIRE_TEST_DEVICE=cuda OMP_NUM_THREADS=1 timeout -s INT -k 5 "${TEST_SECONDS:-260}" "$python" -m pytest -m "gpu or not slow" $workers tests/gpu \
     ${TESTS:-$(ls tests/kernels/*/test_*triton*.py tests/kernels/*/test_*cuda*.py tests/kernels/sampler_step/test_solver_kernels.py | grep -v attention/test_cuda)} \

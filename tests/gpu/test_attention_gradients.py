@@ -266,6 +266,7 @@ def test_compile(monkeypatch, backend):
             assert torch.allclose(one, other, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.xdist_group("memory")
 def test_large_stride():
     """int32-stride: few elements, token stride times tokens beyond 2^31."""
     if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:

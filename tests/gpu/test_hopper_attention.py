@@ -128,6 +128,7 @@ def test_packed_input(dim):
     assert_exact(attention(q, k, v), attention(*(x.contiguous() for x in (q, k, v))))
 
 
+@pytest.mark.xdist_group("memory")
 def test_large_stride():
     """int32-stride: few elements, the last of them more than 2^31 elements from the first."""
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:

@@ -346,6 +346,7 @@ def test_grid_limit(rows, backend):
         assert torch.equal(ops.attention(q, q, q), q)
 
 
+@pytest.mark.xdist_group("memory")  # one after the other: each takes tens of GiB
 @both
 def test_more_than_2_31_elements(backend):
     if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
@@ -362,6 +363,7 @@ def test_more_than_2_31_elements(backend):
         assert_exact(out[:, -1:], ops.adaln_modulate(x[:, -1:].contiguous(), m, m, numerics="close"))
 
 
+@pytest.mark.xdist_group("memory")  # one after the other: each takes tens of GiB
 @both
 def test_large_stride(backend):
     """Few elements, token stride times tokens beyond 2^31."""

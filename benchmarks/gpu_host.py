@@ -6,17 +6,13 @@ are launched by way of Triton itself.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
 from fusewire import ops
-from gpu_timing import host_us, machine
+from gpu_timing import host_us, main
 
 
 def cases() -> dict:
@@ -42,16 +38,10 @@ def cases() -> dict:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("no CUDA device here", file=sys.stderr)
-        return 3
-    from fusewire.kernels import triton_launch
+def measure(found: dict, options) -> None:
+    from fusewire.kernels import triton_launch  # imports Triton
 
-    found = {"command": "benchmarks/gpu_host.py --json", "machine": machine(), "rows": []}
+    found["rows"] = []
     with torch.inference_mode():
         for name, call in cases().items():
             ops.reset_stats()
@@ -63,10 +53,7 @@ def main() -> int:
                 row["us by way of Triton"] = round(host_us(call, 300), 1)
             found["rows"].append(row | {"served": served})
             print(found["rows"][-1], flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(__doc__, measure))

@@ -5,12 +5,9 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import statistics
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 import fusewire
 from fusewire.presets import PRESETS, build
 from gpu_models import timed
-from gpu_timing import machine
+from gpu_timing import main
 
 KERNELS = 16  # of a side, the longest
 PRODUCTS = ((4096, 3072, 9216), (4608, 3072, 9216), (4608, 3072, 21504), (4608, 3072, 12288), (4608, 15360, 3072), (4096, 12288, 3072), (4096, 3072, 3072))  # FLUX.1's
@@ -36,15 +33,8 @@ def sides(what: str):
     return {"close": lambda: ours(**inputs), "eager": lambda: model(**inputs)}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", help="preset[:size]")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("no CUDA device here", file=sys.stderr)
-        return 3
-    found = {"command": f"benchmarks/gpu_kernels.py {options.model} --json", "machine": machine(), "sides": [], "products": []}
+def measure(found: dict, options) -> None:
+    found |= {"sides": [], "products": []}
     with torch.inference_mode():
         for side, call in sides(options.model).items():
             for _ in range(3):
@@ -65,10 +55,7 @@ def main() -> int:
             ms = statistics.median(timed(lambda: [F.linear(x, w, b) for _ in range(10)]) / 10 for _ in range(5))
             found["products"].append({"rows": rows, "inner": inner, "outer": outer, "us": round(ms * 1e3, 1), "tflops": round(2 * rows * inner * outer / ms / 1e9, 1)})
             print(found["products"][-1], flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(__doc__, measure, "model"))

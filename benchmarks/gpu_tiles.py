@@ -7,19 +7,15 @@ Many processes compile into Triton's cache first; then one of them times.
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
-import sys
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from unittest import mock
 
 import torch
 
 from fusewire.kernels import tuning
 from fusewire.kernels.attention.op import _softmax
-from gpu_timing import device_us, machine
+from gpu_timing import device_us, main
 
 SHAPES = {64: (1, 4250, 24, 64), 128: (1, 4608, 24, 128)}
 PARTS = {  # queries, keys, warps, stages
@@ -51,17 +47,11 @@ def compiled(part) -> str:
     return ""
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("no CUDA device here", file=sys.stderr)
-        return 3
+def measure(found: dict, options) -> None:
     todo = [(dim, kernel, part) for (dim, kernel), parts in PARTS.items() for part in parts]
     with ProcessPoolExecutor(10, mp_context=multiprocessing.get_context("spawn")) as pool:
         failed = {part: reason for part, reason in zip(todo, pool.map(compiled, todo)) if reason}
-    found = {"command": "benchmarks/gpu_tiles.py --json", "machine": machine(), "rows": []}
+    found["rows"] = []
     with torch.no_grad():
         for dim, shape in SHAPES.items():
             torch.manual_seed(0)
@@ -78,10 +68,7 @@ def main() -> int:
                     row["relative difference"] = max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(got, want))
                 found["rows"].append(row)
                 print(row, flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(__doc__, measure))

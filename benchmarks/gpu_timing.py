@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -52,6 +55,24 @@ def copy_bandwidth() -> float:
     a = torch.empty(2**31, dtype=torch.uint8, device="cuda")
     b = torch.empty_like(a)
     return 2 * a.numel() / device_us(lambda: b.copy_(a), 11) / 1e3
+
+
+def main(doc: str, measure, *arguments: str) -> int:
+    """A script that writes one JSON file: ``measure(found, options)`` fills ``found``, which has its command and the machine. ``arguments``: by place."""
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
+    for name in arguments:
+        parser.add_argument(name)
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device here", file=sys.stderr)
+        return 3
+    given = " ".join(getattr(options, name) for name in arguments)
+    found = {"command": f"benchmarks/{Path(sys.argv[0]).name} {given} --json".replace("  ", " "), "machine": machine()}
+    measure(found, options)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
+    return 0
 
 
 def machine() -> dict:

@@ -55,12 +55,10 @@ def launch(kernel, programs: int, tensor: torch.Tensor, *args, **options) -> Non
     Neither synchronises nor tunes, so that a call can be captured in a CUDA graph (once the kernel is compiled). ``args`` are tensors, numbers and None;
     ``options`` the kernel's constants and Triton's own, in the same order at every call.
     """
-    if not tensor.is_cuda or _elsewhere is not None or torch.version.hip is not None or _hooked() or programs > GRID_LIMIT:
+    if not tensor.is_cuda or _elsewhere is not None or torch.version.hip is not None or _hooked() or not 0 < programs <= GRID_LIMIT:
         launch_anew(kernel, programs, tensor, *args, **options)
         return
     device = tensor.get_device()
-    if programs == 0:
-        return
     values, key = list(args), [id(kernel), device]
     for i, value in enumerate(args):
         if isinstance(value, torch.Tensor):

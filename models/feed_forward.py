@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fusewire import ops
-from fusewire.models.layers import How, gated_linear, gated_sum, linear, plain_linear, untouched
+from fusewire.models.layers import How, gated_linear, gated_sum, linear, plain_linear, product, untouched
 
 # Projections that a fused forward may read instead of calling. They grow by the stock classes that ``fusewire.swap`` has verified.
 GELU_PROJECTIONS: set[type] = set()
@@ -75,8 +75,7 @@ def feed_forward_hidden(module, x, how: How) -> tuple[torch.Tensor, nn.Module]:
 def _geglu(projection: nn.Module, x: torch.Tensor, how: How) -> torch.Tensor:
     """``hidden * gelu(gate)`` of the halves of ``projection(x)``; the bias of a plain one is added on the way."""
     if how.linear and plain_linear(projection):
-        product = F.linear(x, projection.weight) if x.is_cuda else ops.linear(x, projection.weight, numerics=how.numerics)
-        return ops.geglu(product, bias=projection.bias, numerics=how.numerics)
+        return ops.geglu(product(x, projection.weight, None, how), bias=projection.bias, numerics=how.numerics)
     return ops.geglu(projection(x), numerics=how.numerics)
 
 

@@ -54,14 +54,16 @@ def plain_layer_norm(module: nn.Module) -> bool:
     return type(module) is nn.LayerNorm and module._parameters["weight"] is None and untouched(module)
 
 
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, how: How) -> torch.Tensor:
+    """``x @ weight.T + bias`` by ``ops.linear``, or on a GPU by what that would choose there in any case, without its checks, which take longer than a launch."""
+    return F.linear(x, weight, bias) if x.is_cuda else ops.linear(x, weight, bias, numerics=how.numerics)
+
+
 def linear(module: nn.Module, x: torch.Tensor, how: How, activation: str | None = None) -> torch.Tensor:
-    """``module(x)``, then GELU-tanh where asked for: by ``ops.linear`` where that is permitted and the module is plain, otherwise by calling it. (A product
-    alone on a GPU is PyTorch's in any case, and sooner launched without the checks.)"""
+    """``module(x)``, then GELU-tanh where asked for: by ``ops.linear`` where that is permitted and the module is plain, otherwise by calling it."""
     if how.linear and plain_linear(module):
-        parameters = module._parameters
-        if activation is None and x.is_cuda:
-            return F.linear(x, parameters["weight"], parameters["bias"])
-        return ops.linear(x, parameters["weight"], parameters["bias"], activation=activation, numerics=how.numerics)
+        weight, bias = module._parameters["weight"], module._parameters["bias"]
+        return product(x, weight, bias, how) if activation is None else ops.linear(x, weight, bias, activation=activation, numerics=how.numerics)
     y = module(x)
     return y if activation is None else F.gelu(y, approximate="tanh")
 

@@ -35,7 +35,7 @@ struct Chunks<T, kChunks, true> {
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) bits[j] = row.count[j] ? *reinterpret_cast<const uint4*>(row.of(x) + row.channel(j)) : uint4{};
   }
-  __device__ void get(int j, float (&r)[kChunk<T>]) const { load_vector(reinterpret_cast<const T*>(&bits[j]), r); }
+  __device__ void get(int j, float (&r)[kChunk<T>]) const { widen_bits<T>(bits[j], r); }
 };
 
 template <typename T, int kChunks>

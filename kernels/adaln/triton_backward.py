@@ -15,7 +15,7 @@ from fusewire.kernels.adaln.backward_calls import MODULATIONS, ROWWISE, VECTORS,
 from fusewire.kernels.triton_base import inner_contiguous, load_rows, narrow, over_tokens, strided
 from fusewire.kernels.triton_launch import arch_of, launch
 from fusewire.kernels.triton_sums import add_up, sum_of_rows
-from fusewire.kernels.tuning import aligned, Arch, cdiv, row_tile, RowTile
+from fusewire.kernels.tuning import Arch, RowTile, aligned, cdiv, row_tile
 
 PARTS = 256  # of a sample's tokens: one program and one row of partial sums each
 

@@ -32,7 +32,7 @@ _by_itself: dict[tuple, bool] = {}
 
 def _chooses_cudnn(q, k, v, causal: bool, scale: float | None) -> bool:
     """Whether PyTorch's attention would choose cuDNN for such arguments by itself: it is asked once for each kind."""
-    key = (q.shape, k.shape, q.dtype, causal, q.stride(), k.stride(), v.stride())
+    key = (q.device, q.dtype, q.shape, k.shape, q.stride(), k.stride(), v.stride(), causal)
     if key not in _by_itself:
         if len(_by_itself) >= 4096:
             _by_itself.clear()
@@ -41,11 +41,15 @@ def _chooses_cudnn(q, k, v, causal: bool, scale: float | None) -> bool:
     return _by_itself[key]
 
 
+def _cudnn_op(q, k, v, causal: bool, scale: float | None, wanted: bool):
+    return torch.ops.aten._scaled_dot_product_cudnn_attention.default(q, k, v, None, wanted, 0.0, causal, False, scale=scale)[:2]
+
+
 def _cudnn(q, k, v, causal: bool, scale: float | None, wanted: bool):
     # The op by itself returns nine values, which takes longer to launch
     if not wanted and not torch.is_grad_enabled() and torch._C._get_cudnn_sdp_enabled() and _chooses_cudnn(q, k, v, causal, scale):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale), None
-    return torch.ops.aten._scaled_dot_product_cudnn_attention.default(q, k, v, None, wanted, 0.0, causal, False, scale=scale)[:2]
+    return _cudnn_op(q, k, v, causal, scale, wanted)
 
 
 FORWARD = {

@@ -22,7 +22,6 @@ from fusewire.kernels.triton_launch import arch_of, launch
 from fusewire.kernels.tuning import attention_tile, cdiv
 
 
-
 @triton.jit
 def _queries(q, q_t, q_d, weight, weight_d, i_tile, tokens, eps, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """(a block of queries [BLOCK_M, BLOCK_D], their numbers in the segment); RMS-normalised over the head dimension where there is a weight."""

@@ -15,7 +15,7 @@ from fusewire.kernels.norm.reference import picture_layout
 from fusewire.kernels.triton_base import narrow, strided
 from fusewire.kernels.triton_launch import arch_of, launch
 from fusewire.kernels.triton_sums import add_up, sum_of_rows
-from fusewire.kernels.tuning import cdiv, picture_tile, PictureTile
+from fusewire.kernels.tuning import PictureTile, cdiv, picture_tile
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton.language as tl
 from fusewire.kernels.triton_base import inner_contiguous, narrow, strided
 from fusewire.kernels.triton_launch import arch_of, launch
 from fusewire.kernels.triton_sums import add_up, sum_of_rows
-from fusewire.kernels.tuning import aligned, Arch, cdiv, row_tile, RowTile
+from fusewire.kernels.tuning import Arch, RowTile, aligned, cdiv, row_tile
 
 PARTS = 1024  # of the rows of q or of k where a weight is there: one program and one row of partial sums each
 

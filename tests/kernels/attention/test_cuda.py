@@ -6,6 +6,7 @@ The device check is patched, and PyTorch's fused attention for the CPU stands in
 import pytest
 import torch
 from torch.library import opcheck
+from torch.nn.attention import SDPBackend
 
 from fusewire import ops
 from fusewire.kernels.attention import cuda, op, reference
@@ -290,3 +291,31 @@ def test_nondeterministic_gradients_are_not_the_default(libraries, monkeypatch):
     q, k, v = (torch.randn(1, 70, 2, 64, dtype=torch.bfloat16) for _ in range(3))
     out, highest, total = cuda.attention_softmax(q, k, v, None, False, None)
     assert "atomics" in cuda.why_not_backward(out, None, q, k, v, out, highest, total, None, False, None)
+
+
+@pytest.mark.on_reference(reason="the two ways of calling cuDNN alone, without a dispatch table")
+def test_which_call_reaches_cudnn(monkeypatch):
+    """PyTorch's own attention where it would choose cuDNN by itself, which it is asked once for each kind of arguments; the bare op where it would not, where
+    cuDNN is switched off for it, where the log-sum-exp is wanted, and where gradients are recorded."""
+    asked, by_op = [], []
+    chosen = [SDPBackend.CUDNN_ATTENTION.value]
+    monkeypatch.setattr(cuda, "_by_itself", {})
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda q, k, v, is_causal, scale: (asked.append((q.shape, k.shape, is_causal, scale)), chosen[0])[1])
+    monkeypatch.setattr(torch._C, "_get_cudnn_sdp_enabled", lambda: enabled)
+    monkeypatch.setattr(cuda, "_cudnn_op", lambda q, k, v, causal, scale, wanted: (by_op.append(wanted), (q, "lse"))[1])
+    q, k, v = (x.transpose(1, 2) for x in qkv(1, 30, 30, 2, 64, torch.bfloat16))
+    enabled = True
+    with torch.no_grad():
+        for scale in (None, 0.3):
+            for causal in (False, True, False):
+                out, lse = cuda._cudnn(q, k, v, causal, scale, False)
+                assert lse is None
+                assert_exact(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale))
+        assert len(asked) == 2 and not by_op, "once for each of causal and not; the scale is no reason"
+        assert cuda._cudnn(q, k, v, False, None, True)[1] == "lse" and by_op == [True]
+        enabled = False
+        cuda._cudnn(q, k, v, False, None, False)
+        enabled, chosen[0] = True, SDPBackend.FLASH_ATTENTION.value
+        cuda._cudnn(q[:, :, :20], k, v, False, None, False)
+    cuda._cudnn(q, k, v, False, None, False)
+    assert by_op == [True, False, False, False] and len(asked) == 3

@@ -9,6 +9,7 @@ import os
 # Several workers with two threads each share the cores: a thread that spins while it waits keeps the others from working. Read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -19,6 +20,11 @@ if os.environ.get("FUSEWIRE_TEST_DEVICE"):
     torch.set_default_device(os.environ["FUSEWIRE_TEST_DEVICE"])
 
 from fusewire.kernels import dispatch  # noqa: E402
+from tests.effort import EFFORT  # noqa: E402
+
+# The same commit passes or fails the same way, wherever it is tested; `make test-all` draws examples anew each time.
+hypothesis.settings.register_profile("fusewire", derandomize=EFFORT == 1)
+hypothesis.settings.load_profile("fusewire")
 
 
 @pytest.fixture(autouse=True)

@@ -52,11 +52,15 @@ def assert_exact(got: torch.Tensor, want: torch.Tensor, context: str = "") -> No
     assert same.all(), f"{context}: {(~same).sum().item()} of {same.numel()} elements differ, by at most {errors(got, want)[0]:.3e}"
 
 
-def assert_within(got: torch.Tensor, want: torch.Tensor, units: float, context: str = "", plain: torch.Tensor | None = None) -> None:
+def assert_within(got: torch.Tensor, want: torch.Tensor, units: float, context: str = "", plain: torch.Tensor | None = None,
+                  terms: torch.Tensor | None = None) -> None:
     """For few elements, where the statistics of ``assert_close`` say little: each is within ``units`` machine epsilons of the largest value, or,
-    where plain PyTorch's result is given and further off than that, within twice its error."""
+    where plain PyTorch's result is given and further off than that, within twice its error. ``terms``, of a sum of all of them: its rounding errors
+    are in proportion to their magnitudes, of which little may be left in the sum (Higham, Accuracy and Stability, section 4.2)."""
     assert got.shape == want.shape, f"{context}: shape {list(got.shape)}, expected {list(want.shape)}"
     largest = max(1.0, want.abs().max().item()) if want.numel() else 1.0
+    if terms is not None:
+        largest = max(largest, terms.abs().sum(0).max().item())
     bound = (FLOAT64 if got.dtype is torch.float64 else units * torch.finfo(got.dtype).eps) * largest
     if plain is not None and got.dtype is not torch.float64:
         bound = max(bound, MAX_FACTOR * errors(plain, want)[0])

@@ -35,6 +35,21 @@ def positive(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}; it should be greater than 0")
 
 
+def alike(x: torch.Tensor, like: torch.Tensor, rows: tuple[torch.Tensor, ...]) -> bool:
+    """The common call in few comparisons: ``x`` and ``like`` [B, T, C], each of ``rows`` [B, C] or [B, 1, C], all of one floating dtype and on the CPU."""
+    if not (isinstance(x, _Tensor) and isinstance(like, _Tensor) and x.is_cpu and like.is_cpu):
+        return False
+    dtype, shape = x.dtype, x.shape
+    if like.dtype is not dtype or like.shape != shape or len(shape) != 3 or dtype not in FLOATS:
+        return False
+    batch, _, channels = shape
+    shapes = ((batch, channels), (batch, 1, channels))
+    for row in rows:
+        if not (isinstance(row, _Tensor) and row.dtype is dtype and row.shape in shapes and row.is_cpu):
+            return False
+    return True
+
+
 def modulated(x: torch.Tensor, names: tuple[str, ...], modulations: tuple[torch.Tensor, ...], like_names: tuple[str, ...] = (),
               likes: tuple[torch.Tensor, ...] = ()) -> int:
     """``x`` is a floating [B, T, C]; each of ``modulations`` modulates it ([B, C], [B, 1, C], [B, T, C], or [B, F, C] for F frames of T / F tokens); each

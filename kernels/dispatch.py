@@ -90,6 +90,7 @@ class Table:
         self._rows = rows
         # Without the Python call around an op, 0.2 us; torch.compile traces the op itself
         self._direct = [(row.why_not, getattr(row.run, "_op", row.run), row.name, row.run) for row in rows]
+        self._sure = rows[0].name == "cpu" and CPU.loaded and not CPU.why_not(self.op)
 
     def __call__(self, *args):
         if _forced is not None:
@@ -101,6 +102,13 @@ class Table:
                 self.calls[name] += 1
                 return direct(*args)
         raise BackendError(f"{self.op}: no backend can serve this call")
+
+    def by_cpu(self, *args):
+        """A call that the CPU row, the first, is known to serve from the checks that the op made: served without asking it again, 0.3 us."""
+        if _forced is not None or not self._sure or is_compiling():
+            return self(*args)
+        self.calls["cpu"] += 1
+        return self._direct[0][1](*args)
 
     def _run_forced(self, args):
         if _forced is _QUESTION:

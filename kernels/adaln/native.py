@@ -19,7 +19,7 @@ _ORDERS = (2, 1, 0)
 # Tails beside no or one vector, many of each, because the compilers that built PyTorch differ in whether they fuse a tail's multiply-adds, which
 # shows in few of the rows; then one and several vectors, chunks of 16 vectors, and steps of the cascade.
 _WIDTHS = (*(1, 2, 3, 6, 7, 11, 13, 15) * 8, 16, 31, 64, 100, 131, 255, 300, 1100, 1536, 2311, 4613)
-_stands_down: dict[tuple[torch.dtype, bool], str] = {}  # (dtype, rms) -> why the exact rows do
+stands_down: dict[tuple[torch.dtype, bool], str] = {}  # (dtype, rms) -> why the exact rows do
 
 
 def _order_agrees(dtype: torch.dtype, order: int) -> bool:
@@ -61,7 +61,7 @@ def compare_with_stock(op) -> None:
         known = layer_norm_order(dtype) is not None
         for rms in (False, True):
             if not known and not rms:
-                _stands_down[dtype, rms] = f"torch {torch.__version__} sums the rows of layer_norm in an order that the kernel does not know"
+                stands_down[dtype, rms] = f"torch {torch.__version__} sums the rows of layer_norm in an order that the kernel does not know"
                 continue
             cases = []
             for width in (5, 40, 300, 1536):
@@ -70,7 +70,7 @@ def compare_with_stock(op) -> None:
                     cases.append((probe_values(1, 1, width, dtype=dtype), vectors[0], vectors[1], weight, bias, 1e-6, rms, True))
             reason = differs_from_stock(op, reference.adaln_modulate, cases)
             if reason:
-                _stands_down[dtype, rms] = reason
+                stands_down[dtype, rms] = reason
 
 
 def _why_not(x, rms: bool, exact: bool, named) -> str:
@@ -85,12 +85,12 @@ def _why_not(x, rms: bool, exact: bool, named) -> str:
         return "torch splits the sum of one row this long between its threads"
     if exact and not rms and dict(named).get("weight", x) is None and dict(named).get("bias") is not None:
         return "torch rounds a layer norm with a bias but no weight in a way of its own"
-    return _stands_down.get((x.dtype, rms), "") if exact else ""
+    return stands_down.get((x.dtype, rms), "") if exact else ""
 
 
 def why_not_modulate(x, shift, scale, weight, bias, eps, rms, exact) -> str:
     dtype = x.dtype
-    if (x.is_cpu and shift.dtype is dtype and scale.dtype is dtype and weight is None and bias is None and not rms and not _stands_down
+    if (x.is_cpu and shift.dtype is dtype and scale.dtype is dtype and weight is None and bias is None and not rms and not stands_down
             and CPU.loaded):
         return ""
     return _why_not(x, rms, exact, (("shift", shift), ("scale", scale), ("weight", weight), ("bias", bias)))
@@ -98,7 +98,7 @@ def why_not_modulate(x, shift, scale, weight, bias, eps, rms, exact) -> str:
 
 def why_not_modulate_dual(x, shift, scale, shift2, scale2, eps, exact) -> str:
     dtype = x.dtype
-    if (x.is_cpu and shift.dtype is dtype and scale.dtype is dtype and shift2.dtype is dtype and scale2.dtype is dtype and not _stands_down
+    if (x.is_cpu and shift.dtype is dtype and scale.dtype is dtype and shift2.dtype is dtype and scale2.dtype is dtype and not stands_down
             and CPU.loaded):
         return ""
     return _why_not(x, False, exact, (("shift", shift), ("scale", scale), ("shift2", shift2), ("scale2", scale2)))
@@ -113,7 +113,7 @@ def why_not_gate(x, y, gate, exact) -> str:
 def why_not_gate_modulate(x, y, gate, y2, gate2, shift, scale, weight, bias, eps, rms, exact) -> str:
     dtype = x.dtype
     if (x.is_cpu and y.dtype is dtype and gate.dtype is dtype and shift.dtype is dtype and scale.dtype is dtype
-            and (y2 is None or (y2.dtype is dtype and gate2.dtype is dtype)) and weight is None and bias is None and not rms and not _stands_down
+            and (y2 is None or (y2.dtype is dtype and gate2.dtype is dtype)) and weight is None and bias is None and not rms and not stands_down
             and CPU.loaded):
         return ""
     return _why_not(x, rms, exact, (("y", y), ("gate", gate), ("y2", y2), ("gate2", gate2), ("shift", shift), ("scale", scale),

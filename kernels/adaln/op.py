@@ -173,6 +173,9 @@ def gate_residual_adaln(x, y, gate, shift, scale, *, y2=None, gate2=None, gate_t
     Raises: as ``adaln_modulate``, and ValueError where only one of ``y2`` and ``gate2`` is given.
     Source: the adaLN-Zero block of Peebles and Xie (2023), between its attention and its MLP.
     """
+    if (y2 is gate2 is weight is bias is None and not gate_tanh and norm == "layer" and eps > 0 and not native.stands_down
+            and checks.alike(x, y, (gate, shift, scale))):
+        return _gate_modulate.by_cpu(x, y, gate, None, None, shift, scale, None, None, eps, False, is_exact(numerics))
     if shift is None:
         checks.modulated(x, ("scale",), (scale,))  # named before a shift is made of it
         shift = forms.no_shift(scale)

@@ -132,16 +132,19 @@ def _check(names: tuple[str, str, str], q, k, v) -> None:
             raise ValueError(f"{name} is on {x.device}; it should be on {q.device}, where {names[0]} is")
 
 
-def _joins(q, k, v, q2, k2, v2) -> bool:
-    """The common joint attention in few comparisons: on the CPU, each stream's q, k and v of one shape; others take the checks below."""
+def _joins(q, k, v, q2, k2, v2) -> int:
+    """The head dimension of the common joint attention, in few comparisons: on the CPU, each stream's q, k and v of one shape. 0: others, which
+    take the checks below."""
     kind = torch.Tensor
     if not (isinstance(q, kind) and isinstance(k, kind) and isinstance(v, kind) and isinstance(q2, kind) and isinstance(k2, kind) and isinstance(v2, kind)):
-        return False
+        return 0
     dtype, shape, shape2 = q.dtype, k.shape, k2.shape
-    return (k.dtype is dtype and v.dtype is dtype and q2.dtype is dtype and k2.dtype is dtype and v2.dtype is dtype and dtype in checks.FLOATS
+    if (k.dtype is dtype and v.dtype is dtype and q2.dtype is dtype and k2.dtype is dtype and v2.dtype is dtype and dtype in checks.FLOATS
             and q.is_cpu and k.is_cpu and v.is_cpu and q2.is_cpu and k2.is_cpu and v2.is_cpu
             and len(shape) == 4 == len(shape2) and q.shape == shape == v.shape and q2.shape == shape2 == v2.shape
-            and shape[0] == shape2[0] and shape[2] == shape2[2] and shape[3] == shape2[3])
+            and shape[0] == shape2[0] and shape[2] == shape2[2] and shape[3] == shape2[3]):
+        return shape[3]
+    return 0
 
 
 def _check_streams(q, k, q2, k2) -> None:
@@ -280,7 +283,8 @@ def joint_attention(q, k, v, q2, k2, v2, *, q_weight=None, k_weight=None, q2_wei
     """
     if torch._C._is_any_autocast_enabled():
         q, k, v, q2, k2, v2 = cast((q, k, v, q2, k2, v2))
-    if not _joins(q, k, v, q2, k2, v2):
+    channels = _joins(q, k, v, q2, k2, v2)
+    if not channels:
         _check(("q", "k", "v"), q, k, v)
         _check(("q2", "k2", "v2"), q2, k2, v2)
         _check_streams(q, k, q2, k2)
@@ -290,4 +294,5 @@ def joint_attention(q, k, v, q2, k2, v2, *, q_weight=None, k_weight=None, q2_wei
         pairs = ((_normalised(q, q_weight, eps), _normalised(q2, q2_weight, eps)), (_normalised(k, k_weight, eps), _normalised(k2, k2_weight, eps)), (v, v2))
         out, _, _ = _softmax(*(torch.cat(pair, dim=1) for pair in pairs), None, False, scale)
         return tuple(part.contiguous() for part in out.split((q.shape[1], q2.shape[1]), dim=1))
-    return _joint(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale, eps)
+    table = _joint.by_cpu if 0 < channels <= native.MAX_CHANNELS else _joint
+    return table(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale, eps)

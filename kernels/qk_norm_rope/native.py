@@ -8,7 +8,7 @@ from fusewire.kernels.library import CPU
 from fusewire.kernels.qk_norm_rope import reference
 from fusewire.kernels.rounding import differs_from_stock, probe_values
 
-_differs = [CPU.reason, CPU.reason]  # by norm: why the exact row stands down
+differs = [CPU.reason, CPU.reason]  # by norm: why the exact row stands down
 
 
 def compare_with_stock(op) -> None:
@@ -24,7 +24,7 @@ def compare_with_stock(op) -> None:
         for dtype, dim in kinds + [(torch.float64, 525)] * (norm == reference.TORCH_RMS):
             x, weight = probe_values(1, 3, 2, dim, dtype=dtype), probe_values(dim, dtype=dtype, seed=2)
             cases.append((x, x, weight, None, *(rope if dim == 72 else (None, None)), 1e-6, norm, True))
-        _differs[norm] = differs_from_stock(op, reference.qk_norm_rope, cases)
+        differs[norm] = differs_from_stock(op, reference.qk_norm_rope, cases)
 
 
 def _why_not(q, q_weight, k_weight, norm, exact) -> str:
@@ -32,8 +32,8 @@ def _why_not(q, q_weight, k_weight, norm, exact) -> str:
         return CPU.reason
     if not q.is_cpu:
         return "q is on a GPU" if q.is_cuda else f"q is on {q.device}"
-    if exact and norm < reference.ROTATION and _differs[norm]:
-        return _differs[norm]
+    if exact and norm < reference.ROTATION and differs[norm]:
+        return differs[norm]
     if not ((q_weight is None or q_weight.dtype is q.dtype) and (k_weight is None or k_weight.dtype is q.dtype)):
         return "a weight differs from q in dtype"
     return ""

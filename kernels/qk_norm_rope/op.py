@@ -98,6 +98,23 @@ def _fits(q, k, q_weight, k_weight, rope, eps, norm, others) -> bool:
             and eps > 0 and norm in _FUSED)
 
 
+def _alike(q, k, q_weight, k_weight, q_out, k_out) -> bool:
+    """The common call that fills outputs: on the CPU, everything of one dtype, q, k and the outputs of one shape and without elements that share a place."""
+    if not (isinstance(q, torch.Tensor) and q.is_cpu):
+        return False
+    dtype, shape = q.dtype, q.shape
+    if dtype not in checks.FLOATS or len(shape) != 4:
+        return False
+    for x in (k, q_out, k_out):
+        if not (isinstance(x, torch.Tensor) and x.dtype is dtype and x.is_cpu and x.shape == shape):
+            return False
+    size = shape[3:]
+    for weight in (q_weight, k_weight):
+        if weight is not None and not (isinstance(weight, torch.Tensor) and weight.dtype is dtype and weight.is_cpu and weight.shape == size):
+            return False
+    return 0 not in q_out.stride() and 0 not in k_out.stride()
+
+
 _COMMON = (None, None, None, None, False, False)  # q_bias, k_bias, q_log_scale, k_log_scale, halves, across_heads
 
 
@@ -227,8 +244,14 @@ def qk_norm_into(q, k, q_weight, k_weight, q_out, k_out, *, q_bias=None, k_bias=
     of each head, with tables by sample or narrower than the head, and with a complex ``rope`` in ``"exact"``.
     Raises: as ``qk_norm_rope``; also for an output whose shape, dtype, device or strides do not fit.
     """
+    exact = is_exact(numerics)
+    if (rope is q_bias is k_bias is q_log_scale is k_log_scale is None and not halves and not across_heads and eps > 0 and norm in _FUSED
+            and not torch.is_grad_enabled() and _alike(q, k, q_weight, k_weight, q_out, k_out)):
+        form = NORMS[norm]
+        if not (exact and native.differs[form]):
+            return _into.by_cpu(q, k, q_weight, k_weight, q_out, k_out, None, None, eps, form, exact)
     others = (q_bias, k_bias, q_log_scale, k_log_scale, halves, across_heads)
-    formed, exact = _check(q, k, q_weight, k_weight, rope, eps, norm, others), is_exact(numerics)
+    formed = _check(q, k, q_weight, k_weight, rope, eps, norm, others)
     _check_out("q_out", q_out, q, q_weight, q_log_scale, norm)
     _check_out("k_out", k_out, k, k_weight, k_log_scale, norm)
     cos, sin = (None, None) if rope is None else forms.tables(rope)

@@ -206,7 +206,7 @@ def test_every_isa_level_is_exact(level):
     if ISA_LEVELS.index(level) > ISA_LEVELS.index(cpu_isa()):
         pytest.skip(f"this processor runs {cpu_isa()}")
     code = ("import fusewire.ops; from fusewire.kernels.library import cpu_isa; from fusewire.kernels.qk_norm_rope import native as a; "
-            "from fusewire.kernels.sampler_step import native as b; print(cpu_isa(), a._differs, [b._differs])")
+            "from fusewire.kernels.sampler_step import native as b; print(cpu_isa(), a.differs, [b._differs])")
     root = Path(__file__).resolve().parents[3]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                           env={**os.environ, "FUSEWIRE_CPU_ISA": level, "PYTHONPATH": str(root / "src")})
@@ -217,7 +217,7 @@ def test_exact_stands_down_where_torch_differs(monkeypatch):
     q = heads(1, 2, 3, 40, torch.float32)
     assert "another order" in differs_from_stock(lambda x: x, lambda x: x + 1, [(q,)])
     assert differs_from_stock(lambda x: (x, x), lambda x: (x, x), [(q,)]) == ""
-    monkeypatch.setattr(native, "_differs", ["torch differs", ""])
+    monkeypatch.setattr(native, "differs", ["torch differs", ""])
     ops.qk_norm_rope(q, q)
     assert ops.stats()["qk_norm_rope"]["reference"] == 1
     if CPU.loaded:

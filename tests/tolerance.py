@@ -2,7 +2,7 @@
 
 ``close``: the error against float64 is at most twice (mean: 1.5 times) that of plain PyTorch in the same dtype, plus the noise of rounding the
 reference itself to that dtype (the flash-attention rule). ``exact``: ``torch.equal``. float64 against float64: 1e-10 relative to the
-largest value.
+largest value. What is rounded is not biased: the mean signed error is at most 0.02 units in the last place.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 
 MAX_FACTOR, MEAN_FACTOR = 2.0, 1.5
 FLOAT64 = 1e-10
+BIAS, ENOUGH = 0.02, 2**14  # of so many elements the mean of unbiased errors is 0 within 0.0023 units, one standard deviation
 
 
 def rounding_noise(want: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -65,3 +66,17 @@ def assert_within(got: torch.Tensor, want: torch.Tensor, units: float, context: 
     if plain is not None and got.dtype is not torch.float64:
         bound = max(bound, MAX_FACTOR * errors(plain, want)[0])
     assert errors(got, want)[0] <= bound, f"{context}: error {errors(got, want)[0]:.3e} > {bound:.3e}"
+
+
+def assert_unbiased(got: torch.Tensor, want: torch.Tensor, context: str = "") -> None:
+    """The mean signed error of ``got`` against the float64 result, in units of the last place of each element: away from zero (where truncation shows),
+    and upwards (where rounding up or down shows). Ties that do not go to the even neighbour show where there are ties. Elements of less than a 16th of
+    the mean magnitude are measured in units of that 16th: by their own, a few of them with the error of the terms they sum would outweigh all others."""
+    assert got.shape == want.shape, f"{context}: shape {list(got.shape)}, expected {list(want.shape)}"
+    assert got.numel() >= ENOUGH, f"{context}: {got.numel()} elements are too few to tell a bias from chance"
+    info, want = torch.finfo(got.dtype), want.to(got.device, torch.float64)
+    assert 4 * (want.to(got.dtype) != want).sum() >= got.numel(), f"{context}: results that {got.dtype} holds exactly are not rounded"
+    mantissa, exponent = torch.frexp(want.abs().clamp_min(max(info.smallest_normal, want.abs().mean().item() / 16)))
+    error = (got.to(torch.float64) - want) / torch.ldexp(torch.full_like(mantissa, info.eps), exponent - 1)
+    for direction, bias in (("away from zero", (error * want.sign()).mean().item()), ("upwards", error.mean().item())):
+        assert abs(bias) <= BIAS, f"{context}: errors are {bias:+.4f} units in the last place {direction} in the mean"

@@ -11,7 +11,7 @@ from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU, ISA_LEVELS, cpu_isa
 from tests.kernels.attention.cases import DTYPES, qkv, stock, stock_joint, stock_norm
 from tests.kernels.isa_levels import run_at
-from tests.tolerance import assert_close
+from tests.tolerance import assert_close, assert_unbiased
 
 BACKENDS = [pytest.param("cpu", marks=pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")), "reference"]
 
@@ -224,9 +224,19 @@ def test_fp16_overflow():
     assert_close(ops.attention(q, k, v, scale=1.0), stock(q, k, v, scale=1.0), stock(q, k, v, scale=1.0, dtype=torch.float16))
 
 
-def test_biased_cast():
-    """biased-cast: the mean signed error of 2^20 bf16 outputs between 1 and 2 is at most 0.02 units in the last place."""
-    q, k, v = qkv(1, 2048, 17, 8, 64, torch.bfloat16)
-    v = v.abs().frac() + 1
-    error = ops.attention(q, k, v).double() - stock(q, k, v)
-    assert error.numel() == 2**20 and abs(error.mean().item()) <= 0.02 * torch.finfo(torch.bfloat16).eps
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_biased_cast(dtype):
+    """biased-cast: over 2^20 elements, of either sign or all between 1 and 2, the mean signed error is within 0.02 units in the last place."""
+    q, k, v = qkv(1, 2048, 17, 8, 64, dtype)
+    for v in (v, v.abs().frac() + 1):
+        assert_unbiased(ops.attention(q, k, v), stock(q, k, v))
+
+
+@pytest.mark.parametrize("norm", (False, True))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_joint_biased_cast(dtype, norm):
+    """biased-cast: over 2^20 elements of both streams, in the same way."""
+    streams = [qkv(16, tokens, tokens, 8, 64, dtype) for tokens in (100, 28)]
+    weights = {name: torch.rand(64).to(dtype) + 0.5 for name in ("q_weight", "k_weight", "q2_weight", "k2_weight")} if norm else {}
+    for both in (streams, [(q, k, v.abs().frac() + 1) for q, k, v in streams]):
+        assert_unbiased(torch.cat(ops.joint_attention(*both[0], *both[1], **weights), 1), stock_joint(both, weights))

@@ -15,7 +15,7 @@ from tests.effort import examples
 from tests.kernels.attention.cases import DTYPES, stock
 from tests.kernels.isa_levels import run_at
 from tests.layouts import LAYOUTS
-from tests.tolerance import assert_close, assert_exact, assert_within
+from tests.tolerance import assert_close, assert_exact, assert_unbiased, assert_within
 
 needs_library = pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
 BACKENDS = [pytest.param("cpu", marks=needs_library), "reference"]
@@ -233,6 +233,15 @@ def test_nan_under_mask(dtype):
             if causal:
                 assert_exact(a, b)
                 assert (a[40:60] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("causal", (False, True))
+def test_biased_cast(dtype, causal):
+    """biased-cast: over 2^20 elements, of either sign or all between 1 and 2, the mean signed error is within 0.02 units in the last place."""
+    q, k, v, *cu = packed(([100, 28] * 8, None), (16, 16, 64), dtype)
+    for v in (v, v.abs().frac() + 1):
+        assert_unbiased(ops.attention_varlen(q, k, v, *cu, causal=causal), one_by_one(q, k, v, *cu, causal))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

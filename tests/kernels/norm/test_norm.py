@@ -14,7 +14,7 @@ from fusewire.kernels.norm import native
 from tests.effort import examples
 from tests.kernels.isa_levels import run_at
 from tests.kernels.norm.cases import AFFINE, DTYPES, KINDS, NARROWED, call, inputs, leaves, served, stock, true, wide
-from tests.tolerance import assert_close, assert_exact, assert_within
+from tests.tolerance import assert_close, assert_exact, assert_unbiased, assert_within
 
 needs_library = pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
 BACKENDS = [pytest.param("cpu", marks=needs_library), "reference"]
@@ -231,14 +231,18 @@ def test_eps(eps, kind):
     assert_close(call(kind, v, eps, numerics="close"), true(kind, wide(v), eps), stock(kind, v, eps))
 
 
-@pytest.mark.parametrize("kind", ("rms", "layer", "layer-2d"))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @needs_library
-def test_biased_cast(kind):
-    """biased-cast: over 2^20 elements the signed mean error is within 0.02 ULP of bf16."""
-    v = inputs(1024, 512, torch.bfloat16, kind)
-    got, want = call(kind, v, numerics="close"), true(kind, wide(v))
-    ulp = 2.0 ** (torch.floor(torch.log2(want.abs().clamp_min(2.0**-126))) - 7)
-    assert ((got.double() - want) / ulp).mean().abs() <= 0.02
+def test_biased_cast(dtype, kind):
+    """biased-cast: over 2^20 elements the mean signed error is within 0.02 units in the last place; that of the gradient too."""
+    v = inputs(1024, 512, dtype, kind)
+    (ours, wanted), (double, wanted_double) = leaves(v), leaves(wide(v))
+    got, want = call(kind, ours, numerics="close"), true(kind, double)
+    assert_unbiased(got, want, kind)
+    grad = torch.randn_like(got)
+    assert_unbiased(torch.autograd.grad(got, wanted, grad)[0], torch.autograd.grad(want, wanted_double, grad.double())[0], f"{kind} dx")
+    assert served(kind) == served(kind, "_backward") == (1, 0)
 
 
 @NARROWED

@@ -17,7 +17,8 @@ from fusewire.kernels.adaln import native
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
 from tests.effort import examples
-from tests.kernels.adaln.cases import DTYPES, NAMES, call, inputs, op_name, served, stock, wide
+from tests.kernels.adaln.cases import DTYPES, NAMES, call, inputs, op_name, served, stock, used, wide
+from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact, assert_unbiased
 
 needs_library = pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
@@ -84,13 +85,17 @@ def test_exact_rms(dtype, width):
 
 
 @settings(max_examples=examples(200), deadline=None)
-@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 700), st.sampled_from(DTYPES), st.sampled_from(NAMES), st.floats(-50, 50),
-       st.floats(1e-3, 100), st.integers(0, 2**31))
-def test_exact_property(batch, tokens, width, dtype, name, mean, spread, seed):
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 700), st.sampled_from(DTYPES), st.sampled_from(NAMES), st.sampled_from(("chunk", "one", "token")),
+       st.floats(-50, 50), st.floats(1e-3, 100), st.lists(st.sampled_from(LAYOUTS), min_size=7, max_size=7), st.integers(0, 2**31))
+def test_exact_property(batch, tokens, width, dtype, name, kind, mean, spread, layouts, seed):
+    """strided-input: any shape, modulation and scale, each argument in a layout of its own: exact equals stock, close has the bits it has contiguous."""
     torch.manual_seed(seed)
-    v = inputs(batch, tokens, width, dtype)
+    v = inputs(batch, tokens, width, dtype, kind)
     v["x"] = v["x"] * spread + mean
-    for got, want in zip(call(name, v), stock(name, v), strict=True):
+    laid = {**v, **{argument: layout(v[argument]) for argument, layout in zip(used(name), layouts)}}
+    for got, want in zip(call(name, laid), stock(name, v), strict=True):
+        assert_exact(got, want, name)
+    for got, want in zip(call(name, laid, numerics="close"), call(name, v, numerics="close"), strict=True):
         assert_exact(got, want, name)
 
 

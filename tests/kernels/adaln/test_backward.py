@@ -14,6 +14,7 @@ from fusewire.kernels.library import CPU
 from tests.effort import examples
 from tests.kernels.adaln.cases import DTYPES, NAMES, call, gradients, inputs, op_name, served, stock, upstream, used, wide, with_affine
 from tests.kernels.isa_levels import run_at
+from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact, assert_unbiased, assert_within
 
 needs_library = pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
@@ -82,9 +83,11 @@ def test_gradcheck_affine(affine, norm):
 
 @settings(max_examples=examples(250), deadline=None)
 @given(st.integers(1, 3), st.integers(1, 90), st.integers(1, 200), st.sampled_from(NAMES), st.sampled_from(KINDS), st.sampled_from(KINDS),
-       st.booleans(), st.sampled_from(("layer", "rms")), st.integers(0, 2**31))
-def test_gradients_property(batch, tokens, width, name, kind, second, affine, norm, seed):
-    """tail: in float64, where nothing hides behind rounding: the kernel's gradients are autograd's of the reference, for any mix of modulations."""
+       st.booleans(), st.sampled_from(("layer", "rms")), st.sampled_from(DTYPES), st.lists(st.sampled_from(LAYOUTS), min_size=11, max_size=11),
+       st.integers(0, 2**31))
+def test_gradients_property(batch, tokens, width, name, kind, second, affine, norm, dtype, layouts, seed):
+    """tail: in float64, where nothing hides behind rounding: the kernel's gradients are autograd's of the reference, for any mix of modulations.
+    strided-input, strided-grad: in every dtype they have the same bits where each argument and upstream gradient has a layout of its own."""
     torch.manual_seed(seed)
     v, other = inputs(batch, tokens, width, torch.float64, kind), inputs(batch, tokens, width, torch.float64, second)
     v |= {k: other[k] for k in ("gate2", "scale", "shift2")}
@@ -96,6 +99,11 @@ def test_gradients_property(batch, tokens, width, name, kind, second, affine, no
         want = gradients(call, name, v, grads, numerics="exact", **options)
     for argument in want:
         assert_within(got[argument], want[argument], 1, argument)
+    v, grads = {k: t.to(dtype) for k, t in v.items()}, [grad.to(dtype) for grad in grads]
+    got = gradients(call, name, v, grads, numerics="close", **options)
+    laid, laid_grads = {k: layout(t) for layout, (k, t) in zip(layouts, v.items())}, [layout(grad) for layout, grad in zip(layouts[::-1], grads)]
+    for argument, again in gradients(call, name, laid, laid_grads, numerics="close", **options).items():
+        assert_exact(again, got[argument], f"{argument} {' '.join(layout.__name__ for layout in layouts)}")
 
 
 @pytest.mark.parametrize("name", NAMES)

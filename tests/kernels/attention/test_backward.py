@@ -16,7 +16,7 @@ from tests.effort import examples
 from tests.kernels.attention.cases import DTYPES, qkv, stock
 from tests.kernels.isa_levels import run_at
 from tests.layouts import LAYOUTS
-from tests.tolerance import assert_close, assert_exact, assert_unbiased
+from tests.tolerance import assert_close, assert_exact, assert_unbiased, assert_within
 
 needs_library = pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
 # (batch, queries, keys, heads, channels, heads of the keys): an odd one, blocks that are full and not, wide heads, groups, two queries, two keys
@@ -40,7 +40,7 @@ def masks(kind, batch, queries, keys, heads):
     return torch.randn(batch, heads, queries, keys)
 
 
-def check(shape, dtype, kind=None, causal=False, scale=None):
+def check(shape, dtype, kind=None, causal=False, scale=None, layouts=None):
     batch, queries, keys, heads, channels, key_heads = shape
     batch *= -(-4096 // (queries * heads * channels))  # the largest of few errors says little
     q, k, v = qkv(batch, queries, keys, heads, channels, dtype, key_heads)
@@ -50,6 +50,13 @@ def check(shape, dtype, kind=None, causal=False, scale=None):
     got = gradients(lambda *x: ops.attention(*x, mask=mask, causal=causal, scale=scale), q, k, v, grad)
     for name, one, wanted, of_stock in zip("qkv", got, want, plain):
         assert_close(one, wanted, of_stock, f"d{name} {shape} {dtype} {kind} {causal}")
+    if layouts:
+        leaves = [layout(x).requires_grad_() for layout, x in zip(layouts, (q, k, v))]
+        out = ops.attention(*leaves, mask=mask, causal=causal, scale=scale)
+        # float64's gradients are PyTorch's own products, whose order of summation follows the strides
+        same = assert_exact if dtype is not torch.float64 else lambda one, whole, context: assert_within(one, whole, 1, context)
+        for name, one, whole in zip("qkv", torch.autograd.grad(out, leaves, layouts[3](grad), allow_unused=True), got):
+            same(torch.zeros_like(whole) if one is None else one, whole, f"d{name} {' '.join(layout.__name__ for layout in layouts)}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -85,10 +92,12 @@ def test_one_key(dtype):
 
 @settings(max_examples=examples(200), deadline=None, derandomize=True)
 @given(batch=st.integers(1, 2), queries=st.integers(FEW_QUERIES, 70), keys=st.integers(2, 70), groups=st.integers(1, 3), key_heads=st.integers(1, 2),
-       channels=st.integers(1, 80), dtype=st.sampled_from(DTYPES[:3]), kind=st.sampled_from((None, "bool", "additive")), causal=st.booleans())
-def test_any_shape(batch, queries, keys, groups, key_heads, channels, dtype, kind, causal):
+       channels=st.integers(1, 80), dtype=st.sampled_from(DTYPES), kind=st.sampled_from((None, "bool", "additive")), causal=st.booleans(),
+       layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 4))
+def test_any_shape(batch, queries, keys, groups, key_heads, channels, dtype, kind, causal, layouts):
+    """strided-input, strided-grad: any shape and mask keeps the rule, and has the same bits where each argument has a layout of its own."""
     torch.manual_seed(queries * 71 + keys)
-    check((batch, queries, keys, groups * key_heads, channels, key_heads), dtype, kind, causal and kind is None)
+    check((batch, queries, keys, groups * key_heads, channels, key_heads), dtype, kind, causal and kind is None, layouts=layouts)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)

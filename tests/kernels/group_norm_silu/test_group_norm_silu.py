@@ -18,6 +18,7 @@ from fusewire.kernels.group_norm_silu import native, reference
 from fusewire.kernels.library import CPU
 from tests.effort import examples
 from tests.kernels.group_norm_silu.cases import DTYPES, FORMATS, OPTIONS, call, gradients, in_format, inputs, served, stock, wide
+from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact, assert_unbiased, assert_within
 
 needs_library = pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
@@ -77,16 +78,22 @@ def test_exact_of_one_picture_for_a_batch(dtype, shape, groups):
         assert_exact(call(v, groups), stock(v, groups), options)
 
 
+LAYOUT = st.sampled_from(LAYOUTS)
+
+
 @settings(max_examples=examples(250), deadline=None)
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 19), st.lists(st.integers(1, 40), min_size=1, max_size=3), st.sampled_from(DTYPES),
-       st.sampled_from(list(OPTIONS)), st.sampled_from(FORMATS), st.booleans(), st.floats(-50, 50), st.floats(1e-3, 100), st.integers(0, 2**31))
-def test_exact_property(batch, groups, per_group, sizes, dtype, options, memory_format, silu, mean, spread, seed):
+       st.sampled_from(list(OPTIONS)), st.sampled_from(FORMATS), st.booleans(), st.floats(-50, 50), st.floats(1e-3, 100),
+       st.lists(LAYOUT, min_size=5, max_size=5), st.integers(0, 2**31))
+def test_exact_property(batch, groups, per_group, sizes, dtype, options, memory_format, silu, mean, spread, layouts, seed):
+    """strided-input: any shape, options and scale in both memory formats, each parameter in a layout of its own: stock's bits and strides."""
     torch.manual_seed(seed)
     if batch * per_group * torch.Size(sizes).numel() == 1:
         return  # F.group_norm refuses one value per channel
     v = inputs((batch, groups * per_group, *sizes), dtype, options, memory_format)
     v["x"] = v["x"] * spread + mean
-    got, want = call(v, groups, silu=silu), stock(v, groups, silu=silu)
+    laid = {name: v[name] if name == "x" else layout(v[name]) for layout, name in zip((None, *layouts), v)}
+    got, want = call(laid, groups, silu=silu), stock(v, groups, silu=silu)
     assert_exact(got, want)
     assert got.stride() == want.stride() or got.numel() == got.shape[1]
 
@@ -116,12 +123,14 @@ def test_close(dtype, shape, groups, memory_format, backend):
 
 @settings(max_examples=examples(250), deadline=None)
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 19), st.lists(st.integers(2, 40), min_size=1, max_size=3), st.sampled_from(DTYPES),
-       st.sampled_from(list(OPTIONS)), st.sampled_from(FORMATS), st.booleans(), st.integers(0, 2**31))
-def test_close_property(batch, groups, per_group, sizes, dtype, options, memory_format, silu, seed):
-    """Every shape and option; pictures of few elements, so by the bound of each."""
+       st.sampled_from(list(OPTIONS)), st.sampled_from(FORMATS), st.booleans(), st.lists(LAYOUT, min_size=6, max_size=6), st.integers(0, 2**31))
+def test_close_property(batch, groups, per_group, sizes, dtype, options, memory_format, silu, layouts, seed):
+    """strided-input: every shape and option; pictures of few elements, so by the bound of each, which holds in any layout of each argument."""
     torch.manual_seed(seed)
     v = inputs((batch, groups * per_group, *sizes), dtype, options, memory_format)
-    assert_within(call(v, groups, silu=silu, numerics="close"), stock(wide(v), groups, silu=silu), 8)
+    laid = {name: layout(t) for layout, (name, t) in zip(layouts, v.items())}
+    for these in (v, laid):
+        assert_within(call(these, groups, silu=silu, numerics="close"), stock(wide(v), groups, silu=silu), 8)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

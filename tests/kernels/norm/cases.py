@@ -84,3 +84,16 @@ def leaves(v: dict) -> tuple[dict, list[torch.Tensor]]:
     """The same values as leaves of a graph, and those that are there."""
     v = {name: None if t is None else t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for name, t in v.items()}
     return v, [t for t in v.values() if t is not None]
+
+
+def well_conditioned(x: torch.Tensor) -> None:
+    """In place: no row's deviation is small against its values."""
+    x[..., :1], x[..., 1:2] = 2, -1
+
+
+def terms(kind: str, v: dict, grad: torch.Tensor, eps: float) -> dict[str, torch.Tensor | None]:
+    """What the gradients are sums of, in float64, one row a term: each rounds in proportion to them (``assert_within``)."""
+    x, grad = ((t.movedim(1, -1) if kind == "layer-2d" else t).flatten(0, -2).double() for t in (v["x"], grad))
+    centred = x if kind.startswith("rms") else x - x.mean(-1, keepdim=True)
+    normed = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
+    return {"x": None, "weight": grad * normed, "bias": grad}

@@ -13,7 +13,8 @@ from fusewire.kernels.library import CPU
 from fusewire.kernels.norm import native
 from tests.effort import examples
 from tests.kernels.isa_levels import run_at
-from tests.kernels.norm.cases import AFFINE, DTYPES, KINDS, NARROWED, call, inputs, leaves, served, stock, true, wide
+from tests.kernels.norm.cases import AFFINE, DTYPES, KINDS, NARROWED, call, inputs, leaves, served, stock, terms, true, well_conditioned, wide
+from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact, assert_unbiased, assert_within
 
 needs_library = pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
@@ -82,19 +83,21 @@ def test_exact_bias_alone_is_left_to_torch():
     assert served("layer") == (0, 1)
 
 
+LAYOUT = st.sampled_from(LAYOUTS)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=examples(200), deadline=None)
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 700), st.sampled_from(DTYPES), st.sampled_from(tuple(AFFINE)), st.floats(-50, 50),
-       st.floats(1e-3, 100), st.sampled_from((1e-6, 1e-5, 1e-2)), st.integers(0, 2**31))
-def test_property(kind, batch, rows, width, dtype, affine, mean, spread, eps, seed):
-    """Any shape, options and scale: exact equals stock, and a layout with the channels outermost gives the same bits."""
+       st.floats(1e-3, 100), st.sampled_from((1e-6, 1e-5, 1e-2)), st.tuples(LAYOUT, LAYOUT, LAYOUT), st.integers(0, 2**31))
+def test_property(kind, batch, rows, width, dtype, affine, mean, spread, eps, layouts, seed):
+    """strided-input: any shape, options and scale, each argument in a layout of its own: exact equals stock, close has the bits it has contiguous."""
     torch.manual_seed(seed)
     v = inputs(rows, width, dtype, kind, affine, batch)
     v["x"] = v["x"] * spread + mean
-    got = call(kind, v, eps)
-    assert_exact(got, stock(kind, v, eps))
-    turned = {**v, "x": v["x"].movedim(-1, 0).contiguous().movedim(0, -1)}
-    assert_exact(call(kind, turned, eps, numerics="close"), call(kind, v, eps, numerics="close"))
+    laid = {name: None if t is None else layout(t) for layout, (name, t) in zip(layouts, v.items())}
+    assert_exact(call(kind, laid, eps), stock(kind, v, eps))
+    assert_exact(call(kind, laid, eps, numerics="close"), call(kind, v, eps, numerics="close"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -109,9 +112,9 @@ def test_close(kind, dtype, width, backend):
             assert_close(call(kind, v, numerics="close"), true(kind, wide(v)), plain_of(kind, v), affine)
 
 
-def plain_of(kind, v):
+def plain_of(kind, v, eps=1e-6):
     """Eager PyTorch in v's dtype; FP32LayerNorm of float64 computes in float32, which is no yardstick."""
-    return stock("layer" if kind == "layer-float32" and v["x"].dtype is torch.float64 else kind, v)
+    return stock("layer" if kind == "layer-float32" and v["x"].dtype is torch.float64 else kind, v, eps)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -137,18 +140,29 @@ def test_close_gradients(kind, dtype, width, affine, backend):
 
 @pytest.mark.parametrize("kind", ("rms-torch", "layer", "layer-2d"))
 @settings(max_examples=examples(200), deadline=None)
-@given(st.integers(1, 3), st.integers(1, 60), st.integers(1, 200), st.sampled_from(tuple(AFFINE)), st.sampled_from((1e-6, 1e-2)), st.integers(0, 2**31))
+@given(st.integers(1, 3), st.integers(1, 60), st.integers(1, 200), st.sampled_from(DTYPES), st.sampled_from(tuple(AFFINE)), st.sampled_from((1e-6, 1e-2)),
+       st.tuples(LAYOUT, LAYOUT, LAYOUT, LAYOUT), st.integers(0, 2**31))
 @needs_library
-def test_gradients_property(kind, batch, rows, width, affine, eps, seed):
-    """tail: in float64, where nothing hides behind rounding: the kernel's gradients are those that autograd takes of the formula."""
+def test_gradients_property(kind, batch, rows, width, dtype, affine, eps, layouts, seed):
+    """tail, strided-input, strided-grad: the kernel's gradients are those that autograd takes of the formula in float64, and have the same bits where
+    each argument has a layout of its own. In float64 nothing hides behind rounding."""
     torch.manual_seed(seed)
-    v, found = inputs(rows, width, torch.float64, kind, affine, batch), []
-    grad = torch.randn_like(v["x"])
-    for function in (lambda these: call(kind, these, eps, numerics="close"), lambda these: true(kind, these, eps)):
-        these, wanted = leaves(v)
-        found.append(torch.autograd.grad(function(these), wanted, grad))
-    for got, want in zip(*found, strict=True):
-        assert_within(got, want, 1)
+    v, found = inputs(rows, width, dtype, kind, affine, batch), []
+    well_conditioned(v["x"].movedim(1, -1) if kind == "layer-2d" else v["x"])
+    grad = torch.randn(v["x"].shape).to(dtype)
+
+    def close(these):
+        return call(kind, these, eps, numerics="close")
+
+    laid = {name: None if t is None else layout(t) for layout, (name, t) in zip(layouts, v.items())}
+    for form, upstream, function in ((v, grad, close), (wide(v), grad.double(), lambda these: true(kind, these, eps)),
+                                     (v, grad, lambda these: plain_of(kind, these, eps)), (laid, layouts[3](grad), close)):
+        these = {name: None if t is None else t.detach().requires_grad_() for name, t in form.items()}
+        found.append(torch.autograd.grad(function(these), [t for t in these.values() if t is not None], upstream))
+    for name, got, want, plain, again in zip(("x", "weight", "bias"), *found, strict=False):
+        assert_within(got, want, 8, name, plain, terms(kind, v, grad, eps)[name])
+        assert_exact(again, got, f"{name} {' '.join(layout.__name__ for layout in layouts)}")
+    assert served(kind, "_backward")[1] == 0
 
 
 @pytest.mark.parametrize("kind", ("layer", "layer-2d"))

@@ -54,18 +54,25 @@ def served(suffix: str = "") -> tuple[int, int]:
 
 
 @settings(max_examples=examples(250), deadline=None)
-@given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 20), st.integers(1, 70), st.sampled_from((1e-6, 1e-2)), st.integers(0, 2**31))
+@given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 20), st.integers(1, 70), st.sampled_from(DTYPES), st.sampled_from((1e-6, 1e-2)), st.lists(st.sampled_from(LAYOUTS), min_size=4, max_size=4),
+       st.integers(0, 2**31))
 @needs_library
-def test_property(batch, height, width, channels, eps, seed):
-    """tail: pictures of any shape in float64: forward and gradients are the formula's and autograd's, and any layout gives the same bits."""
+def test_property(batch, height, width, channels, dtype, eps, layouts, seed):
+    """tail, strided-input, strided-grad: pictures of any shape: forward and gradients are the formula's and autograd's in float64, and have the same bits
+    where each argument has a layout of its own. In float64 nothing hides behind rounding."""
     torch.manual_seed(seed)
-    v = inputs((batch, height, width, channels), torch.float64)
-    assert_within(call(v, eps=eps, numerics="close"), stock(v, eps), 1)
-    grad = torch.randn_like(v["x"])
-    for got, want in zip(gradients(v, grad, eps=eps, numerics="close"), gradients(v, grad, stock, eps=eps), strict=True):
-        assert_within(got, want, 1)
-    turned = {**v, "x": v["x"].transpose(1, 3).contiguous().transpose(1, 3)}
-    assert_exact(call(turned, eps=eps, numerics="close"), call(v, eps=eps, numerics="close"))
+    v = inputs((batch, height, width, channels), dtype)
+    got, laid = call(v, eps=eps, numerics="close"), {name: layout(t) for layout, (name, t) in zip(layouts, v.items())}
+    assert_within(got, stock(wide(v), eps), 8, plain=stock(v, eps))
+    assert_exact(call(laid, eps=eps, numerics="close"), got)
+    grad = torch.randn(v["x"].shape).to(dtype)
+    found = (gradients(v, grad, eps=eps, numerics="close"), gradients(wide(v), grad.double(), stock, eps=eps), gradients(v, grad, stock, eps=eps),
+             gradients(laid, layouts[3](grad), eps=eps, numerics="close"))
+    response = stock({"x": v["x"].double(), "weight": 1, "bias": 0}, eps) - v["x"].double()
+    terms = {"x": None, "weight": (grad.double() * response).flatten(0, -2), "bias": grad.double().flatten(0, -2)}
+    for name, got, want, plain, again in zip(v, *found, strict=True):
+        assert_within(got, want, 8, name, plain, terms[name])
+        assert_exact(again, got, f"{name} {' '.join(layout.__name__ for layout in layouts)}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -46,18 +46,37 @@ def test_gradients(shape, dtype, backend):
 
 @settings(max_examples=examples(250), deadline=None)
 @given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 20), st.integers(1, 8), st.integers(1, 100), st.booleans(), st.booleans(), st.booleans(),
-       st.sampled_from(("rms", "torch_rms")), st.integers(0, 2**31))
-def test_gradients_property(batch, tokens, heads, k_heads, dim, rotated, no_q_weight, no_k_weight, norm, seed):
-    """tail: in float64, where nothing hides behind rounding; both norms, k with heads (and tokens) of its own, weights there or not."""
+       st.sampled_from(("rms", "torch_rms")), st.sampled_from(DTYPES), st.lists(st.sampled_from(LAYOUTS), min_size=6, max_size=6), st.integers(0, 2**31))
+def test_gradients_property(batch, tokens, heads, k_heads, dim, rotated, no_q_weight, no_k_weight, norm, dtype, layouts, seed):
+    """tail, strided-input, strided-grad: both norms, k with heads (and tokens) of its own, weights there or not; the same bits where each argument
+    has a layout of its own. In float64 nothing hides behind rounding."""
     torch.manual_seed(seed)
-    v = inputs(batch, tokens, heads, dim + (dim % 2 if rotated else 0), torch.float64, rotated, k_heads, 0 if rotated else tokens + seed % 3)
+    v = inputs(batch, tokens, heads, dim + (dim % 2 if rotated else 0), dtype, rotated, k_heads, 0 if rotated else tokens + seed % 3)
     v["q_weight"], v["k_weight"] = (None if no else weight for no, weight in ((no_q_weight, v["q_weight"]), (no_k_weight, v["k_weight"])))
+    for name in ("q", "k"):
+        v[name][..., 0] = 2  # no head whose norm is near 0
     got = gradients(v, norm=norm)
-    these = [None if v[k] is None else v[k].requires_grad_() for k in NAMES]
+    double = {name: t if t is None or name == "rope" else t.double() for name, t in v.items()}
+    laid = {**v, **{name: None if v[name] is None else layout(v[name]) for layout, name in zip(layouts, (*NAMES, "q_grad", "k_grad"))}}
+    found = of_reference(double), of_reference(v), gradients(laid, norm=norm).values()
+    for (name, mine), theirs, plain, again in zip(got.items(), *found, strict=True):
+        assert_within(mine, theirs, 8, name, plain, None if name in ("q", "k") else weight_terms(double, name[0]))
+        assert_exact(again, mine, f"{name} {' '.join(layout.__name__ for layout in layouts)}")
+
+
+def of_reference(v: dict) -> tuple[torch.Tensor, ...]:
+    """Autograd's gradients of the reference, for the arguments that are there."""
+    these = [None if v[k] is None else v[k].detach().requires_grad_() for k in NAMES]
     outputs = reference.qk_norm_rope(*these, *(v["rope"] or (None, None)), 1e-6, 0, False)
-    want = torch.autograd.grad(outputs, [t for t in these if t is not None], [v["q_grad"], v["k_grad"]])
-    for (name, mine), theirs in zip(got.items(), want, strict=True):
-        assert_within(mine, theirs, 1, name)
+    return torch.autograd.grad(outputs, [t for t in these if t is not None], [v["q_grad"], v["k_grad"]])
+
+
+def weight_terms(v: dict, name: str) -> torch.Tensor:
+    """What the gradient of a weight is a sum of, one row a head; of a turned pair either part, whichever counts."""
+    x, grad = (t.flatten(0, -2) for t in (v[name], v[f"{name}_grad"]))
+    if v["rope"] is not None:
+        grad = grad.unflatten(-1, (-1, 2)).norm(dim=-1, keepdim=True).expand(-1, -1, 2).flatten(-2)
+    return grad * x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
 
 
 @pytest.mark.parametrize("rotated", (False, True))

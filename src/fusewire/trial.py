@@ -19,7 +19,7 @@ class Trial:
 
     target: str
     numerics: str
-    report: dict  # {"swapped": [...], "left": [...]}
+    report: dict  # {"swapped": [...], "left": [...], "noted": [...]}
     ran: str = ""  # which backends served the swapped model
     restored: bool | None = None  # None: not tried
     lines: list[str] = field(default_factory=list)

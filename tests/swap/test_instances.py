@@ -129,7 +129,7 @@ def test_idempotent():
     first = fusewire.swap(model)
     once = classes(model)
     second = fusewire.swap(model)
-    assert classes(model) == once and second.report.swapped == first.report.swapped
+    assert classes(model) == once and [entry[:2] for entry in second.report.swapped] == [entry[:2] for entry in first.report.swapped]
     second.restore()
     assert classes(model) == once
     first.restore()
@@ -231,16 +231,8 @@ def test_a_bare_block_and_a_bare_scheduler():
     assert type(scheduler) is FlowMatchEulerDiscreteScheduler
 
 
-class CustomBlock(JointTransformerBlock):
-    pass
-
-
 class CustomProcessor(JointAttnProcessor2_0):
     pass
-
-
-def custom_block(model):
-    model.transformer_blocks[1].__class__ = CustomBlock
 
 
 def custom_processor(model):
@@ -280,14 +272,6 @@ def test_what_is_custom_is_left_alone_with_a_reason(change, name, op, reason, mo
         fusewire.swap(model)
     fusewire.restore(model)
     assert classes(model) == before and torch.equal(run(model, data), want)
-
-
-def test_a_subclass_is_another_type():
-    model = stock_model("sd3")
-    custom_block(model)
-    handle = fusewire.swap(model)
-    assert type(model.transformer_blocks[1]) is CustomBlock
-    assert not [entry for entry in handle.report.swapped if entry.name.startswith("transformer_blocks.1")]
 
 
 def test_a_stock_forward_that_was_never_verified(monkeypatch):

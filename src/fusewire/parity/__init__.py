@@ -19,6 +19,7 @@ from fusewire.parity import blocks, ops, pictures
 from fusewire.parity.result import LEVELS, ParityResult, Pictures, Row, name_of
 from fusewire.parity.verdict import measure
 from fusewire.presets import inputs_for
+from fusewire.swap.report import SIDES
 from fusewire.targets import check_finite
 from fusewire.targets import describe as describe_model
 
@@ -119,7 +120,7 @@ def _parse_levels(levels: Sequence[str]) -> tuple[str, ...]:
 
 
 def swap_copies(value, variants: Sequence[str], took: dict[str, float] | None = None) -> tuple[dict, dict]:
-    """(numerics -> swapped copy, numerics -> {"swapped": [...], "left": [...]}). NothingToDo where no copy has anything to swap.
+    """(numerics -> swapped copy, numerics -> {"swapped": [...], "left": [...], "noted": [...]}). NothingToDo where no copy has anything to swap.
 
     took: filled with the seconds that each swap took.
     """
@@ -137,7 +138,7 @@ def swap_copies(value, variants: Sequence[str], took: dict[str, float] | None = 
         if took is not None:
             took[numerics] = time.perf_counter() - start
         copies[numerics] = copy
-        reports[numerics] = {side: [dict(name=e.name, op=e.op, reason=e.reason) for e in getattr(report, side)] for side in ("swapped", "left")}
+        reports[numerics] = {side: [dict(name=e.name, op=e.op, reason=e.reason) for e in getattr(report, side)] for side in SIDES}
     if not copies:
         raise idle
     return copies, reports

@@ -58,7 +58,7 @@ class ParityResult:
     description: str
     dtype: str
     rows: list[Row]
-    swaps: dict[str, dict]  # numerics -> {"swapped": [...], "left": [...]}
+    swaps: dict[str, dict]  # numerics -> the lists of its report, by swap.report.SIDES
     machine: dict
     settings: dict
     curves: dict[str, list[float]] = field(default_factory=dict)  # label -> relative error after each step

@@ -10,6 +10,7 @@ from rich.text import Text
 from fusewire.parity.result import LEVELS, ParityResult
 from fusewire.parity.result import Row as ParityRow
 from fusewire.profile.result import ProfileResult
+from fusewire.swap.report import SIDES
 
 
 def verdict(holds: bool) -> Text:
@@ -146,8 +147,8 @@ def swap_table(swaps: dict[str, dict], target: str) -> Table:
 def grouped(report: dict) -> list[tuple[str, str, str, int, str]]:
     """[(side, op, reason, number of modules, the first one's name)] of a swap report."""
     found = []
-    for side in ("swapped", "left"):
-        counts = Counter((entry["op"], entry["reason"]) for entry in report[side])
+    for side in SIDES:
+        counts = Counter((entry["op"], entry["reason"]) for entry in report.get(side, ()))
         for (op, reason), count in counts.items():
             example = next(entry["name"] for entry in report[side] if (entry["op"], entry["reason"]) == (op, reason))
             found.append((side, op, reason, count, example))

@@ -13,9 +13,10 @@ from fusewire.models import layers
 from fusewire.models.attention import attention
 from fusewire.models.cross_attention import cross_attention
 from fusewire.models.layers import How
+from fusewire.swap.custom import described
 from fusewire.swap.families import Candidate
-from fusewire.swap.fused import MAKERS, stock_of, unknown_forward
-from fusewire.swap.parts import attention_layer, described
+from fusewire.swap.fused import CARRIES, MAKERS, stock_of, unknown_forward
+from fusewire.swap.parts import attention_layer
 
 # As diffusers 0.40 to 0.42 has them.
 JOINT = {Attention.forward: ("9b9838fe95f4",), JointAttnProcessor2_0.__call__: ("42343d48f37f",)}
@@ -47,6 +48,7 @@ def _maker(how: How) -> dict:
 
 
 MAKERS[Attention] = _maker
+CARRIES[Attention] = ("attention",)
 
 
 def attention_candidates(name: str, module: nn.Module, how: How) -> Iterator[Candidate]:

@@ -12,10 +12,12 @@ from torch import nn
 from fusewire.errors import BadInput, NothingToDo
 from fusewire.kernels.rounding import NUMERICS
 from fusewire.models.layers import How
-from fusewire.swap import families
+from fusewire.swap import custom, families
 from fusewire.swap.families import Candidate
 from fusewire.swap.fused import stock_of
 from fusewire.swap.report import Entry, Report, SwapError, SwapWarning
+
+ALREADY = "already swapped"
 
 _warned: set[tuple[str, str]] = set()
 
@@ -50,14 +52,18 @@ def swap(target, numerics: str, only: str | Iterable[str] | None, strict: bool) 
     parts = list(_parts(target))
     _check_loaded(parts)
 
-    report, changes, seen = Report(numerics), [], set()
+    report, changes, seen, named = Report(numerics), [], set(), set()
     for name, instance in parts:
-        for family in known:
-            for candidate in family.candidates(name, instance, how):
-                if id(candidate.instance) not in seen or candidate.fused is None:
-                    _settle(candidate, only, report, changes, seen)
+        found = [candidate for family in known for candidate in family.candidates(name, instance, how)]
+        for candidate in found or (custom.somebodys_own(name, instance, how) if id(instance) not in named else ()):
+            named.add(id(candidate.instance))
+            if id(candidate.instance) not in seen or candidate.fused is None:
+                _settle(candidate, only, report, changes, seen)
+    if known and only is None and not isinstance(target, nn.Module):
+        report.left += custom.unknown_models(getattr(target, "components", {}), [*report.swapped, *report.left])
+    report.noted += [Entry(name or "model", "torch.compile", custom.COMPILED) for name, instance in parts if custom.is_compiled(instance)]
     if not report.swapped:
-        raise NothingToDo(_nothing_to_swap(target, parts, report, missing))
+        raise NothingToDo(_nothing_to_swap(target, report, missing))
     unexpected = [entry for entry in report.left if not entry.by_choice]
     if strict and unexpected:
         raise SwapError(f"strict=True, and {len(unexpected)} of the ops would have been left at stock:\n{report}")
@@ -123,9 +129,16 @@ def _settle(candidate: Candidate, only, report: Report, changes: list, seen: set
         report.left.extend(Entry(name, op, reason, by_choice) for op in ops)
         return
     seen.add(id(instance))
-    report.swapped.extend(Entry(name, op) for op in ops)
+    report.swapped.extend(Entry(name, op, _state(instance, fused)) for op in ops)
     if type(instance) is not fused:
         changes.append((instance, type(instance), fused))
+
+
+def _state(instance, fused: type) -> str:
+    if stock_of(instance) is None:
+        return ""
+    before = instance.fusewire_how
+    return ALREADY if before == fused.fusewire_how else f"it was swapped with numerics={before.numerics!r}"
 
 
 def _apply(changes: list[tuple[object, type, type]]) -> None:
@@ -183,12 +196,10 @@ def _names(only, known: list[str]) -> set[str] | None:
     return names
 
 
-def _nothing_to_swap(target, parts: list[tuple[str, object]], report: Report, missing: str) -> str:
+def _nothing_to_swap(target, report: Report, missing: str) -> str:
     lines = [f"pipe_or_module is a {type(target).__name__} with nothing to swap for numerics={report.numerics!r}"]
     if missing:
         lines.append(missing)
-    if any(cls.__name__ == "FSDPModule" for _, instance in parts for cls in type(instance).__mro__):
-        lines.append("fully_shard has given its modules other classes: swap first, then shard")
     lines += sorted({f"{entry.op}: {entry.reason}" for entry in report.left})
     return "; ".join(lines)
 

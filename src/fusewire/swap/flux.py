@@ -16,9 +16,10 @@ from fusewire.models import layers
 from fusewire.models.flux import double_block, single_block
 from fusewire.models.flux_attention import flux_attention
 from fusewire.models.layers import How
+from fusewire.swap.custom import called_linear, described
 from fusewire.swap.families import Candidate, Family
-from fusewire.swap.fused import ANNOUNCE, MAKERS, announce_block, stock_of, unknown_forward
-from fusewire.swap.parts import attention_layer, candidate, described, feed_forward_candidates, norm_candidates
+from fusewire.swap.fused import ANNOUNCE, CARRIES, MAKERS, announce_block, stock_of, unknown_forward
+from fusewire.swap.parts import attention_layer, candidate, feed_forward_candidates, norm_candidates
 
 OPS = ("adaln_modulate", "gate_residual", "gate_residual_adaln", "qk_norm_rope", "attention", "linear")
 
@@ -75,6 +76,8 @@ def _as_verified(rope, x: torch.Tensor) -> bool:
 
 MAKERS.update({FluxTransformerBlock: _block, FluxSingleTransformerBlock: _single_block, FluxAttention: _attention})
 ANNOUNCE.update({FluxTransformerBlock: announce_block, FluxSingleTransformerBlock: announce_block})
+CARRIES.update({FluxTransformerBlock: ("gate_residual", "gate_residual_adaln"), FluxSingleTransformerBlock: ("gate_residual",),
+                FluxAttention: ("qk_norm_rope", "attention"), FluxTransformer2DModel: ("adaln_modulate",)})
 
 
 def candidates(name: str, instance, how: How) -> Iterator[Candidate]:
@@ -94,6 +97,8 @@ def candidates(name: str, instance, how: How) -> Iterator[Candidate]:
         yield candidate(name or "block", instance, ("linear",) if how.linear else ("gate_residual",), how, unknown_forward(SINGLE_BLOCK))
         yield from norm_candidates(f"{dot}norm", instance.norm, how)
         yield from _attention_candidates(f"{dot}attn", instance.attn, how)
+        for part in ("proj_mlp", "proj_out"):
+            yield from called_linear(dot + part, getattr(instance, part), how)
 
 
 def _attention_candidates(name: str, module: nn.Module, how: How) -> Iterator[Candidate]:

@@ -14,6 +14,8 @@ from fusewire.models.layers import How
 # a new fused class known to the library that it belongs to.
 MAKERS: dict[type, Callable[[How], dict]] = {}
 ANNOUNCE: dict[type, Callable[[type], None]] = {}
+# Stock class -> the ops that an instance or a part of it carries. What is derived from one of these is somebody's own code: it stays, and is named.
+CARRIES: dict[type, tuple[str, ...]] = {}
 _classes: dict[tuple[type, How], type] = {}
 
 

@@ -10,9 +10,10 @@ from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZ
 from torch import nn
 
 from fusewire.models import feed_forward, layers
-from fusewire.models.layers import How, plain_layer_norm, plain_linear
+from fusewire.models.layers import How, plain_layer_norm
+from fusewire.swap.custom import called_linear, described
 from fusewire.swap.families import Candidate
-from fusewire.swap.fused import MAKERS, fused_class, stock_of, unknown_forward
+from fusewire.swap.fused import CARRIES, MAKERS, fused_class, stock_of, unknown_forward
 
 # The stock methods that our forwards stand for, as diffusers 0.40 to 0.42 has them.
 ADALN_ZERO = {AdaLayerNormZero.forward: ("690b44401a6e",)}
@@ -75,6 +76,7 @@ def _feed_forward(how: How) -> dict:
 
 MAKERS.update({AdaLayerNormZero: _adaln_zero, AdaLayerNormZeroSingle: _adaln_zero_single, AdaLayerNormContinuous: _adaln_continuous,
                FeedForward: _feed_forward})
+CARRIES.update({FeedForward: ("linear",), **dict.fromkeys((AdaLayerNormZero, AdaLayerNormZeroSingle, AdaLayerNormContinuous), ("adaln_modulate",))})
 # Norm class -> (what was verified of it, the op it carries); families add their own.
 NORMS = {AdaLayerNormZero: (ADALN_ZERO, "adaln_modulate"), AdaLayerNormZeroSingle: (ADALN_ZERO_SINGLE, "adaln_modulate"),
          AdaLayerNormContinuous: (ADALN_CONTINUOUS, "adaln_modulate")}
@@ -96,6 +98,7 @@ def norm_candidates(name: str, norm: nn.Module, how: How) -> Iterator[Candidate]
     if not reason and not (type(norm.norm) is nn.LayerNorm and norm.norm.weight is None):
         reason = f"its norm is {described(norm.norm)}, not a LayerNorm without weight"
     yield candidate(name, norm, (op,), how, reason)
+    yield from called_linear(f"{name}.linear", getattr(norm, "linear", None), how)
 
 
 def feed_forward_candidates(name: str, module: nn.Module, how: How) -> Iterator[Candidate]:
@@ -103,6 +106,8 @@ def feed_forward_candidates(name: str, module: nn.Module, how: How) -> Iterator[
     stock = stock_of(module) or type(module)
     if how.numerics == "exact":
         yield Candidate(name, module, ("linear",), None, KEEPS_LINEAR, by_choice=True)
+        if stock is FeedForward and _is_known(module.net):
+            yield from _called_projections(name, module, how)
         return
     if not how.linear:
         return
@@ -114,19 +119,17 @@ def feed_forward_candidates(name: str, module: nn.Module, how: How) -> Iterator[
         reason = unknown_forward(FEED_FORWARD) or unknown_forward(GEGLU_PROJECTION if type(module.net[0]) is GEGLU else GELU_PROJECTION)
     yield candidate(name, module, ("geglu", "linear") if not reason and type(module.net[0]) is GEGLU else ("linear",), how, reason)
     if not reason:
-        yield from called_linear(f"{name}.net.0.proj", module.net[0].proj)
-        yield from called_linear(f"{name}.net.2", module.net[2])
+        yield from _called_projections(name, module, how)
+
+
+def _called_projections(name: str, module: FeedForward, how: How) -> Iterator[Candidate]:
+    yield from called_linear(f"{name}.net.0.proj", module.net[0].proj, how)
+    yield from called_linear(f"{name}.net.2", module.net[2], how)
 
 
 def _is_known(net: nn.ModuleList) -> bool:
     known = len(net) == 3 and type(net[1]) is nn.Dropout
     return known and (type(net[0]) is GEGLU or type(net[0]) is GELU and net[0].approximate == "tanh")
-
-
-def called_linear(name: str, module: nn.Module | None) -> Iterator[Candidate]:
-    """A linear that is called as it is: LoRA-wrapped, quantised, offloaded or observed."""
-    if module is not None and not plain_linear(module):
-        yield Candidate(name, module, ("linear",), None, f"{described(module)} is called as it is", by_choice=True)
 
 
 def attention_layer(name: str, module: nn.Module, how: How, has_norm: bool, reason: str, projections: tuple[str, ...]) -> Iterator[Candidate]:
@@ -143,16 +146,7 @@ def attention_layer(name: str, module: nn.Module, how: How, has_norm: bool, reas
     if how.numerics == "exact":
         yield Candidate(name, module, ("attention",), None, KEEPS_ATTENTION, by_choice=True)
         yield Candidate(name, module, ("linear",), None, KEEPS_LINEAR, by_choice=True)
-    if how.linear:
-        for part in projections:
-            yield from called_linear(f"{name}.{part}", getattr(module, part, None))
-        if getattr(module, "to_out", None) is not None:
-            yield from called_linear(f"{name}.to_out.0", module.to_out[0])
-
-
-def described(module: nn.Module) -> str:
-    """A module's class with its package, and what sets the instance apart from a plain one."""
-    cls = stock_of(module) or type(module)
-    weight = getattr(module, "weight", None)
-    extra = f" with a {type(weight).__name__} weight" if weight is not None and type(weight) is not nn.Parameter else ""
-    return f"{cls.__module__.split('.')[0]}'s {cls.__name__}{extra}{'' if layers.untouched(module) else ' with hooks'}"
+    for part in projections:
+        yield from called_linear(f"{name}.{part}", getattr(module, part, None), how)
+    if getattr(module, "to_out", None) is not None:
+        yield from called_linear(f"{name}.to_out.0", module.to_out[0], how)

@@ -6,8 +6,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
+SIDES = ("swapped", "left", "noted")
+
+
 class Entry(NamedTuple):
-    """One module and one op. ``reason`` is empty where it was swapped; ``by_choice``: left because of ``numerics`` or ``only``."""
+    """One module and one op. ``reason``: why it was left, or what it was before where it was swapped already; ``by_choice``: left because of ``numerics``
+    or ``only``."""
 
     name: str
     op: str
@@ -17,17 +21,18 @@ class Entry(NamedTuple):
 
 @dataclass
 class Report:
-    """``swapped`` and ``left``: lists of entries with ``.name``, ``.op`` and ``.reason``."""
+    """``swapped`` and ``left``: lists of entries with ``.name``, ``.op`` and ``.reason``. ``noted``: what else was found, such as a compiled module."""
 
     numerics: str
     swapped: list[Entry] = field(default_factory=list)
     left: list[Entry] = field(default_factory=list)
+    noted: list[Entry] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"numerics={self.numerics!r}: {len(self.swapped)} swapped, {len(self.left)} left"]
-        for title, entries in (("swapped", self.swapped), ("left", self.left)):
+        for title in SIDES:
             groups: dict[tuple[str, str], list[str]] = {}
-            for entry in entries:
+            for entry in getattr(self, title):
                 groups.setdefault((entry.op, entry.reason), []).append(entry.name)
             for (op, reason), names in groups.items():
                 where = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -13,7 +13,7 @@ from fusewire.models.layers import How, plain_layer_norm
 from fusewire.models.mmdit import joint_block
 from fusewire.swap.attention import attention_candidates
 from fusewire.swap.families import Candidate, Family
-from fusewire.swap.fused import ANNOUNCE, MAKERS, announce_block, stock_of, unknown_forward
+from fusewire.swap.fused import ANNOUNCE, CARRIES, MAKERS, announce_block, stock_of, unknown_forward
 from fusewire.swap.parts import NORMS, candidate, feed_forward_candidates, norm_candidates
 
 OPS = ("adaln_modulate", "adaln_modulate_dual", "gate_residual", "gate_residual_adaln", "qk_norm_rope", "attention", "linear")
@@ -44,6 +44,8 @@ def _adaln_zero_x(how: How) -> dict:
 MAKERS.update({JointTransformerBlock: _block, SD35AdaLayerNormZeroX: _adaln_zero_x})
 NORMS[SD35AdaLayerNormZeroX] = (ADALN_ZERO_X, "adaln_modulate_dual")
 ANNOUNCE[JointTransformerBlock] = announce_block
+CARRIES.update({JointTransformerBlock: ("gate_residual", "gate_residual_adaln"), SD35AdaLayerNormZeroX: ("adaln_modulate_dual",),
+                SD3Transformer2DModel: ("adaln_modulate",)})
 
 
 def candidates(name: str, instance, how: How) -> Iterator[Candidate]:

@@ -19,9 +19,10 @@ from fusewire.models.clip import clip_attention, clip_layer, clip_mlp
 from fusewire.models.layers import How
 from fusewire.models.t5 import NORMS, t5_attention, t5_block, t5_dense_hidden, t5_norm
 from fusewire.models.text_layers import KINDS
+from fusewire.swap.custom import called_linear
 from fusewire.swap.families import Candidate, Family
-from fusewire.swap.fused import MAKERS, stock_of, unknown_forward
-from fusewire.swap.parts import KEEPS_LINEAR, attention_layer, called_linear, candidate
+from fusewire.swap.fused import CARRIES, MAKERS, stock_of, unknown_forward
+from fusewire.swap.parts import KEEPS_LINEAR, attention_layer, candidate
 
 OPS = ("gate_residual_adaln", "rms_norm", "attention", "quick_gelu", "linear")
 
@@ -129,6 +130,7 @@ def _t5_dense(how: How) -> dict:
     return {"forward": forward, "takes_residual": True}
 
 
+CARRIES.update({CLIPEncoderLayer: ("gate_residual_adaln",), T5LayerNorm: ("rms_norm",), T5Block: ("gate_residual_adaln",)})
 MAKERS.update({CLIPEncoderLayer: _clip_layer, CLIPAttention: _clip_attention, CLIPMLP: _clip_mlp, T5LayerNorm: _t5_norm, T5Block: _t5_block,
                T5Attention: _t5_attention, T5DenseActDense: _t5_dense, T5DenseGatedActDense: _t5_dense})
 
@@ -167,16 +169,17 @@ def _attention(name: str, module: nn.Module, how: How, known: type, verified: di
 def _feed_forward(name: str, module: nn.Module, how: How, known: dict[type, tuple[str, ...]], verified: dict) -> Iterator[Candidate]:
     if how.numerics == "exact":
         yield Candidate(name, module, ("linear",), None, KEEPS_LINEAR, by_choice=True)
-        return
-    if not how.linear:
-        return
     projections = known.get(stock_of(module) or type(module))
+    if how.numerics == "exact" or not how.linear:
+        for part in projections or ():
+            yield from called_linear(f"{name}.{part}", getattr(module, part), how)
+        return
     reason = f"{type(module).__name__} is not a feed-forward that we know" if projections is None else unknown_forward(verified)
     activation = getattr(module, "activation_fn", None)
     quick = type(activation) in KINDS and KINDS[type(activation)](activation) == "quick_gelu"
     yield candidate(name, module, ("quick_gelu", "linear") if quick else ("linear",), how, reason)
     for part in () if reason else projections:
-        yield from called_linear(f"{name}.{part}", getattr(module, part))
+        yield from called_linear(f"{name}.{part}", getattr(module, part), how)
 
 
 FAMILY = Family("text_encoders", OPS, candidates)

@@ -23,9 +23,10 @@ from fusewire.models.layers import How
 from fusewire.models.resnet import resnet_block
 from fusewire.models.transformer_block import affine_block, single_block, zero_block
 from fusewire.swap.attention import attention_candidates
+from fusewire.swap.custom import described
 from fusewire.swap.families import Candidate, Family
-from fusewire.swap.fused import ANNOUNCE, MAKERS, announce_block, stock_of, unknown_forward
-from fusewire.swap.parts import candidate, described, feed_forward_candidates, norm_candidates
+from fusewire.swap.fused import ANNOUNCE, CARRIES, MAKERS, announce_block, stock_of, unknown_forward
+from fusewire.swap.parts import candidate, feed_forward_candidates, norm_candidates
 
 OPS = ("group_norm_silu", "convolution", "adaln_modulate", "gate_residual", "gate_residual_adaln", "attention", "geglu", "linear")
 
@@ -90,6 +91,7 @@ def _block(how: How) -> dict:
 
 MAKERS.update({ResnetBlock2D: _resnet, nn.Conv2d: _convolution, nn.GroupNorm: _group_norm, BasicTransformerBlock: _block})
 ANNOUNCE[BasicTransformerBlock] = announce_block
+CARRIES.update({ResnetBlock2D: ("group_norm_silu",), BasicTransformerBlock: ("gate_residual_adaln",), **dict.fromkeys(GROUP_NORMS, ("group_norm_silu",))})
 
 
 def candidates(name: str, instance, how: How) -> Iterator[Candidate]:

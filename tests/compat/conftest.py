@@ -57,10 +57,16 @@ def pytest_runtest_makereport(item, call):
     if report.failed:
         now = "**fails**"
     elif report.skipped:
-        now = "–"
+        now = f"–: {report.longrepr[2].removeprefix('Skipped: ')}"
     elif refused := dict(report.user_properties).get("refused"):
         now = f"refused: {refused}"
     _cells[family, name] = "**fails**" if "**fails**" in (before, now) else now if now != "yes" or (family, name) not in _cells else before
+
+
+def _short(cell: str, notes: dict[str, int]) -> str:
+    """A cell whose reason is a numbered note below the table."""
+    short, _, reason = cell.partition(": ")
+    return f"{short} ({notes.setdefault(reason, len(notes) + 1)})" if reason else cell
 
 
 def pytest_sessionfinish(session):
@@ -71,7 +77,9 @@ def pytest_sessionfinish(session):
         _add_up(Path(keep))
     families = [name for name in FAMILIES if any(family == name for family, _ in _cells)]
     lines = ["| | " + " | ".join(families) + " |", "|---" * (1 + len(families)) + "|"]
-    lines += [f"| {column} | " + " | ".join(_cells.get((family, column), "") for family in families) + " |" for column in _columns]
+    notes: dict[str, int] = {}
+    lines += [f"| {column} | " + " | ".join(_short(_cells.get((family, column), ""), notes) for family in families) + " |" for column in _columns]
+    lines += ["", "; ".join(f"({number}) {reason}" for reason, number in notes.items()) + "."] if notes else []
     text = Path(file).read_text()
     before, rest = text.split(MARKS[0], 1)
     Path(file).write_text("\n".join([before + MARKS[0], *lines, MARKS[1]]) + rest.split(MARKS[1], 1)[1])

@@ -61,7 +61,7 @@ def _unet_inputs(variant):
 
 
 def _dit_inputs(batch=2, large=False, dtype=torch.float32):
-    return stock_unet.dit_inputs(batch, dtype)  # one size: its position table is stored
+    return stock_unet.dit_inputs(batch, dtype, 20 if large else 16)  # diffusers makes squares of tokens
 
 
 def _pixart_inputs(batch=2, large=False, dtype=torch.float32):

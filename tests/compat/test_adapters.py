@@ -97,7 +97,7 @@ def text_encoder(cls, width: int, projection: int = 16):
 @BOTH
 def test_textual_inversion(family, numerics, order):
     if family not in ("SD1.5", "SDXL", "Flux.1"):
-        pytest.skip("diffusers' pipeline of it loads none")
+        pytest.skip("diffusers' pipeline of it loads no textual inversion")
     torch.manual_seed(5)
     pipe = FAMILIES[family].pipe(torch.float32)
     if family == "SDXL":

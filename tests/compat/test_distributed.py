@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import fusewire
+from fusewire.swap import custom
 from tests.compat import ranks
 from tests.compat.families import FAMILIES, call
 from tests.compat.test_matrix import BOTH, column, same
@@ -57,13 +58,18 @@ def test_fsdp(family, numerics, found):
     check_gradients(of(found, "fsdp_after_swap", family, numerics), family)
 
 
-def test_fsdp_before_the_swap(family, found):
-    """Sharded modules have another class. What is none that ``swap`` knows stays stock; where that is all, ``swap`` says so."""
+@column("FSDP2 before the swap")
+def test_fsdp_before_the_swap(family, found, record_property):
+    """Sharded modules have another class and stay stock, named in the report; where that is all there is, ``swap`` refuses with the same words."""
     got = found["fsdp_before_swap", family, "exact"]
     if isinstance(got, str):
-        assert "NothingToDo" in got and "with nothing to swap" in got and "swap first, then shard" in got, got
-    else:
-        check_gradients(got, family)
+        assert "NothingToDo" in got and "with nothing to swap" in got and custom.SHARDED in got, got
+    else:  # other parts were swapped; DiT is sharded as a whole, so that its blocks keep their classes
+        reasons, gradients = got
+        check_gradients(gradients, family)
+        assert reasons == (set() if family == "DiT" else {custom.SHARDED})
+    if family != "DiT":
+        record_property("refused", custom.SHARDED)
 
 
 def test_fsdp_restored(family, found):

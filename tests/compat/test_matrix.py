@@ -227,8 +227,6 @@ def test_compile_repeated_blocks(family, numerics):
 @column("two resolutions, no recompilation")
 @BOTH
 def test_two_resolutions(family, numerics):
-    if family == "DiT":
-        pytest.skip("its position table holds one size")
     model = FAMILIES[family].model(torch.float32)
     sizes = [FAMILIES[family].inputs(large=large) for large in (False, True, False)]
     want = [run(model, inputs) for inputs in sizes]
@@ -340,7 +338,7 @@ def test_quantised(family, numerics):
 def test_fused_projections(family, numerics):
     model, inputs = tiny(family)
     if not hasattr(model, "fuse_qkv_projections"):
-        pytest.skip("its class has no such method")
+        pytest.skip("diffusers' class has no such method")
     if family == "SD3.5":  # stock fails where there is a second attention
         model = stock_sd3.stock_model("sd3.5", dual_attention_layers=())
     twin = copy.deepcopy(model)
@@ -358,15 +356,24 @@ def test_fused_projections(family, numerics):
 def test_callbacks(family, numerics):
     made = FAMILIES[family]
     pipe = made.pipe(torch.float32)
-    if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
-        pytest.skip("its pipeline takes none")
+    known = inspect.signature(type(pipe).__call__).parameters
+    if not known.keys() & {"callback_on_step_end", "callback"}:
+        pytest.skip("its pipeline takes no callback")
+    steps = []
 
     def halved(pipe, step, timestep, tensors):
+        steps.append(step)
         return {"latents": tensors["latents"] / 2}
 
-    want = made.generate(pipe, callback_on_step_end=halved)
+    def halved_in_place(step, timestep, latents):  # PixArt's callback returns nothing
+        steps.append(step)
+        latents /= 2
+
+    given = dict(callback_on_step_end=halved) if "callback_on_step_end" in known else dict(callback=halved_in_place, callback_steps=2)
+    want, stock = made.generate(pipe, **given), steps.copy()
+    steps.clear()
     with fusewire.swapped(pipe, numerics):
-        assert same(made.generate(pipe, callback_on_step_end=halved), want, numerics, 2e-4)
+        assert same(made.generate(pipe, **given), want, numerics, 2e-4) and steps == stock != []
     assert not torch.equal(want, made.generate(pipe))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -30,14 +30,32 @@ def interval(levels: Sequence[float] | torch.Tensor, guidance_scale: float, low:
 def towards_class(eps: torch.Tensor, gradient: torch.Tensor, sigma: torch.Tensor | float, scale: float = 1.0) -> torch.Tensor:
     """eps for ``gradient`` = grad log p(y | x): algorithm 2 of Dhariwal and Nichol (2021), "Diffusion Models Beat GANs on Image Synthesis".
 
-    ``sigma`` is ``sqrt(1 - abar)``. CLIP guidance is the same with the gradient of the similarity of picture and text.
+    ``sigma`` is ``sqrt(1 - abar)``. CLIP guidance is the same with the gradient of the similarity of picture and text (``gradient_of``).
     """
-    return eps - (sigma * scale) * gradient
+    return _plus(eps, sigma, gradient, -scale)
 
 
 def mean_towards_class(mean: torch.Tensor, variance: torch.Tensor | float, gradient: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """The posterior's mean: algorithm 1 of Dhariwal and Nichol (2021)."""
-    return mean + scale * variance * gradient
+    return _plus(mean, variance, gradient, scale)
+
+
+def gradient_of(score: Callable[[torch.Tensor], torch.Tensor], z: torch.Tensor) -> torch.Tensor:
+    """The gradient of ``score(z)`` [B] by the latents z [B, ...], also inside ``torch.no_grad()``: what ``towards_class`` takes.
+
+    For CLIP guidance, Nichol et al. (2021), "GLIDE", equation 8, score is the cosine of CLIP's embeddings of the picture, decoded from the x0 that z
+    stands for, and of the text, times CLIP's scale; for classifier guidance it is the class's log probability.
+    """
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        return torch.autograd.grad(score(z).sum(), z)[0]
+
+
+def _plus(x: torch.Tensor, factor: torch.Tensor | float, gradient: torch.Tensor, scale: float) -> torch.Tensor:
+    """``x + scale * factor * gradient`` in one pass."""
+    if isinstance(factor, torch.Tensor):
+        return torch.addcmul(x, factor.to(x.device), gradient, value=scale)
+    return torch.add(x, gradient, alpha=factor * scale)
 
 
 def scale_embedding(guidance_scale: torch.Tensor, dim: int) -> torch.Tensor:

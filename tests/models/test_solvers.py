@@ -160,6 +160,27 @@ def test_golden_mean_of_classifier_guidance(guided_diffusion):
     assert near(guidance.mean_towards_class(file["out/mean_noclip"], file["out/variance_noclip"], file["mid/gradient"]), file["out/condition_mean"])
 
 
+@pytest.mark.parametrize("sigma", [0.6, torch.tensor(0.6), torch.tensor([0.6, 0.3]).view(2, 1, 1, 1)], ids=["float", "0-dim", "by sample"])
+def test_clip_guidance(sigma):
+    """The gradient of a cosine, known in closed form, by one op; a step along it brings picture and text together."""
+    weight, text, z = torch.randn(8, 48), torch.nn.functional.normalize(torch.randn(2, 8), dim=1), torch.randn(2, 3, 4, 4)
+
+    def cosine(z):
+        return torch.cosine_similarity(z.flatten(1) @ weight.T, text, dim=1)
+
+    with torch.no_grad():
+        gradient, eps = guidance.gradient_of(cosine, z), torch.randn_like(z)
+        embedded = z.flatten(1) @ weight.T
+        length = embedded.norm(dim=1, keepdim=True)
+        want = ((text - cosine(z)[:, None] * embedded / length) / length) @ weight
+        with torch.profiler.profile() as seen:
+            guided = guidance.towards_class(eps, gradient, sigma, 3.0)
+        assert (cosine(z + 0.1 * gradient) > cosine(z)).all()
+    assert near(gradient.flatten(1), want, 1e-5) and near(guided, eps - 3.0 * sigma * gradient, 1e-6) and not gradient.requires_grad
+    assert [event.key for event in seen.key_averages() if event.key in ("aten::add", "aten::sub", "aten::mul", "aten::addcmul")] == [
+        "aten::addcmul" if isinstance(sigma, torch.Tensor) else "aten::add"]
+
+
 SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
 
@@ -181,6 +202,7 @@ DISCRETE = [
     (DDIMScheduler(**SD, clip_sample=False), lambda s: solvers.ddim(s.alphas_cumprod, s.timesteps)),
     (DDIMScheduler(**SD, clip_sample=False, prediction_type="v_prediction"), lambda s: solvers.ddim(s.alphas_cumprod, s.timesteps, "v")),
     (DDIMScheduler(clip_sample=False, prediction_type="sample"), lambda s: solvers.ddim(s.alphas_cumprod, s.timesteps, "x0")),
+    (DDIMScheduler(**SD, clip_sample=False), lambda s: solvers.ddim(s.alphas_cumprod, s.timesteps, eta=0.7), dict(eta=0.7)),
     (DDPMScheduler(), lambda s: solvers.ddpm(s.alphas_cumprod, s.timesteps, limit=1.0)),
     (DDPMScheduler(**SD, clip_sample=False, prediction_type="v_prediction", variance_type="fixed_large"),
      lambda s: solvers.ddpm(s.alphas_cumprod, s.timesteps, "v", large=True)),
@@ -210,14 +232,16 @@ def two_m(scheduler, kind, flow=False, **options):
     return solvers.dpmpp_2m(sigma if flow else sigma * alpha, kind, alphas=alpha, times=scheduler.timesteps, **options)
 
 
-@pytest.mark.parametrize("scheduler, plan_of", DISCRETE, ids=[f"{type(s).__name__} {s.config.get('prediction_type', '')}" for s, _ in DISCRETE])
-def test_step_by_step_as_diffusers(scheduler, plan_of):
+@pytest.mark.parametrize("case", DISCRETE, ids=[f"{type(s).__name__} {s.config.get('prediction_type', '')} {more}" for s, _, *more in DISCRETE])
+def test_step_by_step_as_diffusers(case):
     """In float32, from the same noise: what differs is the rounding of the coefficients, which are float64 here."""
+    scheduler, plan_of, *options = case
     scheduler.set_timesteps(9)
     torch.manual_seed(1)
     plan, x = plan_of(scheduler), torch.randn(2, 4, 6, 5)
     x = x * getattr(scheduler, "init_noise_sigma", 1.0)
     draws = {} if "generator" not in scheduler.step.__code__.co_varnames else {"generator": torch.Generator().manual_seed(2)}
+    draws |= options[0] if options else {}
     mine = torch.Generator().manual_seed(2)
     want = stock_path(scheduler, net, x, draws)
     _, path = follow(net, x, plan, lambda i: torch.randn(2, 4, 6, 5, generator=mine))

@@ -143,6 +143,26 @@ def test_nothing_is_asked_of_the_device(cls, config, options, monkeypatch):
         assert same(remotely(scheduler, options, monkeypatch), want) and fused_steps() == len(scheduler.timesteps)
 
 
+def test_flow_euler_asks_nothing_of_the_device(monkeypatch):
+    def path(scheduler):
+        scheduler.set_timesteps(7)
+        scheduler.timesteps, draw = scheduler.timesteps.as_subclass(Remote), torch.Generator().manual_seed(5)
+        x, seen = torch.randn(2, 4, 6, 5, generator=draw).as_subclass(Remote), []
+        for i in range(7):
+            timestep, output = scheduler.timesteps[i], torch.randn(2, 4, 6, 5, generator=draw).as_subclass(Remote)
+            monkeypatch.setattr(Remote, "told", i > 0 and type(scheduler) is not FlowMatchEulerDiscreteScheduler)
+            x = scheduler.step(output, timestep, x, return_dict=False)[0]
+            monkeypatch.setattr(Remote, "told", False)
+            seen.append(x.as_subclass(torch.Tensor))
+        return seen
+
+    want, scheduler = path(FlowMatchEulerDiscreteScheduler(shift=3.0)), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    with fusewire.swapped(scheduler):
+        ops.reset_stats()
+        assert all(map(torch.equal, path(scheduler), want))
+        assert sum(ops.stats()["flow_euler_step"].values()) >= 6
+
+
 @pytest.mark.parametrize("cls", [DDIMScheduler, DDPMScheduler, LCMScheduler])
 def test_stock_asks_at_every_step(cls, monkeypatch):
     """That the test above can fail."""

@@ -5,6 +5,7 @@ Only safetensors are read, no code that lies in the folder is run, and what a fi
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import struct
@@ -24,13 +25,12 @@ BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, 
 CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
 
 
-def needs_diffusers() -> ModuleType:
-    """The diffusers package; ``BadInput`` with the command that installs it where it is missing."""
+def needs(library: str) -> ModuleType:
+    """The package ``library``, diffusers or transformers; ``BadInput`` with the command that installs it where it is missing."""
     try:
-        import diffusers
+        return importlib.import_module(library)
     except ModuleNotFoundError as missing:
         raise BadInput(f"{missing.name} is not installed, and this target needs it: pip install 'fusewire[diffusers]'") from None
-    return diffusers
 
 
 def read_json(path: Path) -> dict:
@@ -107,7 +107,7 @@ def weight_shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def check_component(folder: Path, library: str, class_name: str) -> None:
-    """One component of a pipeline: its folder, configuration and weights are all there and agree."""
+    """One component of a pipeline: its folder, configuration, vocabulary and weights are all there and agree."""
     if not folder.is_dir():
         raise BadInput(f"component folder {folder.name} is missing: the checkpoint is half downloaded")
     if library not in ("diffusers", "transformers"):
@@ -117,6 +117,8 @@ def check_component(folder: Path, library: str, class_name: str) -> None:
     for name in CONFIGS:
         if (folder / name).is_file():
             read_json(folder / name)
+    if library == "transformers":
+        check_vocabulary(folder, class_name)
     if not (folder / "config.json").is_file():
         return  # a scheduler, a tokenizer or an image processor: no weights
     shapes = weight_shapes(folder)
@@ -124,9 +126,40 @@ def check_component(folder: Path, library: str, class_name: str) -> None:
         check_against_config(folder, class_name, shapes)
 
 
+def check_vocabulary(folder: Path, class_name: str) -> None:
+    """A tokenizer has the files of its vocabulary: without them transformers makes an empty one in silence."""
+    transformers = needs("transformers")
+    tokenizer = getattr(transformers, class_name, None)
+    if not (isinstance(tokenizer, type) and issubclass(tokenizer, transformers.PreTrainedTokenizerBase)):
+        return
+    files = dict(tokenizer.vocab_files_names or {})
+    if not files:
+        return  # ByT5's tokens are bytes
+    whole = files.pop("tokenizer_file", "tokenizer.json")
+    choices = [[whole], list(files.values()) or ["tokenizer.model"]]
+    if not any(all((folder / name).is_file() for name in names) for names in choices):
+        wanted = ", or ".join(" and ".join(f"{folder.name}/{name}" for name in names) for names in choices)
+        raise BadInput(f"{folder.name} has no vocabulary ({wanted}): the checkpoint is half downloaded")
+
+
+def open_encoder(folder: Path, class_name: str, dtype: torch.dtype) -> torch.nn.Module:
+    """A model of transformers; ``BadInput`` where a weight is missing, which its loader would draw at random with no more than a warning."""
+    transformers = needs("transformers")
+    model = getattr(transformers, class_name, None)
+    if not (isinstance(model, type) and issubclass(model, transformers.PreTrainedModel)):
+        raise BadInput(f"component {folder.name} is of the class {class_name!r}, which is no model of this transformers")
+    loaded, info = model.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        files = [label(file) for file in sorted(folder.glob("*.safetensors"))]
+        raise BadInput(f"{files[0] if len(files) == 1 else folder.name} lacks {len(missing)} weights, {missing[0]!r} among them: "
+                       "the checkpoint is incomplete")
+    return loaded
+
+
 def check_against_config(folder: Path, class_name: str, shapes: dict[str, list[int]]) -> None:
     """The weights are those that a diffusers model of this configuration has: no key missing, every shape the same."""
-    model = getattr(needs_diffusers(), class_name, None)
+    model = getattr(needs("diffusers"), class_name, None)
     if not (isinstance(model, type) and issubclass(model, torch.nn.Module)):
         raise BadInput(f"{folder.name}/config.json names the class {class_name!r}, which this diffusers does not have")
     try:
@@ -170,20 +203,23 @@ def silent() -> Iterator[None]:
 
 def open_folder(folder: Path, dtype: torch.dtype):
     """The pipeline, or the denoiser, that lies in ``folder``, in ``dtype``, on the CPU, in evaluation mode. ``BadInput`` if it is damaged."""
-    diffusers = needs_diffusers()
-    absent = {}
+    diffusers = needs("diffusers")
+    absent, encoders = {}, {}
     if (folder / "model_index.json").is_file():
         index = read_json(folder / "model_index.json")
         class_name = index.get("_class_name")
         cls = getattr(diffusers, class_name, None) if isinstance(class_name, str) else None
         if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)):
             raise BadInput(f"model_index.json names the class {class_name!r}, which is no pipeline of this diffusers")
+        parameters = inspect.signature(cls.__init__).parameters
         for name, entry in index.items():
             if not name.startswith("_") and isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
                 check_component(folder / name, *entry)
+                if entry[0] == "transformers" and (folder / name / "config.json").is_file() and name in parameters:
+                    encoders[name] = entry[1]
         # Stable Diffusion 3 may come without its third, largest text encoder; its folder then names it as null, or not at all.
         absent = {name: None for name in ("text_encoder_3", "tokenizer_3")
-                  if name in inspect.signature(cls.__init__).parameters and index.get(name) in (None, [None, None])}
+                  if name in parameters and index.get(name) in (None, [None, None])}
     elif (folder / "config.json").is_file():
         class_name = read_json(folder / "config.json").get("_class_name", "")
         check_component(folder, "diffusers", class_name)
@@ -193,7 +229,10 @@ def open_folder(folder: Path, dtype: torch.dtype):
     # What is left to go wrong lies inside the loaders, which raise what they like; a folder is input, so all of it is bad input.
     try:
         with silent():
-            value = cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, torch_dtype=dtype, **absent)
+            parts = {name: open_encoder(folder / name, encoder, dtype) for name, encoder in encoders.items()}
+            value = cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, torch_dtype=dtype, **absent, **parts)
+    except BadInput:
+        raise
     except Exception as error:
         raise BadInput(f"{folder.name} cannot be loaded as {class_name}: {first_line(error)}") from error
     if hasattr(value, "set_progress_bar_config"):

@@ -91,9 +91,9 @@ PRESETS = {
 
 def build(name: str, dtype: torch.dtype, layers: int | None, size: int | None, seed: int) -> tuple[nn.Module, dict, str, int]:
     """(model, inputs of one call, description, size) of a preset, in evaluation mode. BadInput for a depth or size that it cannot have."""
-    from fusewire.folders import needs_diffusers, silent
+    from fusewire.folders import needs, silent
 
-    diffusers = needs_diffusers()
+    diffusers = needs("diffusers")
     preset = PRESETS[name]
     if layers is not None and preset.depth is None:
         raise BadInput(f"--layers is {layers}; {name} has one depth only")

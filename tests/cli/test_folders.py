@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from fusewire import targets
 from fusewire.cli import app
 from fusewire.errors import BadInput
-from fusewire.folders import safetensors_header
+from fusewire.folders import check_vocabulary, open_encoder, safetensors_header
 from tests.tiny import tiny_pipeline
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -57,6 +57,28 @@ def forget(folder):
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 
 
+def forget_of_encoder(folder):
+    path = folder / "text_encoder_2/model.safetensors"
+    weights = load_file(path)
+    del weights["text_projection.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def lose(*names):
+    """The tokenizer as a slow one has it, tokenizer.json given up for vocab.json and merges.txt; then without ``names``."""
+    def damage(folder):
+        files = folder / "tokenizer"
+        vocabulary = json.loads((files / "tokenizer.json").read_text())["model"]
+        (files / "vocab.json").write_text(json.dumps(vocabulary["vocab"]))
+        (files / "merges.txt").write_text("#version: 0.2\n")
+        for name in ("tokenizer.json", *names):
+            (files / name).unlink()
+    return damage
+
+
+NO_VOCABULARY = "tokenizer has no vocabulary (tokenizer/tokenizer.json, or tokenizer/vocab.json and tokenizer/merges.txt)"
+
+
 def first(header):
     return next(name for name in header if name != "__metadata__")
 
@@ -99,6 +121,11 @@ DAMAGE = {
     "another width": (lambda f: edit(f / "transformer/config.json", lambda d: d.update(num_attention_heads=3)), "config.json"),
     "more layers": (lambda f: edit(f / "transformer/config.json", lambda d: d.update(num_layers=3)), "transformer lacks"),
     "one weight missing": (forget, "'proj_out.bias'"),
+    "one weight of a text encoder missing": (forget_of_encoder, "text_encoder_2/model.safetensors lacks 1 weights, 'text_projection.weight'"),
+    "text encoder of no model": (lambda f: edit(f / "model_index.json", lambda d: d.update(text_encoder=["transformers", "AutoModel"])), "'AutoModel'"),
+    "no vocabulary": (lose("vocab.json", "merges.txt"), NO_VOCABULARY),
+    "no merges": (lose("merges.txt"), NO_VOCABULARY),
+    "half a vocabulary": (lambda f: truncate(f / "tokenizer/tokenizer.json", 200), "cannot be loaded"),
     "infinite weight": (poison, "weight transformer.proj_out.bias holds 1 values that are NaN or infinite"),
     "half tokenizer": (lambda f: truncate(f / "tokenizer/tokenizer_config.json", 30), "tokenizer/tokenizer_config.json is not valid JSON"),
 }
@@ -117,6 +144,40 @@ def test_damage(folder, name):
 def test_an_undamaged_folder_loads(folder):
     loaded = targets.load(str(folder), dtype="bf16")
     assert loaded.name == "tiny-sd3" and loaded.value.transformer.dtype is torch.bfloat16 and not loaded.value.transformer.training
+    assert not loaded.value.text_encoder.training
+    want = tiny_pipeline(torch.bfloat16).text_encoder.state_dict()
+    got = loaded.value.text_encoder.state_dict()
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_a_vocabulary_in_two_files_loads(folder):
+    want = targets.load(str(folder)).value.tokenizer("a red 7")["input_ids"]
+    lose()(folder)
+    got = targets.load(str(folder)).value.tokenizer
+    assert got("a red 7")["input_ids"] == want and len(got) == 190
+
+
+@pytest.mark.parametrize("name, files, complete", [
+    ("T5Tokenizer", ["spiece.model"], True), ("T5TokenizerFast", ["tokenizer.json"], True), ("T5Tokenizer", ["vocab.json", "merges.txt"], False),
+    ("ByT5Tokenizer", [], True), ("GemmaTokenizer", ["tokenizer.model"], True), ("GemmaTokenizer", [], False), ("CLIPImageProcessor", [], True),
+])
+def test_which_files_are_a_vocabulary(tmp_path, name, files, complete):
+    for file in files:
+        (tmp_path / file).touch()
+    if complete:
+        return check_vocabulary(tmp_path, name)
+    with pytest.raises(BadInput, match="has no vocabulary"):
+        check_vocabulary(tmp_path, name)
+
+
+def test_a_weight_under_two_names_is_not_missing(tmp_path):
+    """T5 stores its embedding once, and keeps some layers in float32 where all else is float16: as its own loader does."""
+    from transformers import T5Config, T5EncoderModel
+
+    T5EncoderModel(T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(tmp_path)
+    got, want = open_encoder(tmp_path, "T5EncoderModel", torch.float16), T5EncoderModel.from_pretrained(tmp_path, dtype=torch.float16)
+    assert {name: value.dtype for name, value in got.state_dict().items()} == {name: value.dtype for name, value in want.state_dict().items()}
+    assert all(torch.equal(value, want.state_dict()[name]) for name, value in got.state_dict().items())
 
 
 def test_a_denoiser_alone_loads(folder):

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fusewire.models.configuration import StockConfig
+from fusewire.models.inputs import check_inputs
 
 KINDS = ("full_adapter", "full_adapter_xl", "light_adapter")
 
@@ -98,7 +99,9 @@ class Adapter(nn.Module):
         self.config, self.adapter = config, _Body(config)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """[B, in_channels, H, W] -> the features [B, C, h, w] after each stage. ValueError where the size or the channels do not fit."""
+        """[B, in_channels, H, W] -> the features [B, C, h, w] after each stage. ValueError where the size, the channels or the device does
+        not fit, TypeError where the dtype does not."""
+        check_inputs(next(module for module in self.adapter.modules() if isinstance(module, nn.Conv2d)), dict(x=x))
         factor = self.config.downscale_factor
         if x.dim() != 4 or x.shape[1] != self.config.in_channels or x.shape[2] % factor or x.shape[3] % factor:
             raise ValueError(f"x has shape {list(x.shape)}; it should be [B, {self.config.in_channels}, H, W] with H and W multiples of {factor}")

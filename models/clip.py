@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fusewire import ops
+from fusewire.models.inputs import check_inputs, present
 from fusewire.models.layers import How, gated_linear, linear, untouched
 from fusewire.models.text_layers import TransformersConfig, activated, activation_of, sdpa
 from fusewire.models.transformer_block import sum_norm
@@ -158,9 +159,10 @@ class CLIPText(nn.Module):
             input_ids: [B, T] tokens, T at most ``max_position_embeddings``.
             attention_mask: [B, T], 0 where a token is padding that no other should attend to, or None.
 
-        Raises: ValueError naming the argument whose shape does not fit.
+        Raises: ValueError naming the argument whose shape or device does not fit, TypeError whose dtype does not.
         """
         longest = self.config.max_position_embeddings
+        check_inputs(self.embeddings.token_embedding, {}, dict(input_ids=input_ids), masks=present(attention_mask=attention_mask))
         if input_ids.dim() != 2 or not 0 < input_ids.shape[1] <= longest:
             raise ValueError(f"input_ids has shape {list(input_ids.shape)}; it should be [B, T] with T at most {longest}")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:

@@ -19,6 +19,7 @@ from fusewire import ops
 from fusewire.models.configuration import StockConfig
 from fusewire.models.cross_attention import CrossAttention
 from fusewire.models.feed_forward import FeedForward
+from fusewire.models.inputs import check_inputs
 from fusewire.models.layers import (AdaLayerNormZero, How, MLPEmbedder, PatchEmbed, ada_layer_norm_zero, linear, norm_input, timestep_waves,
                                     unpatchify)
 from fusewire.models.transformer_block import zero_block
@@ -141,7 +142,7 @@ class DiT(nn.Module):
             class_labels: [B] integers, 0 to ``num_embeds_ada_norm``; the last is the null class.
 
         Returns: [B, out_channels, H, W]; with a learned variance the second half of the channels.
-        Raises: ValueError naming the argument whose shape does not fit.
+        Raises: ValueError naming the argument whose shape or device does not fit, TypeError whose dtype does not.
         """
         self._check(hidden_states, timestep, class_labels)
         p, (height, width) = self.config.patch_size, hidden_states.shape[-2:]
@@ -169,6 +170,7 @@ class DiT(nn.Module):
         return torch.cat([(null + cfg_scale * (labelled - null)).repeat(2, 1, 1, 1), rest], dim=1)
 
     def _check(self, x, timestep, labels) -> None:
+        check_inputs(self.pos_embed.proj, dict(hidden_states=x), dict(class_labels=labels), dict(timestep=timestep))
         channels, p = self.config.in_channels, self.config.patch_size
         if x.dim() != 4 or x.shape[1] != channels or x.shape[2] % p or x.shape[3] % p:
             raise ValueError(f"hidden_states has shape {list(x.shape)}; it should be [B, {channels}, H, W] with H and W multiples of {p}")

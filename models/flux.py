@@ -17,6 +17,7 @@ from torch import nn
 from fusewire.models.configuration import StockConfig
 from fusewire.models.feed_forward import FeedForward, feed_forward_residual
 from fusewire.models.flux_attention import FluxAttention
+from fusewire.models.inputs import check_inputs, listed, present
 from fusewire.models.layers import (AdaLayerNormContinuous, AdaLayerNormZero, How, TimeTextEmbed, gate_residual_norm, gated_linear, linear,
                                     untouched)
 
@@ -166,9 +167,12 @@ class Flux(nn.Module):
             controlnet_block_samples, controlnet_single_block_samples: residuals [B, T, C], spread over the blocks of each kind and added behind them.
 
         Returns: [B, T, out_channels].
-        Raises: ValueError naming the argument whose shape does not fit, or ``guidance`` where the model wants it or not.
+        Raises: ValueError naming the argument whose shape or device does not fit, or ``guidance`` where the model wants it or not; TypeError naming
+            one whose dtype does not fit.
         """
-        self._check(hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, guidance)
+        self._check(hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, guidance,
+                    listed("controlnet_block_samples", controlnet_block_samples)
+                    | listed("controlnet_single_block_samples", controlnet_single_block_samples))
         how = self.norm_out.how
         x = linear(self.x_embedder, hidden_states, how)
         scale = (lambda value: None if value is None else value.to(x.dtype) * 1000)
@@ -182,7 +186,9 @@ class Flux(nn.Module):
                     x = x + residuals[index // -(-len(blocks) // len(residuals))]
         return linear(self.proj_out, self.norm_out(x, temb), how)
 
-    def _check(self, x, context, pooled, timestep, img_ids, txt_ids, guidance) -> None:
+    def _check(self, x, context, pooled, timestep, img_ids, txt_ids, guidance, residuals) -> None:
+        check_inputs(self.x_embedder, dict(hidden_states=x, encoder_hidden_states=context, pooled_projections=pooled) | residuals,
+                     reals=dict(timestep=timestep, img_ids=img_ids, txt_ids=txt_ids) | present(guidance=guidance))
         config = self.config
         if x.dim() != 3 or x.shape[2] != config.in_channels:
             raise ValueError(f"hidden_states has shape {list(x.shape)}; it should be [B, T, {config.in_channels}]")

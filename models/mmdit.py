@@ -17,6 +17,7 @@ from torch import nn
 from fusewire.models.attention import Attention
 from fusewire.models.configuration import StockConfig
 from fusewire.models.feed_forward import FeedForward, feed_forward_residual
+from fusewire.models.inputs import check_inputs, listed
 from fusewire.models.layers import (AdaLayerNormContinuous, AdaLayerNormZero, How, PatchEmbed, TimeTextEmbed, gate_residual_norm, linear,
                                     unpatchify)
 
@@ -137,9 +138,9 @@ class MMDiT(nn.Module):
             skip_layers: indices of blocks to leave out (skip-layer guidance).
 
         Returns: [B, out_channels, H, W].
-        Raises: ValueError naming the argument whose shape does not fit.
+        Raises: ValueError naming the argument whose shape or device does not fit, TypeError whose dtype does not.
         """
-        self._check(hidden_states, encoder_hidden_states, pooled_projections, timestep)
+        self._check(hidden_states, encoder_hidden_states, pooled_projections, timestep, block_controlnet_hidden_states)
         (height, width), p = hidden_states.shape[-2:], self.config.patch_size
         skip = frozenset(skip_layers or ())
         x = self.pos_embed(hidden_states)
@@ -154,7 +155,9 @@ class MMDiT(nn.Module):
         x = linear(self.proj_out, self.norm_out(x, temb), self.norm_out.how)
         return unpatchify(x, height // p, width // p, p)
 
-    def _check(self, x, context, pooled, timestep) -> None:
+    def _check(self, x, context, pooled, timestep, residuals) -> None:
+        check_inputs(self.pos_embed.proj, dict(hidden_states=x, encoder_hidden_states=context, pooled_projections=pooled)
+                     | listed("block_controlnet_hidden_states", residuals), reals=dict(timestep=timestep))
         config = self.config
         p, limit = config.patch_size, config.pos_embed_max_size * config.patch_size
         if x.dim() != 4 or x.shape[1] != config.in_channels or x.shape[2] % p or x.shape[3] % p or max(x.shape[2:]) > limit:

@@ -19,6 +19,7 @@ from fusewire import ops
 from fusewire.models.configuration import StockConfig
 from fusewire.models.cross_attention import CrossAttention
 from fusewire.models.feed_forward import FeedForward
+from fusewire.models.inputs import check_inputs, present
 from fusewire.models.layers import How, MLPEmbedder, PatchEmbed, linear, norm_input, timestep_waves, unpatchify
 from fusewire.models.transformer_block import single_block
 
@@ -164,10 +165,11 @@ class PixArt(nn.Module):
                 [B, 1, T] and [B, 1, L].
 
         Returns: [B, out_channels, H, W]; with a learned variance the second half of the channels.
-        Raises: ValueError naming the argument that is missing or whose shape does not fit.
+        Raises: ValueError naming the argument that is missing or whose shape or device does not fit, TypeError whose dtype does not.
         """
         given = dict(added_cond_kwargs or {})
-        self._check(hidden_states, encoder_hidden_states, timestep, given)
+        masks = present(attention_mask=attention_mask, encoder_attention_mask=encoder_attention_mask)
+        self._check(hidden_states, encoder_hidden_states, timestep, given, masks)
         p, (height, width) = self.config.patch_size, hidden_states.shape[-2:]
         x = self.pos_embed(hidden_states)
         modulation, temb = self.adaln_single(timestep, given.get("resolution"), given.get("aspect_ratio"), x.dtype)
@@ -179,7 +181,9 @@ class PixArt(nn.Module):
         x = ops.adaln_modulate(norm_input(x), shift, scale, eps=self.norm_out.eps, numerics=self.how.numerics)
         return unpatchify(linear(self.proj_out, x, self.how), height // p, width // p, p)
 
-    def _check(self, x, text, timestep, given) -> None:
+    def _check(self, x, text, timestep, given, masks) -> None:
+        added = {f"added_cond_kwargs[{name!r}]": given[name] for name in ("resolution", "aspect_ratio") if given.get(name) is not None}
+        check_inputs(self.pos_embed.proj, dict(hidden_states=x) | present(encoder_hidden_states=text), reals=dict(timestep=timestep) | added, masks=masks)
         config = self.config
         p = config.patch_size
         if x.dim() != 4 or x.shape[1] != config.in_channels or x.shape[2] % p or x.shape[3] % p:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fusewire import ops
+from fusewire.models.inputs import check_inputs, present
 from fusewire.models.layers import How, gated_linear, linear, untouched
 from fusewire.models.text_layers import TransformersConfig, activated, activation_of, inactive, sdpa
 
@@ -240,8 +241,9 @@ class T5Encoder(nn.Module):
             input_ids: [B, T] tokens, of any number.
             attention_mask: [B, T], 0 where a token is padding that no other should attend to, or None.
 
-        Raises: ValueError naming the argument whose shape does not fit.
+        Raises: ValueError naming the argument whose shape or device does not fit, TypeError whose dtype does not.
         """
+        check_inputs(self.shared, {}, dict(input_ids=input_ids), masks=present(attention_mask=attention_mask))
         if input_ids.dim() != 2 or not input_ids.shape[1]:
             raise ValueError(f"input_ids has shape {list(input_ids.shape)}; it should be [B, T]")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:

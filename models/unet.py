@@ -15,6 +15,7 @@ from torch import nn
 
 from fusewire.models.configuration import StockConfig
 from fusewire.models.cross_attention import PictureAttention
+from fusewire.models.inputs import check_inputs, listed, present
 from fusewire.models.layers import How, MLPEmbedder, timestep_waves
 from fusewire.models.resnet import Residual, norm_activation
 from fusewire.models.unet_blocks import DownBlock, MidBlock, Text, Transformer2D, UpBlock
@@ -201,10 +202,14 @@ class UNet(nn.Module):
             encoder_attention_mask: [B, L], 1 for states to see and 0 for those not to.
 
         Returns: [B, out_channels, H, W].
-        Raises: ValueError naming the argument that is missing or whose shape does not fit.
+        Raises: ValueError naming the argument that is missing or whose shape or device does not fit, TypeError whose dtype does not.
         """
         added = dict(added_cond_kwargs or {})
-        self._check(sample, encoder_hidden_states, class_labels, added)
+        more = present(timestep_cond=timestep_cond, mid_block_additional_residual=mid_block_additional_residual)
+        for name, residuals in (("down_block_additional_residuals", down_block_additional_residuals),
+                                ("down_intrablock_additional_residuals", down_intrablock_additional_residuals)):
+            more |= listed(name, residuals)
+        self._check(sample, encoder_hidden_states, class_labels, added, more, present(encoder_attention_mask=encoder_attention_mask))
         mask = None
         if encoder_attention_mask is not None:
             mask = ((1 - encoder_attention_mask.to(sample.dtype)) * -10000.0)[:, None, None]
@@ -250,7 +255,9 @@ class UNet(nn.Module):
             temb = temb + self.add_embedding(vector)
         return temb
 
-    def _check(self, sample, text, labels, added) -> None:
+    def _check(self, sample, text, labels, added, more, masks) -> None:
+        check_inputs(self.conv_in, dict(sample=sample) | present(encoder_hidden_states=text) | more, present(class_labels=labels),
+                     {f"added_cond_kwargs[{name!r}]": added[name] for name in ("text_embeds", "time_ids", "vector") if added.get(name) is not None}, masks)
         config = self.config
         if sample.dim() != 4 or sample.shape[1] != config.in_channels:
             raise ValueError(f"sample has shape {list(sample.shape)}; it should be [B, {config.in_channels}, H, W]")

@@ -17,6 +17,7 @@ from torch import nn
 
 from fusewire.models.configuration import StockConfig
 from fusewire.models.cross_attention import PictureAttention
+from fusewire.models.inputs import check_inputs
 from fusewire.models.layers import How
 from fusewire.models.resnet import Residual, norm_activation
 from fusewire.models.tiling import tiled
@@ -148,18 +149,18 @@ class AutoencoderKL(nn.Module):
     def encode(self, x: torch.Tensor) -> Posterior:
         """Pictures [B, in_channels, H, W] in [-1, 1] -> the distribution of their latents, before ``scale``.
 
-        Raises: ValueError naming ``x`` where its shape does not fit.
+        Raises: ValueError naming ``x`` where its shape or device does not fit, TypeError where its dtype does not.
         """
-        _check("x", x, self.config.in_channels, self.config.downscale)
+        _check(self.encoder.conv_in, "x", x, self.config.in_channels, self.config.downscale)
         mean, logvar = self._run(x, self._encode, self.config.sample_size, self._latent_tile).chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latents [B, latent_channels, h, w], after ``unscale``, -> pictures [B, out_channels, h * downscale, w * downscale].
 
-        Raises: ValueError naming ``z`` where its shape does not fit.
+        Raises: ValueError naming ``z`` where its shape or device does not fit, TypeError where its dtype does not.
         """
-        _check("z", z, self.config.latent_channels, 1)
+        _check(self.post_quant_conv or self.decoder.conv_in, "z", z, self.config.latent_channels, 1)
         return self._run(z, self._decode, self._latent_tile, self.config.sample_size)
 
     def forward(self, x: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
@@ -199,7 +200,8 @@ class AutoencoderKL(nn.Module):
         return way(x)
 
 
-def _check(name: str, x: torch.Tensor, channels: int, multiple: int) -> None:
+def _check(entrance: nn.Module, name: str, x: torch.Tensor, channels: int, multiple: int) -> None:
+    check_inputs(entrance, {name: x})
     if x.dim() != 4 or x.shape[1] != channels or min(x.shape[2:]) < multiple:
         raise ValueError(f"{name} has shape {list(x.shape)}; it should be [B, {channels}, H, W] with H and W at least {multiple}")
 

@@ -54,4 +54,14 @@ def expanded(x):
     return x.contiguous()
 
 
+def one_at_a_time(arguments: dict[str, torch.Tensor], layout):
+    """For each argument (its name, the arguments with that one in ``layout``, the same values contiguous). For ``expanded`` its rows are made equal, so
+    that the layout is real; other layouts keep them apart, so that a wrong stride shows."""
+    for name, tensor in arguments.items():
+        if layout is expanded and tensor.dim() and len(tensor) > 1:
+            tensor = tensor[:1].expand_as(tensor).contiguous()
+            assert layout(tensor).stride(0) == 0
+        yield name, arguments | {name: layout(tensor)}, arguments | {name: tensor}
+
+
 LAYOUTS = (contiguous, transposed, reversed_permute, sliced, offset_by_one, step_two, packed_third, expanded)

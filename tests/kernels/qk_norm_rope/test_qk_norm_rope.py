@@ -18,7 +18,7 @@ from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU, ISA_LEVELS, cpu_isa
 from fusewire.kernels.qk_norm_rope import native
 from fusewire.kernels.rounding import differs_from_stock
-from tests.layouts import LAYOUTS
+from tests.layouts import LAYOUTS, one_at_a_time
 from tests.tolerance import assert_close, assert_exact, assert_unbiased
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -96,18 +96,30 @@ def test_close_is_as_good_as_eager(dtype, rotated, backend):
 
 @pytest.mark.parametrize("numerics", ("exact", "close"))
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strided_input(dtype, layout, numerics):
-    q, k, weight, rope = heads(1, 3, 5, 40, dtype).expand(2, -1, -1, -1), heads(2, 3, 2, 40, dtype), torch.randn(40).to(dtype), tables(3, 40)
-    want = ops.qk_norm_rope(q.contiguous(), k, weight, weight, rope=rope, numerics=numerics)
-    got = ops.qk_norm_rope(layout(q), layout(k), layout(weight), layout(weight), rope=tuple(map(layout, rope)), numerics=numerics)
-    assert_exact(got[0], want[0])
-    assert_exact(got[1], want[1])
-    out = [layout(torch.full_like(x, torch.nan, memory_format=torch.contiguous_format)) for x in (q, k)]
-    if all(0 not in x.stride() for x in out):
-        ops.qk_norm_into(layout(q), layout(k), weight, weight, *out, rope=rope, numerics=numerics)
-        assert_exact(out[0], want[0])
-        assert_exact(out[1], want[1])
+    """strided-input: the same bits for eight layouts of each tensor argument, and of each output."""
+    given = {"q": heads(2, 3, 5, 40, dtype), "k": heads(2, 3, 2, 40, dtype), "q_weight": torch.randn(40).to(dtype), "k_weight": torch.randn(40).to(dtype)}
+    given |= dict(zip(("cos", "sin"), tables(3, 40)))
+
+    def run(q, k, q_weight, k_weight, cos, sin, *out):
+        call = ops.qk_norm_into if out else ops.qk_norm_rope
+        return call(q, k, q_weight, k_weight, *out, rope=(cos, sin), numerics=numerics)
+
+    for name, laid, plain in one_at_a_time(given, layout):
+        want = run(**plain)
+        for got, expected in zip(run(**laid), want, strict=True):
+            assert_exact(got, expected, name)
+        out = [torch.full_like(x, torch.nan) for x in want]
+        run(*laid.values(), *out)
+        assert all(torch.equal(got, expected) for got, expected in zip(out, want)), name
+    want = run(**given)
+    for strided in range(2):
+        out = [torch.full_like(x, torch.nan) for x in want]
+        out[strided] = layout(out[strided])
+        run(*given.values(), *out)
+        assert_exact(out[0], want[0], f"output {strided}")
+        assert_exact(out[1], want[1], f"output {strided}")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -10,7 +10,7 @@ from fusewire import ops
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
 from fusewire.kernels.sampler_step import native
-from tests.layouts import LAYOUTS
+from tests.layouts import LAYOUTS, one_at_a_time
 from tests.tolerance import assert_close, assert_exact
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -74,13 +74,16 @@ def test_close_is_as_good_as_eager(dtype, backend):
 
 @pytest.mark.parametrize("numerics", ("exact", "close"))
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
-def test_strided_input(layout, numerics):
-    _, table = schedule()
-    sample, cond = draw(2, 3, 33, dtype=torch.bfloat16), draw(2, 3, 33, dtype=torch.bfloat16)
-    uncond = draw(1, 3, 33, dtype=torch.bfloat16).expand(2, 3, 33)
-    want = ops.sampler_step(sample, cond, table, 1, uncond=uncond.contiguous(), numerics=numerics)
-    assert_exact(ops.sampler_step(layout(sample), layout(cond), layout(table), 1, uncond=layout(uncond), numerics=numerics), want)
-    assert_exact(ops.sampler_step(layout(sample), layout(torch.cat([uncond, cond])), table, 1, numerics=numerics), want)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_input(dtype, layout, numerics):
+    """strided-input: the same bits for eight layouts of each tensor argument; guidance from two tensors and from one."""
+    one = {"sample": draw(2, 3, 33, dtype=dtype), "model_output": draw(4, 3, 33, dtype=dtype), "table": schedule()[1]}
+    two = one | {"model_output": draw(2, 3, 33, dtype=dtype), "uncond": draw(2, 3, 33, dtype=dtype)}
+    for given in (one, two):
+        for name, laid, plain in one_at_a_time(given, layout):
+            assert_exact(ops.sampler_step(**laid, step=1, numerics=numerics), ops.sampler_step(**plain, step=1, numerics=numerics), name)
+    assert_exact(ops.sampler_step(**two | dict(uncond=None, model_output=layout(torch.cat([two["uncond"], two["model_output"]]))), step=1, numerics=numerics),
+                 ops.sampler_step(**two, step=1, numerics=numerics))
 
 
 def test_long_strided_rows_are_gathered_in_blocks():

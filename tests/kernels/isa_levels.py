@@ -10,12 +10,12 @@ import pytest
 from fusewire.kernels.library import CPU, ISA_LEVELS, cpu_isa
 
 
-def run_at(level: str, file: str, selection: str) -> None:
-    """Run the tests of ``file`` that ``selection`` (pytest's -k) names at ``level``; skips where that is not below this processor's own."""
+def run_at(level: str, file: str, selection: str, *more: str) -> None:
+    """Run the tests of ``file``, and of the files ``more`` beside it, that ``selection`` (pytest's -k) names at ``level``; skips where that is not below this processor's own."""
     if not CPU.loaded or ISA_LEVELS.index(level) >= ISA_LEVELS.index(cpu_isa()):
         pytest.skip(f"this processor runs at {cpu_isa() or 'no level'}")
     code = (f"import pytest, sys; from fusewire.kernels.library import cpu_isa; assert cpu_isa() == {level!r}; "
-            f"sys.exit(pytest.main([{str(Path(file))!r}, '-x', '-q', '-p', 'no:cacheprovider', '-k', {selection!r}]))")
+            f"sys.exit(pytest.main([*{[str(Path(file)), *(str(Path(file).parent / name) for name in more)]!r}, '-x', '-q', '-p', 'no:cacheprovider', '-k', {selection!r}]))")
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"FUSEWIRE_CPU_ISA": level, "PYTHONPATH": path}, cwd=root,

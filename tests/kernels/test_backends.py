@@ -34,6 +34,22 @@ CALLS = {
     "solver_step": ((X, X, ops.solver_table(2, x=1.0), 1), dict(noise=X), "solver_step"),
     "swiglu": ((X,), dict(gate_first=True, numerics="close"), "swiglu"),
 }
+# What those calls leave out: with it every tensor argument is there. Of QK norm's, those of a layer norm with rotation, and of an L2 norm
+VECTOR, COUNTER, OTHER, STARTS = HEADS[0, 0, 0], torch.tensor(1), torch.zeros(2, 32), torch.tensor([0, 2, 5], dtype=torch.int32)
+AFFINE = dict(weight=ROW[0], bias=ROW[0])
+QK = [dict(q_weight=VECTOR, k_weight=VECTOR, q_bias=VECTOR, k_bias=VECTOR, norm="layer", rope=(torch.zeros(5, 16), torch.ones(5, 16))),
+      dict(norm="l2", q_log_scale=torch.zeros(2), k_log_scale=torch.zeros(2))]
+FULL = {
+    "adaln_modulate": [AFFINE], "attention": [dict(mask=torch.zeros(5, 5), q_weight=VECTOR, k_weight=VECTOR)],
+    "attention_varlen": [dict(cu_seqlens_k=STARTS)], "gate_residual_adaln": [AFFINE], "geglu": [dict(bias=torch.zeros(128))],
+    "group_norm_silu": [dict(weight=VECTOR, bias=VECTOR, shift=OTHER, scale=OTHER, add=OTHER)],
+    "joint_attention": [dict(q_weight=VECTOR, k_weight=VECTOR, q2_weight=VECTOR, k2_weight=VECTOR)], "layer_norm": [AFFINE],
+    "layer_norm_2d": [dict(weight=torch.ones(5), bias=torch.ones(5))],
+    "linear": [dict(activation=None, bias=torch.zeros(48), gate=torch.zeros(2, 48), residual=torch.zeros(2, 5, 48))], "qk_norm_into": QK,
+    "qk_norm_rope": QK, "rms_norm": [AFFINE | dict(rounding="diffusers")], "sampler_step": [dict(uncond=X, step=COUNTER)],
+    "solver_step": [dict(uncond=X, previous=X, base=X, mask=X, known=X, known_noise=X, step=COUNTER)],
+    "swiglu": [dict(gate_first=False, gate=X, bias=torch.zeros(128))],
+}
 # Reached where gradients are wanted, from no public op of that name
 _WITH_BACKWARD = ("adaln_modulate", "adaln_modulate_dual", "attention", "gate_residual", "gate_residual_adaln", "geglu", "global_response_norm",
                   "group_norm_silu", "layer_norm", "layer_norm_2d", "qk_norm_rope", "quick_gelu", "rms_norm", "swiglu")
@@ -64,6 +80,32 @@ def test_what_is_said_is_what_runs(name, backend):
     assert [choice.backend for choice in said] == list(ops.stats()[counted])
     assert all(bool(choice.reason) is not choice.runs for choice in said)
     assert backend in (None, *running)
+
+
+def on_meta(value):
+    """A tensor on the meta device; of a pair, one of the two, either."""
+    return [value.to("meta")] if isinstance(value, torch.Tensor) else [(value[0].to("meta"), value[1]), (value[0], value[1].to("meta"))]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_mixed_devices(name):
+    """Each tensor argument alone on the meta device: the error names it, where it is and where it should be, and nothing has run."""
+    args, kwargs, _ = CALLS[name]
+    signature, seen = inspect.signature(getattr(ops, name)), set()
+    for more in ({}, *FULL.get(name, ())):
+        given = dict(signature.bind(*args, **kwargs).arguments) | more
+        getattr(ops, name)(**given)
+        tensors = {key: value for key, value in given.items() if isinstance(value, (torch.Tensor, tuple))}
+        seen |= set(tensors)
+        ops.reset_stats()
+        for argument, value in tensors.items() if len(tensors) > 1 else ():
+            for moved in on_meta(value):
+                # The first argument says where the others should be: on meta then, where it is
+                with pytest.raises(ValueError, match=rf"^{argument}\b.* is on meta; it should be on cpu|is on cpu; it should be on meta, where {argument} is"):
+                    getattr(ops, name)(**given | {argument: moved})
+        assert not any(sum(served.values()) for served in ops.stats().values())
+    # What has no annotation is a tensor
+    assert seen == {key for key, parameter in signature.parameters.items() if parameter.annotation is inspect.Parameter.empty}
 
 
 def test_nothing_is_written():

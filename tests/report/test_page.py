@@ -35,6 +35,17 @@ def parity_result(holds=True, dtype="float32"):
     return ParityResult("digits", "a pipeline", dtype, rows, SWAPS, MACHINE, dict(steps=2, guidance=4.0, seeds=[0, 1]), curves, pictures)
 
 
+STAGES = {"text encoders": 11.0, "denoiser": 70.0, "scheduler": 2.0, "VAE": 13.0}
+
+
+def pipeline_profile():
+    """Of a whole pipeline: its stages were clocked, the compiled one's too."""
+    result = profile_result()
+    result.target, result.stages = "digits", {name: {stage: ms - 5 * (name == "close") * (stage == "denoiser") for stage, ms in STAGES.items()}
+                                              for name in ("eager", "compile", "exact", "close")}
+    return result
+
+
 def profile_result(compiled=True, dtype="float32"):
     names = ["eager", *(["compile"] if compiled else []), "exact", "close"]
     rows = [Side(name, 100.0 - 10 * i, 90.0 - 10 * i, 110.0 - 10 * i, 1 + i / 10, 1.0 if compiled else None, 0.5, 200.0, 100.0, 12.0, {"cpu": 3})
@@ -120,6 +131,18 @@ def test_it_shows_what_there_is(written):
     for word in ("fusewire demo", "A Processor", "torch 2.13.0", "66.6 dB", "arithmetic floor", "stock, torch.compile", "1.5 minutes"):
         assert word in text, word
     assert "What does not hold" not in text
+
+
+def test_bars_of_time_per_stage():
+    text = page.render([parity_result()], [pipeline_profile()], command="fusewire demo", seconds=1.0)
+    section = text[text.index("<h3>digits, by stage</h3>"):text.index("<h3>digits, by kind of operation</h3>")]
+    assert 'aria-label="stages of digits in float32"' in section and section.count("<svg ") == 1
+    legend = section[section.index('<ul class="legend">'):section.index("</ul>")]
+    assert re.findall(r"</i>([^<]+)</li>", legend) == list(STAGES)
+    bars = {stage: section.count(f"fill: var(--{plots.KIND_COLOURS[stage]})") for stage in STAGES}
+    assert bars == dict.fromkeys(STAGES, 4)  # a piece of each of the four sides' bars
+    assert len(re.findall(r">96</text>", section)) == 3 and len(re.findall(r">91</text>", section)) == 1  # their sums, ms
+    assert "by stage" not in page.render([parity_result()], [profile_result()], command="fusewire demo", seconds=1.0)
 
 
 def test_a_failure_is_shown_first():

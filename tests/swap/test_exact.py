@@ -60,6 +60,23 @@ def test_pipeline(variant, dtype):
     assert torch.equal(generate(pipe, batch=2), want)
 
 
+@pytest.mark.parametrize("numerics", ["exact", "close"])
+def test_another_dtype_after_the_swap_and_back(numerics):
+    """Nothing is kept across dtypes: after each move a swapped pipeline gives what one that was moved first, then swapped, gives."""
+    torch.manual_seed(0)
+    pipe = tiny_pipeline()
+    torch.manual_seed(0)
+    other = tiny_pipeline()
+    with fusewire.swapped(pipe, numerics):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float32):
+            pipe.to(dtype)
+            other.to(dtype)
+            got, stock = generate(pipe), generate(other)
+            with fusewire.swapped(other, numerics):
+                assert torch.equal(generate(other), got), dtype
+            assert got.dtype is dtype and torch.equal(got, stock) is (numerics == "exact"), dtype
+
+
 def test_pipeline_with_skip_layer_guidance_and_without_guidance():
     pipe = tiny_pipeline()
     for options in (dict(skip_guidance_layers=[1], skip_layer_guidance_stop=0.9), dict(guidance_scale=1.0)):

@@ -212,6 +212,22 @@ def test_presets_keep_their_seed():
     assert all(torch.equal(a[name], b[name]) for name in a) and not torch.equal(a["proj_out.weight"], c["proj_out.weight"])
 
 
+def test_layers_and_size_of_presets():
+    for layers in (1, 2):
+        assert len(targets.load("sd3.5-tiny", layers=layers).value.transformer_blocks) == layers
+        assert targets.PRESETS["sd3.5-medium"].depth(layers)["num_layers"] == layers
+    with pytest.raises(BadInput, match="--layers is 3; sd3.5-tiny has 2"):
+        targets.load("sd3.5-tiny", layers=3)
+    large = targets.load("sd3.5-tiny", size=96)
+    assert large.size == 96 and large.inputs["hidden_states"].shape[2:] == (12, 12)
+    assert targets.load("sd3.5-tiny").inputs["hidden_states"].shape[2:] == (8, 8)
+    tokens = []
+    block = large.value.transformer_blocks[0]
+    with torch.no_grad(), block.register_forward_pre_hook(lambda _, args, kwargs: tokens.append(kwargs["hidden_states"].shape[1]), with_kwargs=True):
+        assert large.value(**large.inputs)[0].shape[2:] == (12, 12)
+    assert tokens == [36] and len(targets.load("flux-tiny", size=96).inputs["img_ids"]) == 36
+
+
 def test_the_full_shape_is_that_of_the_published_model():
     config = targets.PRESETS["sd3.5-medium"].config
     assert config["num_attention_heads"] * config["attention_head_dim"] == 1536 == config["caption_projection_dim"]

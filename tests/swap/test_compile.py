@@ -37,6 +37,18 @@ def test_inductor_and_a_swap_under_a_compiled_model():
     torch._dynamo.reset()
 
 
+def test_inductor_of_a_block_with_two_attentions_in_close():
+    torch._dynamo.reset()
+    model = stock_model("sd3.5", num_layers=1)
+    data = inputs()
+    want = run(model, data)
+    with fusewire.swapped(model, "close"):
+        eager = run(model, data)
+        got = run(torch.compile(model, fullgraph=True), data)
+    assert (got - want).abs().max() <= 1e-4 and (got - eager).abs().max() <= 1e-4 and not torch.equal(eager, want)
+    torch._dynamo.reset()
+
+
 def test_repeated_blocks():
     torch._dynamo.reset()
     model = stock_model("sd3")

@@ -13,13 +13,15 @@ import weakref
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import (DanceDiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, IPNDMScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline,
+                       UNet1DModel)
 from diffusers.models.attention import FeedForward, JointTransformerBlock
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from diffusers.models.normalization import AdaLayerNormZero
 
 import fusewire
 from fusewire import ops
+from fusewire.errors import BadInput, NothingToDo
 from fusewire.swap import engine, families, fused, sd3
 from fusewire.swap.report import SwapError, SwapWarning
 from tests.swap.tiny import generate, inputs, run, stock_model, tiny_pipeline
@@ -305,10 +307,34 @@ def test_bad_input(make, options, error, message):
         assert fusewire.restore(target) == 0
 
 
-def test_a_pipeline_without_its_transformer():
-    pipe = tiny_pipeline()
-    pipe.transformer = None
-    with pytest.raises(ValueError, match="^pipe_or_module has transformer=None"):
+@pytest.mark.parametrize("numerics", ["exact", "close"])
+def test_a_pipeline_of_another_kind(numerics):
+    """Sound in one dimension, by a scheduler without a fused step: one error that says so, and the pipeline still works."""
+    net = UNet1DModel(sample_size=64, sample_rate=16000, extra_in_channels=16, block_out_channels=(8, 32), down_block_types=("DownBlock1DNoSkip", "DownBlock1D"),
+                      up_block_types=("UpBlock1D", "UpBlock1DNoSkip"), layers_per_block=1)
+    pipe = DanceDiffusionPipeline(net, IPNDMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    before = classes(net)
+
+    def sound():
+        return torch.from_numpy(pipe(num_inference_steps=2, audio_length_in_s=64 / 16000, generator=torch.Generator().manual_seed(0)).audios)
+
+    want = sound()
+    with pytest.raises(NothingToDo, match=f"^pipe_or_module is a DanceDiffusionPipeline with nothing to swap for numerics='{numerics}'; "
+                                          "sampler_step: IPNDMScheduler has no fused step$"):
+        fusewire.swap(pipe, numerics)
+    assert classes(net) == before and type(pipe.scheduler) is IPNDMScheduler and fusewire.restore(pipe) == 0
+    assert torch.equal(sound(), want)
+
+
+@pytest.mark.parametrize("make, part", [
+    (lambda scheduler: StableDiffusion3Pipeline(None, scheduler, *[None] * 7), "transformer"),
+    (lambda scheduler: FluxPipeline(scheduler, *[None] * 6), "transformer"),
+    (lambda scheduler: StableDiffusionPipeline(*[None] * 4, scheduler, None, None, requires_safety_checker=False), "unet"),
+])
+def test_a_pipeline_without_its_model(make, part):
+    pipe = make(FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(BadInput, match=f"^pipe_or_module has {part}=None; it should be a pipeline with its model loaded$"):
         fusewire.swap(pipe)
     assert type(pipe.scheduler) is FlowMatchEulerDiscreteScheduler
 

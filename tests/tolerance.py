@@ -1,4 +1,5 @@
-"""The only tolerances of the test suite, and the one rule behind them.
+"""The tolerances of the test suite, and the one rule behind those of ops. (A bound that belongs to one comparison, such as what float32 angles of some
+thousand radians lose, stands beside it with its reason.)
 
 ``close``: the error against float64 is at most twice (mean: 1.5 times) that of plain PyTorch in the same dtype, plus the noise of rounding the
 reference itself to that dtype (the flash-attention rule). ``exact``: ``torch.equal``. float64 against float64: 1e-10 relative to the
@@ -12,6 +13,13 @@ import torch
 MAX_FACTOR, MEAN_FACTOR = 2.0, 1.5
 FLOAT64 = 1e-10
 BIAS, ENOUGH = 0.02, 2**14  # of so many elements the mean of unbiased errors is 0 within 0.0023 units, one standard deviation
+
+# Whole models of random weights, whose values are of the order of 1: our model against the same one of another library, or swapped against stock.
+MODEL_FLOAT64 = 1e-10
+MODEL_FLOAT32 = 1e-5  # the same products and sums in another order, through a few blocks
+GRADIENTS_FLOAT64 = 1e-9
+PIPELINE_FLOAT32 = 1e-4  # several steps of a sampler, Inductor's code, or gradients: what MODEL_FLOAT32 becomes on the way
+AUTOCAST = 0.1  # bfloat16's rounding, 2^-8, through a few blocks
 
 
 def rounding_noise(want: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

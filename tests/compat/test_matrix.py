@@ -16,6 +16,7 @@ import fusewire
 from fusewire import ops
 from tests.compat.families import FAMILIES, call
 from tests.models import stock_sd3
+from tests.tolerance import PIPELINE_FLOAT32
 
 BOTH = pytest.mark.parametrize("numerics", ["exact", "close"])
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
@@ -292,7 +293,7 @@ def test_training(family, numerics):
         got = gradients(model, inputs)
     assert got.keys() == want.keys()
     for name, gradient in got.items():
-        assert (gradient - want[name]).abs().max() <= 1e-4 * want[name].abs().max() + 1e-6, name
+        assert (gradient - want[name]).abs().max() <= PIPELINE_FLOAT32 * want[name].abs().max() + 1e-6, name
 
 
 @column("gradient checkpointing")
@@ -309,7 +310,7 @@ def test_checkpointing(family, numerics):
         got = gradients(model, inputs)
     assert got.keys() == want.keys()
     for name, gradient in got.items():
-        assert (gradient - want[name]).abs().max() <= 1e-4 * want[name].abs().max() + 1e-6, name
+        assert (gradient - want[name]).abs().max() <= PIPELINE_FLOAT32 * want[name].abs().max() + 1e-6, name
 
 
 class Quantised(nn.Linear):

@@ -9,6 +9,7 @@ from diffusers import T2IAdapter
 from fusewire.models.adapter import Adapter, AdapterConfig, from_official
 from tests.models.golden import golden
 from tests.models.stock_sd3 import randomise
+from tests.tolerance import GRADIENTS_FLOAT64, MODEL_FLOAT32, MODEL_FLOAT64
 
 SMALL = dict(channels=[8, 12, 16, 16], num_res_blocks=2, downscale_factor=8)
 VARIANTS = {"full_adapter": SMALL, "light_adapter": dict(SMALL, channels=[8, 12, 16]), "full_adapter_xl": dict(SMALL, in_channels=1, downscale_factor=16)}
@@ -53,10 +54,10 @@ def test_golden_tensors(case):
     model.load_state_dict(from_official({key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}))
     for index, got in enumerate(model(data["in/x"].double())):
         want = data[f"out/{feature}{index}"]
-        assert (got - want).abs().max() <= 1e-10 * want.abs().max().clamp_min(1)
+        assert (got - want).abs().max() <= MODEL_FLOAT64 * want.abs().max().clamp_min(1)
     for index, got in enumerate(model.float()(data["in/x"])):
         want = data[f"out/{feature}{index}"]
-        assert (got - want).abs().max() <= 1e-5 * want.abs().max().clamp_min(1)
+        assert (got - want).abs().max() <= MODEL_FLOAT32 * want.abs().max().clamp_min(1)
 
 
 def test_gradients():
@@ -66,7 +67,7 @@ def test_gradients():
         sum(feature.square().mean() for feature in one(x)).backward()
     want = dict(stock.named_parameters())
     for name, parameter in model.named_parameters():
-        assert (parameter.grad - want[name].grad).abs().max() <= 1e-9 * want[name].grad.abs().max().clamp_min(1), name
+        assert (parameter.grad - want[name].grad).abs().max() <= GRADIENTS_FLOAT64 * want[name].grad.abs().max().clamp_min(1), name
 
 
 @pytest.mark.parametrize("call, error, message", [

@@ -12,6 +12,7 @@ from fusewire.models.layers import unpatchify
 from tests.models import stock_unet
 from tests.models.golden import golden
 from tests.models.stock_unet import DIT, dit_inputs, in_float64
+from tests.tolerance import GRADIENTS_FLOAT64, MODEL_FLOAT32, MODEL_FLOAT64
 
 
 def ours(stock, numerics: str = "close") -> DiT:
@@ -24,7 +25,7 @@ def test_float64_against_diffusers():
     stock = stock_unet.dit()
     model, data = ours(stock).double(), dit_inputs(dtype=torch.float64)
     want = in_float64(stock)(**data, return_dict=False)[0]
-    assert (model(**data) - want).abs().max() <= 1e-10
+    assert (model(**data) - want).abs().max() <= MODEL_FLOAT64
 
 
 @pytest.mark.parametrize("numerics", ["exact", "close"])
@@ -35,7 +36,7 @@ def test_float32_against_diffusers(batch, size, numerics):
     with torch.no_grad():
         want = stock(**data, return_dict=False)[0]
         got = ours(stock, numerics)(**data)
-    assert got.shape == want.shape and (got - want).abs().max() <= 1e-5 * want.abs().max()
+    assert got.shape == want.shape and (got - want).abs().max() <= MODEL_FLOAT32 * want.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -58,7 +59,7 @@ def test_pictures_that_are_not_square():
         shift, scale = stock.proj_out_1(torch.nn.functional.silu(emb)).chunk(2, dim=1)
         want = unpatchify(stock.proj_out_2(stock.norm_out(x) * (1 + scale[:, None]) + shift[:, None]), 3, 5, 2)
         got = ours(stock)(**data)
-    assert got.shape == (2, 8, 6, 10) and (got - want).abs().max() <= 1e-5 * want.abs().max()
+    assert got.shape == (2, 8, 6, 10) and (got - want).abs().max() <= MODEL_FLOAT32 * want.abs().max()
 
 
 def test_state_dict_is_diffusers():
@@ -74,7 +75,7 @@ def test_gradients_against_diffusers():
     (reference(**data, return_dict=False)[0] * direction).sum().backward()
     want = dict(reference.named_parameters())
     for name, parameter in model.named_parameters():
-        assert (parameter.grad - want[name].grad).abs().max() <= 1e-9, name
+        assert (parameter.grad - want[name].grad).abs().max() <= GRADIENTS_FLOAT64, name
 
 
 @pytest.mark.parametrize("change, message", [
@@ -104,7 +105,7 @@ def test_guidance_wants_two_halves():
         DiT(DiTConfig.from_dict(DIT)).forward_with_cfg(**dit_inputs(3), cfg_scale=4.0)
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-10), (torch.float32, 1.4e-5)], ids=str)
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, MODEL_FLOAT64), (torch.float32, 1.4e-5)], ids=str)
 def test_golden_tensors_of_the_official_repository(dtype, bound):
     """Learned variance, the null class, and guidance of three channels. The positions were random there, as all weights."""
     tensors, official = golden("dit")

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from fusewire.models.mmdit import MMDiT, MMDiTConfig, from_official
 from tests.models.stock_sd3 import VARIANTS, in_float64, inputs, stock_model
+from tests.tolerance import GRADIENTS_FLOAT64, MODEL_FLOAT32, MODEL_FLOAT64
 
 GOLDEN = Path(__file__).parents[1] / "data" / "sd35_mmditx.safetensors"
 
@@ -28,7 +29,7 @@ def test_float64_against_diffusers(variant):
     model = ours(variant, stock).double()
     data = {name: value.double() for name, value in inputs().items()}
     want = in_float64(stock)(**data, return_dict=False)[0]
-    assert (model(**data) - want).abs().max() <= 1e-10
+    assert (model(**data) - want).abs().max() <= MODEL_FLOAT64
 
 
 @pytest.mark.parametrize("numerics", ["exact", "close"])
@@ -41,7 +42,7 @@ def test_float32_against_diffusers(variant, size, numerics):
     with torch.no_grad():
         want = stock(**data, return_dict=False)[0]
         got = ours(variant, stock, numerics)(**data)
-    assert got.shape == want.shape and (got - want).abs().max() <= 1e-5
+    assert got.shape == want.shape and (got - want).abs().max() <= MODEL_FLOAT32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -79,7 +80,7 @@ def test_controlnet_residuals_and_skipped_layers():
                       dict(block_controlnet_hidden_states=residuals, skip_layers=[0])):
             want = stock(**data, **extra, return_dict=False)[0]
             got = model(**data, **extra)
-            assert (got - want).abs().max() <= 1e-5 and (got - plain).abs().max() > 1e-2
+            assert (got - want).abs().max() <= MODEL_FLOAT32 and (got - plain).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -96,7 +97,7 @@ def test_gradients_against_diffusers(variant):
         if want[name].grad is None:  # the text query of the last block: its attention output is dropped
             assert parameter.grad is None or not parameter.grad.any(), name
         else:
-            assert parameter.grad is not None and (parameter.grad - want[name].grad).abs().max() <= 1e-9, name
+            assert parameter.grad is not None and (parameter.grad - want[name].grad).abs().max() <= GRADIENTS_FLOAT64, name
 
 
 def test_bf16_autocast_trains():
@@ -149,7 +150,7 @@ def golden() -> tuple[MMDiT, dict[str, torch.Tensor]]:
     return model, tensors
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-10), (torch.float32, 1.3e-5)], ids=str)
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, MODEL_FLOAT64), (torch.float32, 1.3e-5)], ids=str)
 def test_golden_tensors_of_the_official_repository(dtype, bound):
     model, tensors = golden()
     model = model.to(dtype)

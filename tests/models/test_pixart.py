@@ -11,6 +11,7 @@ from diffusers import PixArtTransformer2DModel
 from fusewire.models.pixart import PixArt, PixArtConfig, from_official
 from tests.models.stock_sd3 import randomise
 from tests.models.stock_unet import PIXART, in_float64
+from tests.tolerance import GRADIENTS_FLOAT64, MODEL_FLOAT32, MODEL_FLOAT64
 
 # sigma; alpha at 1024 pixels, which is told the size (channels a multiple of 3, positions scaled); captions that are not projected
 VARIANTS = {"sigma": PIXART,
@@ -49,7 +50,7 @@ def test_float64_against_diffusers(variant):
     stock, data = stock_model(variant, torch.float64), inputs(variant, dtype=torch.float64)
     with torch.no_grad():
         got, want = ours(stock)(**data), run(in_float64(stock), data)
-    assert (got - want).abs().max() <= 1e-10 * want.abs().max().clamp_min(1)
+    assert (got - want).abs().max() <= MODEL_FLOAT64 * want.abs().max().clamp_min(1)
 
 
 @pytest.mark.parametrize("numerics", ["exact", "close"])
@@ -60,7 +61,7 @@ def test_float32_against_diffusers(variant, batch, height, width, numerics):
     stock, data = stock_model(variant), inputs(variant, batch, height, width)
     with torch.no_grad():
         got, want = ours(stock, numerics)(**data), run(stock, data)
-    assert got.shape == want.shape and (got - want).abs().max() <= 1e-5 * want.abs().max()
+    assert got.shape == want.shape and (got - want).abs().max() <= MODEL_FLOAT32 * want.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -81,7 +82,7 @@ def test_masks(numerics):
     data["attention_mask"] = mask
     with torch.no_grad():
         got, want = model(**data), run(stock, data)
-        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+        assert (got - want).abs().max() <= MODEL_FLOAT32 * want.abs().max()
         added = {name: ((1 - data[name]) * -10000.0)[:, None] for name in ("attention_mask", "encoder_attention_mask")}
         assert torch.equal(model(**dict(data, **added)), got)
         other = data["encoder_hidden_states"].clone()
@@ -108,7 +109,7 @@ def test_gradients_against_diffusers(variant):
     (run(reference, data) * direction).sum().backward()
     want = dict(reference.named_parameters())
     for name, parameter in model.named_parameters():
-        assert (parameter.grad - want[name].grad).abs().max() <= 1e-9 * want[name].grad.abs().max().clamp_min(1), name
+        assert (parameter.grad - want[name].grad).abs().max() <= GRADIENTS_FLOAT64 * want[name].grad.abs().max().clamp_min(1), name
 
 
 def test_defaults_follow_the_sample_size():

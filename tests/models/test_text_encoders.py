@@ -13,7 +13,7 @@ from fusewire.models.t5 import T5Config, T5Encoder, relative_buckets
 from fusewire.models.text_layers import activation_of
 from tests.models import stock_text
 from tests.models.stock_text import CLIPS, T5S, VARIANTS, in_float64, padding, stock_model, tokens
-from tests.tolerance import assert_close
+from tests.tolerance import GRADIENTS_FLOAT64, MODEL_FLOAT32, assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -57,7 +57,7 @@ def test_float64_and_float32(variant, numerics, masked):
     wide = copy.deepcopy(stock)
     wide = wide.double() if numerics == "exact" else in_float64(wide)  # exact has float32's mean squares, as stock has
     true = outputs(wide, ids, mask)
-    for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+    for dtype, bound in ((torch.float64, 1e-10), (torch.float32, MODEL_FLOAT32)):
         got = our_outputs(ours(stock.to(dtype), numerics), ids, mask)
         assert len(got) == len(true)
         for mine, want in zip(got, true):
@@ -103,7 +103,7 @@ def test_gradients(variant, numerics):
     for name, parameter in model.named_parameters():
         if want[name].grad is not None:
             count += 1
-            assert (parameter.grad - want[name].grad).abs().max() <= 1e-9 * want[name].grad.abs().max().clamp_min(1), name
+            assert (parameter.grad - want[name].grad).abs().max() <= GRADIENTS_FLOAT64 * want[name].grad.abs().max().clamp_min(1), name
     assert count >= len(want) - 1  # all but a projection
 
 
@@ -160,7 +160,7 @@ def test_compiles_without_a_graph_break(variant, numerics):
     model, ids = ours(stock_model(variant), numerics), tokens(2, 20)
     want = our_outputs(model, ids)[0]
     got = our_outputs(torch.compile(model, fullgraph=True, backend="aot_eager"), ids)[0]
-    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    assert (got - want).abs().max() <= MODEL_FLOAT32 * want.abs().max()
 
 
 @pytest.mark.parametrize("call, message", [

@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from fusewire.models.unet import UNet, UNetConfig
 from tests.models.stock_sd3 import randomise
 from tests.models.stock_unet import SD, UNETS, in_float64, unet_inputs
+from tests.tolerance import GRADIENTS_FLOAT64, MODEL_FLOAT32, MODEL_FLOAT64
 
 # As stock_unet's, and: SD2's linears and heads, three levels with several layers; Guided Diffusion's net as UNet2DModel has it, resampled both ways
 VARIANTS = {**UNETS,
@@ -62,7 +63,7 @@ def test_float64_against_diffusers(variant):
     stock, data = stock_model(variant, torch.float64), inputs(variant, dtype=torch.float64)
     with torch.no_grad():
         got, want = ours(stock)(**data), run(in_float64(stock), data)
-    assert (got - want).abs().max() <= 1e-10 * want.abs().max().clamp_min(1)
+    assert (got - want).abs().max() <= MODEL_FLOAT64 * want.abs().max().clamp_min(1)
 
 
 @pytest.mark.parametrize("numerics", ["exact", "close"])
@@ -72,7 +73,7 @@ def test_float32_against_diffusers(variant, batch, height, width, numerics):
     stock, data = stock_model(variant), inputs(variant, batch, height, width)
     with torch.no_grad():
         got, want = ours(stock, numerics)(**data), run(stock, data)
-    assert got.shape == want.shape and (got - want).abs().max() <= 1e-5 * want.abs().max()
+    assert got.shape == want.shape and (got - want).abs().max() <= MODEL_FLOAT32 * want.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -93,7 +94,7 @@ def test_channels_last_is_kept(variant, numerics):
     with torch.no_grad():
         got, want = ours(stock, numerics).to(**last)(**data), run(stock, data)
     assert got.is_contiguous(**last)
-    assert torch.equal(got, want) if numerics == "exact" else (got - want).abs().max() <= 1e-5 * want.abs().max()
+    assert torch.equal(got, want) if numerics == "exact" else (got - want).abs().max() <= MODEL_FLOAT32 * want.abs().max()
 
 
 @pytest.mark.parametrize("height, width", [(7, 12), (10, 9), (5, 5)])
@@ -118,7 +119,7 @@ def test_a_mask_of_the_text():
         want, plain = run(stock, dict(data, encoder_attention_mask=mask)), run(stock, data)
         for numerics in ("exact", "close"):
             got = ours(stock, numerics)(**data, encoder_attention_mask=mask)
-            assert (got - want).abs().max() <= 1e-5 * want.abs().max() and (got - plain).abs().max() > 1e-3
+            assert (got - want).abs().max() <= MODEL_FLOAT32 * want.abs().max() and (got - plain).abs().max() > 1e-3
 
 
 def test_controlnet_residuals():
@@ -130,11 +131,11 @@ def test_controlnet_residuals():
         plain = model(**data)
         want = run(stock, dict(data, down_block_additional_residuals=down, mid_block_additional_residual=middle))
         got = model(**data, down_block_additional_residuals=down, mid_block_additional_residual=middle)
-        assert (got - want).abs().max() <= 1e-5 * want.abs().max() and (got - plain).abs().max() > 1e-2
+        assert (got - want).abs().max() <= MODEL_FLOAT32 * want.abs().max() and (got - plain).abs().max() > 1e-2
         # The middle alone is all with zeros on the way down
         zeros = [torch.zeros_like(value) for value in down]
         want = run(stock, dict(data, down_block_additional_residuals=zeros, mid_block_additional_residual=middle))
-        assert (model(**data, mid_block_additional_residual=middle) - want).abs().max() <= 1e-5 * want.abs().max()
+        assert (model(**data, mid_block_additional_residual=middle) - want).abs().max() <= MODEL_FLOAT32 * want.abs().max()
     with pytest.raises(ValueError, match="^down_block_additional_residuals has 3 entries; it should have 4"):
         model(**data, down_block_additional_residuals=down[:3])
 
@@ -177,7 +178,7 @@ def test_gradients_against_diffusers(variant):
     (run(reference, data) * direction).sum().backward()
     want = dict(reference.named_parameters())
     for name, parameter in model.named_parameters():
-        assert (parameter.grad - want[name].grad).abs().max() <= 1e-9 * want[name].grad.abs().max().clamp_min(1), name
+        assert (parameter.grad - want[name].grad).abs().max() <= GRADIENTS_FLOAT64 * want[name].grad.abs().max().clamp_min(1), name
 
 
 @pytest.mark.parametrize("change, message", [

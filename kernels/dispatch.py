@@ -31,7 +31,7 @@ class Backend(NamedTuple):
 def launched(name: str, op: torch._ops.OpOverload, why_not: Callable[..., str], launch: Callable) -> Backend:
     """The row ``name`` of ``op``, where kernels are launched from Python: ``launch`` takes the op's arguments.
 
-    Where a graph is recorded (autograd, torch.compile, a dispatch mode) the call is the registered op ``<op>_<name>``; ``launch`` alone
+    Where a graph is recorded (autograd, torch.compile, a dispatch mode, torch.func) the call is the registered op ``<op>_<name>``; ``launch`` alone
     serves the rest, at less overhead. An op that changes its arguments is always called as an op, so that their version counters move.
     """
     registered = variant(op, name, launch)
@@ -39,7 +39,7 @@ def launched(name: str, op: torch._ops.OpOverload, why_not: Callable[..., str], 
         return Backend(name, why_not, registered)
 
     def run(*args):
-        if torch.is_grad_enabled() or is_compiling() or torch._C._len_torch_dispatch_stack():
+        if torch.is_grad_enabled() or is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
             return registered(*args)
         return launch(*args)
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from fusewire.kernels import transforms
+
 LIBRARY = torch.library.Library("fusewire", "DEF")
 ISA_LEVELS = ("base", "avx2", "avx512", "avx512_bf16", "amx")
 
@@ -108,15 +110,17 @@ def cpu_is_intel() -> bool:
     return CPU.loaded and torch.ops.fusewire.cpu_is_intel()
 
 
-def define(schema: str, *, fallback: Callable, fake: Callable, backward: Callable | None = None,
-           setup_context: Callable | None = None) -> torch._ops.OpOverload:
+def define(schema: str, *, fallback: Callable, fake: Callable, backward: Callable | None = None, setup_context: Callable | None = None,
+           meaning: Callable | None = None, out_of_place: Callable | None = None) -> torch._ops.OpOverload:
     """Declare ``fusewire::<schema>`` and return its overload.
 
     ``fallback`` takes the schema's arguments and is used on every device without a kernel of its own. ``backward`` and ``setup_context`` are
-    ``torch.library.register_autograd``'s; an op without them refuses to be differentiated rather than dropping a gradient.
+    ``torch.library.register_autograd``'s; an op without them refuses to be differentiated rather than dropping a gradient. ``meaning`` is what
+    torch.func differentiates, where that is not the fallback. ``out_of_place``, of an op that changes arguments: returns what each of them becomes.
     """
     name = schema.split("(", 1)[0]
-    _DEFINED[name] = (schema, {"fake": fake, "backward": backward, "setup_context": setup_context})
+    meaning = meaning or fallback
+    _DEFINED[name] = (schema, {"fake": fake, "backward": backward, "setup_context": setup_context, "meaning": meaning, "out_of_place": out_of_place})
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
     if CPU.changed(schema) and CPU.has(name):
@@ -126,8 +130,13 @@ def define(schema: str, *, fallback: Callable, fake: Callable, backward: Callabl
             LIBRARY.impl(name, fallback, CPU.key)
     torch.library.register_fake(f"fusewire::{name}", fake, lib=LIBRARY)
     if backward is not None:
-        torch.library.register_autograd(f"fusewire::{name}", backward, setup_context=setup_context, lib=LIBRARY)
-    return getattr(torch.ops.fusewire, name).default
+        torch.library.register_autograd(f"fusewire::{name}", backward, setup_context=setup_context, lib=transforms.Differentiable(LIBRARY, meaning))
+    op = getattr(torch.ops.fusewire, name).default
+    if op._schema.is_mutable:
+        LIBRARY.impl(name, transforms.copying(op, out_of_place), "FuncTorchDynamicLayerFrontMode")
+    else:
+        torch.library.register_vmap(f"fusewire::{name}", transforms.by_sample(op), lib=LIBRARY)
+    return op
 
 
 _DEFINED: dict[str, tuple[str, dict]] = {}

@@ -131,7 +131,7 @@ def attention_backward(grad, lse_grad, q, k, v, out, highest, total, mask, causa
     if lse_grad is not None:
         delta = delta - lse_grad.unsqueeze(-1).to(q.dtype)
     slopes = weights * (grad @ v.mT - delta).masked_fill(hidden, 0) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    k_grad, v_grad = (x.unflatten(1, (-1, groups)).sum(2) for x in (slopes.mT @ q, weights.mT @ grad))
+    k_grad, v_grad = (x.reshape(x.shape[0], x.shape[1] // groups, groups, *x.shape[2:]).sum(2) for x in (slopes.mT @ q, weights.mT @ grad))
     return tuple(x.transpose(1, 2).to(dtype).contiguous() for x, dtype in zip((slopes @ k, k_grad, v_grad), dtypes))
 
 

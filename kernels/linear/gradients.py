@@ -59,4 +59,4 @@ def _of_activated(needed, grads, x, weight, bias, activation, out, y):
 
 _backward, _setup = fused(reference.linear_activated, _of_activated, lambda *args: False, with_outputs=True)
 activated = define("linear_activated(Tensor x, Tensor weight, Tensor? bias, str activation) -> (Tensor, Tensor)",
-                   fallback=_activated, fake=_fake_activated, backward=_backward, setup_context=_setup)
+                   fallback=_activated, fake=_fake_activated, backward=_backward, setup_context=_setup, meaning=reference.linear_activated)

@@ -24,11 +24,16 @@ _linear_op = define("linear(Tensor x, Tensor weight, Tensor? bias, str activatio
                     fallback=reference.linear, fake=_fake_linear, backward=_backward, setup_context=_setup)
 
 
-_backward_act, _setup_act = fused(lambda *args: reference.linear(*args, None, None, False),
+def _activated(x, weight, bias, activation):
+    return reference.linear(x, weight, bias, activation, None, None, False)
+
+
+_backward_act, _setup_act = fused(_activated,
                                   lambda needed, grads, *args: gradients.of_linear(needed, grads, *args, None, None, False)[:4],
                                   lambda *args: gradients.recomputed(*args, None, None, False))
 _onednn_op = define("linear_onednn(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor",
-                    fallback=native.onednn, fake=lambda *args: _fake_linear(*args, None, None, False), backward=_backward_act, setup_context=_setup_act)
+                    fallback=native.onednn, fake=lambda *args: _fake_linear(*args, None, None, False), backward=_backward_act, setup_context=_setup_act,
+                    meaning=_activated)
 
 
 def _cpu(x, weight, bias, activation, gate, residual, exact) -> torch.Tensor:

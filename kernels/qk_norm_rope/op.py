@@ -27,6 +27,10 @@ def _fake_into(q, k, q_weight, k_weight, q_out, k_out, cos, sin, eps, norm, exac
     return None
 
 
+def _out_of_place(q, k, q_weight, k_weight, q_out, k_out, cos, sin, eps, norm, exact):
+    return _rope(q, k, q_weight, k_weight, cos, sin, eps, norm, exact)
+
+
 def _fake_backward(q_grad, k_grad, q, k, q_weight, k_weight, cos, sin, eps, wanted):
     return tuple(q.new_empty(0 if x is None or not wanted >> i & 1 else x.shape) for i, x in enumerate((q, k, q_weight, k_weight)))
 
@@ -60,7 +64,7 @@ _backward, _setup = fused(reference.qk_norm_rope, _gradients_of, _recomputed)
 _rope_op = define(f"qk_norm_rope({_NAMES}{_REST}) -> (Tensor, Tensor)",
                   fallback=reference.qk_norm_rope, fake=_fake_rope, backward=_backward, setup_context=_setup)
 _into_op = define(f"qk_norm_into({_NAMES}Tensor(a!) q_out, Tensor(b!) k_out, {_REST}) -> ()",
-                  fallback=reference.qk_norm_into, fake=_fake_into)
+                  fallback=reference.qk_norm_into, fake=_fake_into, out_of_place=_out_of_place)
 
 
 def _moving_versions(keyset, *args):

@@ -25,7 +25,7 @@ CALLS = {
     "joint_attention": ((HEADS,) * 6, {}, "joint_attention"),
     "layer_norm": ((X, ROW[0]), dict(rounding="float32"), "layer_norm"),
     "layer_norm_2d": ((HEADS,), {}, "layer_norm_2d"),
-    "linear": ((X, torch.randn(48, 64)), dict(activation="gelu_tanh", numerics="close"), "linear"),
+    "linear": ((torch.randn(2, 64, 64), torch.randn(192, 64)), dict(activation="gelu_tanh", numerics="close"), "linear"),
     "qk_norm_into": ((HEADS, HEADS, None, None, torch.zeros_like(HEADS), torch.zeros_like(HEADS)), {}, "qk_norm_into"),
     "qk_norm_rope": ((HEADS, HEADS), dict(norm="torch_rms"), "qk_norm_rope"),
     "quick_gelu": ((X,), dict(numerics="close"), "quick_gelu"),

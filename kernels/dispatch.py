@@ -137,18 +137,44 @@ class Table:
         return found
 
 
+class LeftToReference:
+    """Calls of a table's op that plain PyTorch alone serves, by ``run``, whatever their arguments: counted there, and refused by any other backend that is
+    forced, for ``reason``."""
+
+    def __init__(self, table: Table, reason: str, run: Callable):
+        self.table, self.reason, self.run = table, reason, run
+
+    def __call__(self, *args):
+        if _forced is _QUESTION:
+            raise _Reached(self, args)
+        if _forced not in (None, "reference"):
+            raise BackendError(f"{self.table.op}: the forced backend {_forced!r} cannot serve this call: {self.reason}")
+        if not is_compiling():
+            self.table.calls["reference"] += 1
+        return self.run(*args)
+
+    def choices(self, *args) -> list[Choice]:
+        forced_away = f"the backend is forced to {_forced!r}" if _forced not in (None, "reference") else ""
+        return [Choice(row.name, not forced_away, forced_away) if row.name == "reference" else Choice(row.name, False, self.reason) for row in self.table.rows]
+
+
 class _Reached(Exception):
-    """How a question ends: the table that the call came to, and the arguments that its rows get."""
+    """How a question ends: the table (or what is left to the reference of one) that the call came to, and the arguments that its rows get."""
 
 
 def choices(call: Callable, *args, **kwargs) -> list[Choice]:
-    """What each backend would do with ``call(*args, **kwargs)``, a public op: its checks run, no kernel does."""
+    """What each backend would do with ``call(*args, **kwargs)``, a public op: its checks run, no kernel does.
+
+    RuntimeError where the op returns without having come to a table: a fault of the op, whose calls would neither be counted nor obey a forced backend.
+    """
     global _forced
     before, _forced = _forced, _QUESTION
     try:
         call(*args, **kwargs)
     except _Reached as reached:
         table, given = reached.args
+    else:
+        raise RuntimeError(f"{call.__name__} returned without choosing a backend: nothing is known of its calls")
     finally:
         _forced = before
     return table.choices(*given)

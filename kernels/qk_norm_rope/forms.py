@@ -110,6 +110,15 @@ def turned(op, q, k, cos, sin, *rest) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.cat([y, x[..., width:]], -1) for y, x in zip(found, (q, k)))
 
 
+STOCK = "numerics='exact' keeps PyTorch's own F.normalize and product of complex numbers, whose last bits belong to them"
+
+
+def by_stock(q, k, q_log_scale, k_log_scale, rope, eps: float, norm: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norms "l2" and "none", and a rotation by complex numbers where ``rope`` is one of them, in ``exact``: PyTorch's own calls throughout."""
+    q, k = normed(q, None, None, q_log_scale, eps, norm, False, True), normed(k, None, None, k_log_scale, eps, norm, False, True)
+    return (q, k) if rope is None else (turned_as_complex(q, rope), turned_as_complex(k, rope))
+
+
 def turned_as_complex(x, rope) -> torch.Tensor:
     """x rotated as stock does it in complex numbers: PyTorch's product, whose last bits differ between vectors and the elements left over."""
     width = 2 * rope.shape[-1]

@@ -7,7 +7,7 @@ import torch
 from fusewire.kernels import checks
 from fusewire.kernels.autograd import fused
 from fusewire.kernels.cuda_rows import row as cuda_row
-from fusewire.kernels.dispatch import Backend, Table, always
+from fusewire.kernels.dispatch import Backend, LeftToReference, Table, always
 from fusewire.kernels.library import LIBRARY, define
 from fusewire.kernels.qk_norm_rope import cuda, cuda_backward, forms, native, reference, triton_limits
 from fusewire.kernels.rounding import is_exact
@@ -81,6 +81,7 @@ _rope = Table("qk_norm_rope", [
     triton_row(_rope_op, triton_limits.why_not_rope, "qk_norm_rope.qk_norm_rope"),
     Backend("reference", always, reference.qk_norm_rope),
 ])
+_by_stock = LeftToReference(_rope, forms.STOCK, forms.by_stock)
 _into = Table("qk_norm_into", [
     Backend("cpu", native.why_not_into, _into_op),
     cuda_row(_into_op, cuda.op, cuda.why_not_into, cuda.qk_norm_into),
@@ -159,6 +160,8 @@ def _formed(q, k, q_weight, k_weight, rope, eps, norm, others, exact) -> tuple[t
     """``qk_norm_rope`` in one of the forms."""
     halves, across = others[4:]
     as_complex = exact and isinstance(rope, torch.Tensor) and not halves
+    if exact and norm in ("l2", "none") and (rope is None or as_complex):
+        return _by_stock(q, k, *others[2:4], rope, eps, norm)
     # The fused op rotates float64 in float32 in exact, as stock does; what stock leaves unrotated must not pass through it
     unrotated = exact and rope is not None and q.dtype is torch.float64 and forms.tables(rope)[0].shape[-1] < q.shape[3] // 2
     if norm in NORMS and not halves and not across and not unrotated:

@@ -124,6 +124,16 @@ def test_reasons():
     assert "meta" in said["cpu"] or not CPU.loaded
 
 
+def test_an_op_without_a_table():
+    """silent-off: an op that chooses no backend is a fault that is said as such, and the next question is answered."""
+    def undispatched(x):
+        return x
+
+    with pytest.raises(RuntimeError, match="undispatched returned without choosing a backend"):
+        dispatch.choices(undispatched, X)
+    assert dispatch.forced_backend() is None and any(choice.runs for choice in ops.backends("gate_residual", X, X, ROW))
+
+
 def test_bad_questions():
     with pytest.raises(ValueError, match="name is 'adaln'; it should be one of adaln_modulate, "):
         ops.backends("adaln", X)

@@ -13,7 +13,7 @@ from diffusers.models.transformers import transformer_hidream_image as hidream
 from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 
 from fusewire import ops
-from fusewire.kernels.dispatch import forced
+from fusewire.kernels.dispatch import BackendError, forced
 from fusewire.kernels.library import CPU
 from fusewire.kernels.qk_norm_rope import cuda, triton_limits
 from tests.kernels.isa_levels import run_at
@@ -153,7 +153,8 @@ def test_exact_stock_rotations(form, rope, dtype):
             for norm, x, plain, got in zip(wide, (q, k), want, ops.qk_norm_rope(q, k, **keywords_close(keywords, norms, dtype)), strict=True):
                 assert_close(got, true_rotate(rope, stock_norm64(norm, x.double(), form), tables), plain, f"{form} {rope}")
     served = ops.stats()["qk_norm_rope"]
-    assert not CPU.loaded or served["reference"] == 0 and served["cpu"] >= 2
+    by_pytorch = 2 if form == "none" and ROPES[rope][0] else 0
+    assert not CPU.loaded or served["reference"] == by_pytorch and served["cpu"] >= 2
 
 
 def keywords_close(keywords, norms, dtype) -> dict:
@@ -398,6 +399,52 @@ def test_rotation_of_halves_is_left_to_pytorch_on_a_gpu():
             for norm in range(4):
                 reason = limits.why_not_rope(v["q"], v["k"], None, None, *v["rope"], 1e-6, norm, True)
                 assert reason == ("the kernel turns adjacent pairs alone" if norm == 3 else "")
+
+
+@pytest.mark.parametrize("numerics", NUMERICS)
+@pytest.mark.parametrize("norm", ("rms", "torch_rms", "layer", "float32_layer", "l2", "none"))
+def test_every_form_is_dispatched(norm, numerics):
+    """silent-off: whatever the form, ``ops.backends`` names one backend that runs, and the call is counted there."""
+    q = heads(2, 5, 4, 16)
+    for kind in (None, *ROPES):
+        if kind is None and norm == "none":
+            continue
+        keywords = dict(norm=norm, numerics=numerics) if kind is None else dict(norm=norm, numerics=numerics, rope=rope_of(kind, 2, 5, 16), halves=ROPES[kind][1])
+        for name, outputs in (("qk_norm_rope", ()), ("qk_norm_into", (None, None, torch.empty_like(q), torch.empty_like(q)))):
+            said = [choice.backend for choice in ops.backends(name, q, q, *outputs, **keywords) if choice.runs]
+            ops.reset_stats()
+            getattr(ops, name)(q, q, *outputs, **keywords)
+            assert len(said) == 1 and any(counts.get(said[0]) for counts in ops.stats().values()), (kind, name)
+
+
+# Of which no part is a table's but by what PyTorch alone computes
+STOCK_ALONE = {"l2": dict(norm="l2"), "l2 scaled": dict(norm="l2", q_log_scale=torch.ones(4)), "l2 complex": dict(norm="l2", rope="complex"),
+               "complex by sample": dict(norm="none", rope="complex by sample")}
+
+
+@pytest.mark.on_reference(reason="exact keeps PyTorch's own calls")
+@pytest.mark.parametrize("case", STOCK_ALONE)
+def test_what_pytorch_alone_computes(case):
+    """silent-off: it is counted on the reference, a forced kernel refuses it, and ``ops.backends`` says why."""
+    q, keywords = heads(2, 5, 4, 16), dict(STOCK_ALONE[case])
+    if "rope" in keywords:
+        keywords["rope"] = rope_of(keywords["rope"], 2, 5, 16)
+    want = ops.qk_norm_rope(q, q, **keywords)
+    assert ops.stats()["qk_norm_rope"] == {"cpu": 0, "cuda": 0, "triton": 0, "reference": 1}
+    said = ops.backends("qk_norm_rope", q, q, **keywords)
+    assert [choice.backend for choice in said] == ["cpu", "cuda", "triton", "reference"] and [choice.runs for choice in said] == [False, False, False, True]
+    assert all("PyTorch's own F.normalize" in choice.reason for choice in said[:3]) and said[3].reason == ""
+    for backend in ("cpu", "cuda", "triton"):
+        with forced(backend):
+            with pytest.raises(BackendError, match=f"qk_norm_rope: the forced backend '{backend}' cannot serve this call: numerics='exact' keeps"):
+                ops.qk_norm_rope(q, q, **keywords)
+            said = ops.backends("qk_norm_rope", q, q, **keywords)
+            assert not any(choice.runs for choice in said) and said[3].reason == f"the backend is forced to {backend!r}"
+    with forced("reference"):
+        for got, expected in zip(ops.qk_norm_rope(q, q, **keywords), want, strict=True):
+            assert_exact(got, expected)
+        assert ops.backends("qk_norm_rope", q, q, **keywords)[3].runs
+    assert ops.stats()["qk_norm_rope"] == {"cpu": 0, "cuda": 0, "triton": 0, "reference": 2}
 
 
 Q = torch.ones(2, 3, 4, 8)

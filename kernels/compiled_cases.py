@@ -173,14 +173,15 @@ for _width, _dtype in itertools.product((5120, 10240), SHORT):
         x = meta(1, 1024, width, dtype=dtype)
         gated_mlp.swiglu_backward(x, x, x, None, False, False)
 
-    @case(f"quick_gelu {_width} {SHORT[_dtype]}")
+    @case(f"quick_gelu bias {_width} {SHORT[_dtype]}")
     def _(width=_width, dtype=_dtype):
-        gated_mlp.quick_gelu(meta(2, 77, width, dtype=dtype), False)
+        gated_mlp.quick_gelu(meta(2, 77, width, dtype=dtype), meta(width, dtype=dtype), False)
 
-    @case(f"quick_gelu_backward {_width} {SHORT[_dtype]}")
+    @case(f"quick_gelu_backward bias {_width} {SHORT[_dtype]}")
     def _(width=_width, dtype=_dtype):
         x = meta(2, 77, width, dtype=dtype)
-        gated_mlp.quick_gelu_backward(x, x)
+        gated_mlp.quick_gelu_backward(x, x, meta(width, dtype=dtype), True)
+        gated_mlp.quick_gelu_backward(x, x, None, False)
 
 # The same values in other layouts: the order of the sums must be that of the plain one
 LAYOUTS = {

@@ -105,10 +105,10 @@ static std::tuple<Tensor, Tensor> gradients_alone(const Tensor& grad, const Tens
   return {dx, of_bias ? sums.total(0) : empty_vector(0, x)};
 }
 
-static Tensor quick_gelu(const Tensor& x, bool exact) { return run(alone(x, {}, GatedActivation::quick_gelu), x); }
+static Tensor quick_gelu(const Tensor& x, const std::optional<Tensor>& bias, bool exact) { return run(alone(x, bias, GatedActivation::quick_gelu), x); }
 
-static Tensor quick_gelu_backward(const Tensor& grad, const Tensor& x) {
-  return std::get<0>(gradients_alone(grad, x, {}, false, GatedActivation::quick_gelu));
+static std::tuple<Tensor, Tensor> quick_gelu_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& bias, bool of_bias) {
+  return gradients_alone(grad, x, bias, bias && of_bias, GatedActivation::quick_gelu);
 }
 
 // The epilogue of a linear layer, act(x + bias), for which it shares these loops.

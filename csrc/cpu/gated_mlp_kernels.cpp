@@ -119,7 +119,7 @@ FUSEWIRE_INLINE void choose(const GatedTask& k, const F& f) {
     case GatedActivation::gelu_erf: return with(GeluErf{});
     case GatedActivation::silu: return with(Silu{});
     case GatedActivation::gelu_tanh: return bias ? f(GeluTanh{}, no, yes) : f(GeluTanh{}, no, no);
-    case GatedActivation::quick_gelu: return f(QuickGelu{}, no, no);
+    case GatedActivation::quick_gelu: return bias ? f(QuickGelu{}, no, yes) : f(QuickGelu{}, no, no);
   }
 }
 

@@ -23,8 +23,12 @@ def _fake_backward(grad, x, gate, bias, *rest):
     return x.new_empty(x.shape), x.new_empty(0 if gate is None else x.shape), x.new_empty(of_bias)
 
 
-def _fake_unary(first, *rest):
-    return first.new_empty(first.shape)
+def _fake_quick(x, bias, exact):
+    return x.new_empty(x.shape, dtype=promoted(x.dtype, bias))
+
+
+def _fake_quick_backward(grad, x, bias, of_bias):
+    return x.new_empty(x.shape), x.new_empty(x.shape[-1] if of_bias and bias is not None else 0)
 
 
 def _table(op, why_not: str, meaning) -> Table:
@@ -41,7 +45,8 @@ def _backward_table(arguments: str, results: str, meaning, fake) -> Table:
 _TENSORS, _THREE = "Tensor grad, Tensor x, Tensor? gate, Tensor? bias", "(Tensor, Tensor, Tensor)"
 _geglu_backward = _backward_table(f"{_TENSORS}, bool of_bias", _THREE, reference.geglu_backward, _fake_backward)
 _swiglu_backward = _backward_table(f"{_TENSORS}, bool gate_first, bool of_bias", _THREE, reference.swiglu_backward, _fake_backward)
-_quick_backward = _backward_table("Tensor grad, Tensor x", "Tensor", reference.quick_gelu_backward, _fake_unary)
+_quick_backward = _backward_table("Tensor grad, Tensor x, Tensor? bias, bool of_bias", "(Tensor, Tensor)", reference.quick_gelu_backward,
+                                  _fake_quick_backward)
 
 
 def _recomputed(x, *rest) -> bool:
@@ -56,6 +61,11 @@ def _gradients(table: Table):
     return gradients
 
 
+def _gradients_quick(needed, grads, x, bias, exact):
+    dx, dbias = _quick_backward(grads[0], x, bias, needed[1])
+    return dx, dbias if needed[1] else None, None
+
+
 def _forward_table(arguments: str, meaning, fake, gradients) -> Table:
     backward, setup_context = fused(meaning, gradients, _recomputed)
     op = define(f"{meaning.__name__}({arguments}) -> Tensor", fallback=meaning, fake=fake, backward=backward, setup_context=setup_context)
@@ -64,8 +74,7 @@ def _forward_table(arguments: str, meaning, fake, gradients) -> Table:
 
 _geglu = _forward_table("Tensor x, Tensor? gate, Tensor? bias, bool exact", reference.geglu, _fake, _gradients(_geglu_backward))
 _swiglu = _forward_table("Tensor x, Tensor? gate, Tensor? bias, bool gate_first, bool exact", reference.swiglu, _fake, _gradients(_swiglu_backward))
-_quick_gelu = _forward_table("Tensor x, bool exact", reference.quick_gelu, _fake_unary,
-                             lambda needed, grads, x, exact: (_quick_backward(grads[0], x), None))
+_quick_gelu = _forward_table("Tensor x, Tensor? bias, bool exact", reference.quick_gelu, _fake_quick, _gradients_quick)
 
 
 def _check(x, gate, bias) -> None:
@@ -117,18 +126,21 @@ def swiglu(x, *, gate=None, bias=None, gate_first: bool = False, numerics: str =
     return _swiglu(x, gate, bias, bool(gate_first), is_exact(numerics))
 
 
-def quick_gelu(x, *, numerics: str = "exact") -> torch.Tensor:
+def quick_gelu(x, *, bias=None, numerics: str = "exact") -> torch.Tensor:
     """``x * sigmoid(1.702 x)``, in one pass.
 
     Args:
         x: [..., F], float32, bfloat16, float16 or float64, any strides.
+        bias: [F], added to x first (that of the projection), or None.
         numerics: as in ``geglu``.
 
-    Returns: [..., F], contiguous, in x's dtype.
+    Returns: [..., F], contiguous, in the dtype that eager PyTorch gives.
     Raises: as ``geglu``.
     Source: CLIP's activation; diffusers' ApproximateGELU, transformers' QuickGELUActivation.
     """
     checks.floating("x", x)
     if not x.dim():
         raise ValueError("x has shape []; it should be [..., F]")
-    return _quick_gelu(x, is_exact(numerics))
+    if bias is not None:
+        checks.vector("bias", bias, x.shape[-1], x.device)
+    return _quick_gelu(x, bias, is_exact(numerics))

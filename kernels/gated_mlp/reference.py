@@ -42,10 +42,13 @@ def swiglu(x, gate, bias, gate_first: bool, exact: bool) -> torch.Tensor:
     return _gated(F.silu, x, gate, bias, gate_first, exact)
 
 
-def quick_gelu(x, exact: bool) -> torch.Tensor:
-    """x * sigmoid(1.702 x)"""
-    y = x if exact else x.to(compute_dtype(x.dtype))
-    return (y * torch.sigmoid(1.702 * y)).to(x.dtype).contiguous()
+def quick_gelu(x, bias, exact: bool) -> torch.Tensor:
+    """y * sigmoid(1.702 y) with y = x + bias"""
+    dtype = promoted(x.dtype, bias)
+    if not exact:
+        x, bias = (None if t is None else t.to(compute_dtype(dtype)) for t in (x, bias))
+    y = x if bias is None else x + bias
+    return (y * torch.sigmoid(1.702 * y)).to(dtype).contiguous()
 
 
 def _gelu_slope(z):
@@ -82,6 +85,10 @@ def swiglu_backward(grad, x, gate, bias, gate_first: bool, of_bias: bool) -> tup
     return _gradients(F.silu, _silu_slope, grad, x, gate, bias, gate_first, of_bias)
 
 
-def quick_gelu_backward(grad, x) -> torch.Tensor:
-    z = 1.702 * x.to(compute_dtype(x.dtype))
-    return (grad.to(z.dtype) * _silu_slope(z)).to(x.dtype).contiguous()
+def quick_gelu_backward(grad, x, bias, of_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Those of x and bias; that of the bias has no elements where it is not wanted."""
+    dtype = x.dtype
+    grad, x, bias = (None if t is None else t.to(compute_dtype(dtype)) for t in (grad, x, bias))
+    dx = grad * _silu_slope(1.702 * (x if bias is None else x + bias))
+    dbias = dx.sum(tuple(range(x.dim() - 1))) if of_bias and bias is not None else x.new_empty(0)
+    return dx.to(dtype).contiguous(), dbias.to(dtype)

@@ -59,7 +59,8 @@ def gated_kernel(hidden, h_b, h_t, h_c, gate, g_b, g_t, g_c, hidden_bias, hb_c, 
 def gated_backward_kernel(grad, d_b, d_t, d_c, hidden, h_b, h_t, h_c, gate, g_b, g_t, g_c, hidden_bias, hb_c, gate_bias, gb_c,
                           dhidden, dgate, stride, sums, hidden_at, gate_at, rows, tokens, steps, width, blocks,
                           ACT: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows [chunk * steps, ...) of one block of columns. sums [chunks, 2F]: of dhidden and dgate, each at its half of the bias."""
+    """Rows [chunk * steps, ...) of one block of columns. sums [chunks, 2F]: of dhidden and dgate, each at its half of the bias;
+    [chunks, F] without a hidden."""
     i_chunk, i_block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     o_c = i_block * BLOCK + tl.arange(0, BLOCK)
     mask = o_c < width
@@ -79,11 +80,14 @@ def gated_backward_kernel(grad, d_b, d_t, d_c, hidden, h_b, h_t, h_c, gate, g_b,
             tl.store(dhidden + o_row, narrow(b_dhidden, dhidden.dtype.element_ty), mask=m_row)
             if sums is not None:
                 b_hidden_sum += b_dhidden
-                b_gate_sum += b_dgate
+        if sums is not None:
+            b_gate_sum += b_dgate
         tl.store(dgate + o_row, narrow(b_dgate, dgate.dtype.element_ty), mask=m_row)
     if sums is not None:
-        i_sums = i_chunk.to(tl.int64) * 2 * width
-        tl.store(sums + (i_sums + hidden_at + o_c), b_hidden_sum, mask=mask)
+        i_sums = i_chunk.to(tl.int64) * width
+        if hidden is not None:
+            i_sums *= 2
+            tl.store(sums + (i_sums + hidden_at + o_c), b_hidden_sum, mask=mask)
         tl.store(sums + (i_sums + gate_at + o_c), b_gate_sum, mask=mask)
 
 
@@ -95,11 +99,8 @@ def _halves(x, gate, bias, gate_first: bool):
 
 
 def _forward(activation: int, x, gate, bias, gate_first: bool) -> torch.Tensor:
-    if activation == QUICK:
-        hidden, gate_rows, biases, dtype = None, as_tokens(x), (None, None), x.dtype
-    else:
-        hidden, gate_rows, *biases = _halves(x, gate, bias, gate_first)
-        dtype = promoted(x.dtype, gate, bias)
+    hidden, gate_rows, *biases = (None, as_tokens(x), None, bias) if activation == QUICK else _halves(x, gate, bias, gate_first)
+    dtype = promoted(x.dtype, gate, bias)
     width, tokens = gate_rows.shape[2], gate_rows.shape[1]
     out = x.new_empty((*x.shape[:-1], width), dtype=dtype)
     block, warps = flat_tile(width, arch_of(x.device))
@@ -117,19 +118,16 @@ def swiglu(x, gate, bias, gate_first: bool, exact: bool) -> torch.Tensor:
     return _forward(SILU, x, gate, bias, gate_first)
 
 
-def quick_gelu(x, exact: bool) -> torch.Tensor:
-    return _forward(QUICK, x, None, None, False)
+def quick_gelu(x, bias, exact: bool) -> torch.Tensor:
+    return _forward(QUICK, x, None, bias, False)
 
 
 def _backward(activation: int, grad, x, gate, bias, gate_first: bool, of_bias: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dx, dgate = x.new_empty(x.shape), x.new_empty(0 if gate is None else x.shape)
-    if activation == QUICK:
-        hidden, gate_rows, biases = None, as_tokens(x), (None, None)
-    else:
-        hidden, gate_rows, *biases = _halves(x, gate, bias, gate_first)
+    hidden, gate_rows, *biases = (None, as_tokens(x), None, bias) if activation == QUICK else _halves(x, gate, bias, gate_first)
     width, tokens = gate_rows.shape[2], gate_rows.shape[1]
-    hidden_at, gate_at = (width, 0) if gate_first else (0, width)
-    if activation == QUICK:
+    hidden_at, gate_at = (width, 0) if gate_first or hidden is None else (0, width)
+    if hidden is None:
         stride, of_hidden, of_gate = width, None, dx
     elif gate is None:
         flat = dx.view(-1)
@@ -139,7 +137,7 @@ def _backward(activation: int, grad, x, gate, bias, gate_first: bool, of_bias: b
     rows = gate_rows.shape[0] * tokens
     steps = max(cdiv(rows, CHUNKS), 1) if of_bias else 1
     chunks = cdiv(rows, steps)
-    sums = x.new_empty((chunks, 2 * width), dtype=torch.float32) if of_bias else None
+    sums = x.new_empty((chunks, width if hidden is None else 2 * width), dtype=torch.float32) if of_bias else None
     block, warps = flat_tile(width, arch_of(x.device))
     blocks = cdiv(width, block)
     grad = as_tokens(grad)
@@ -157,5 +155,6 @@ def swiglu_backward(grad, x, gate, bias, gate_first: bool, of_bias: bool) -> tup
     return _backward(SILU, grad, x, gate, bias, gate_first, of_bias)
 
 
-def quick_gelu_backward(grad, x) -> torch.Tensor:
-    return _backward(QUICK, grad, x, None, None, False, False)[0]
+def quick_gelu_backward(grad, x, bias, of_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    dx, _, dbias = _backward(QUICK, grad, x, None, bias, False, of_bias and bias is not None)
+    return dx, dbias

@@ -17,20 +17,19 @@ KINDS = {
     "swiglu-apart": ("swiglu", {}, True),
     "quick_gelu": ("quick_gelu", {}, None),
 }
-GATED = tuple(kind for kind in KINDS if kind != "quick_gelu")
 
 
 def inputs(rows: int, width: int, dtype=torch.float32, kind: str = "geglu", bias: bool = True, batch: int = 2, spread: float = 3.0) -> dict:
-    """x [B, T, 2F] (or [B, T, F] and a gate), bias [2F] or None. The gates reach into both tails of the activations."""
+    """x [B, T, 2F] (or [B, T, F] and a gate), bias [2F] or None; for quick GELU x [B, T, F], bias [F]. The gates reach into both tails of the activations."""
     apart = KINDS[kind][2]
     x = (spread * torch.randn(batch, rows, width if apart or apart is None else 2 * width)).to(dtype)
     return {"x": x, "gate": (spread * torch.randn(batch, rows, width)).to(dtype) if apart else None,
-            "bias": torch.randn(2 * width).to(dtype) if bias and apart is not None else None}
+            "bias": torch.randn(width if apart is None else 2 * width).to(dtype) if bias else None}
 
 
 def call(kind: str, v: dict, **keywords) -> torch.Tensor:
     name, own, apart = KINDS[kind]
-    tensors = {} if apart is None else {"gate": v["gate"], "bias": v["bias"]}
+    tensors = {"bias": v["bias"]} if apart is None else {"gate": v["gate"], "bias": v["bias"]}
     return getattr(ops, name)(v["x"], **tensors, **own, **keywords)
 
 
@@ -44,7 +43,8 @@ def stock(kind: str, v: dict) -> torch.Tensor:
     """What follows the projection in diffusers' GEGLU, SwiGLU, Flux2SwiGLU and ApproximateGELU, written out."""
     x, gate, bias = v["x"], v["gate"], v["bias"]
     if kind == "quick_gelu":
-        return x * torch.sigmoid(1.702 * x)
+        y = x if bias is None else x + bias
+        return y * torch.sigmoid(1.702 * y)
     if gate is not None:
         first, second = (x, gate) if bias is None else (x + bias[:x.shape[-1]], gate + bias[x.shape[-1]:])
     else:

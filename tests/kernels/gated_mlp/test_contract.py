@@ -9,7 +9,7 @@ from torch.library import opcheck
 from fusewire import ops
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
-from tests.kernels.gated_mlp.cases import DTYPES, GATED, KINDS, call, inputs, leaves, served, stock
+from tests.kernels.gated_mlp.cases import DTYPES, KINDS, call, inputs, leaves, served, stock
 from tests.kernels.on_reference import EXACT, MIXED_DTYPES
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_exact
@@ -173,7 +173,7 @@ def test_exact_gradients_of_the_registered_op(kind, dtype):
     v = inputs(9, 65, dtype, kind)
     (these, wanted), (others, wanted_too) = leaves(v), leaves(v)
     name, keywords, apart = KINDS[kind]
-    rest = () if apart is None else (these["gate"], these["bias"], *([keywords.get("gate_first", False)] if name == "swiglu" else []))
+    rest = (these["bias"],) if apart is None else (these["gate"], these["bias"], *([keywords.get("gate_first", False)] if name == "swiglu" else []))
     got, want = getattr(torch.ops.fusewire, name)(these["x"], *rest, True), stock(kind, others)
     grad = torch.randn_like(want)
     for mine, theirs in zip(torch.autograd.grad(got, wanted, grad), torch.autograd.grad(want, wanted_too, grad), strict=True):
@@ -181,7 +181,7 @@ def test_exact_gradients_of_the_registered_op(kind, dtype):
     assert served(kind, "_backward") == (0, 0)
 
 
-@pytest.mark.parametrize("kind", GATED)
+@pytest.mark.parametrize("kind", KINDS)
 def test_some_gradients(kind):
     """What is not wanted is not computed, and changes nothing in the rest."""
     v = inputs(7, 40, kind=kind)
@@ -203,8 +203,9 @@ def test_fake_mismatch(exact, permuted):
 
     x, gate, bias, grad = lay(2, 3, 8), lay(2, 3, 8), torch.rand(16, requires_grad=True), lay(2, 3, 8).detach()
     both, fusewire = lay(2, 3, 16), torch.ops.fusewire
-    opcheck(fusewire.quick_gelu.default, (x, exact))
-    opcheck(fusewire.quick_gelu_backward.default, (grad, x.detach()))
+    for own in (None, torch.rand(8, requires_grad=True)):
+        opcheck(fusewire.quick_gelu.default, (x, own, exact))
+        opcheck(fusewire.quick_gelu_backward.default, (grad, x.detach(), None if own is None else own.detach(), own is not None))
     for tensors in ((x, gate, bias), (both, None, bias), (both, None, None)):
         opcheck(fusewire.geglu.default, (*tensors, exact))
         opcheck(fusewire.swiglu.default, (*tensors, tensors[1] is None, exact))
@@ -221,7 +222,7 @@ def test_compile(numerics):
     """No graph break, the same bits forward, the same gradients in a training step; a second shape compiles too."""
     def step(x, bias):
         half = x.shape[-1] // 2
-        return [ops.geglu(x, bias=bias, numerics=numerics), ops.swiglu(x, gate_first=True, numerics=numerics), ops.quick_gelu(x, numerics=numerics),
+        return [ops.geglu(x, bias=bias, numerics=numerics), ops.swiglu(x, gate_first=True, numerics=numerics), ops.quick_gelu(x, bias=bias, numerics=numerics),
                 ops.swiglu(x[..., :half], gate=x[..., half:], bias=bias, numerics=numerics)]
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -238,7 +239,7 @@ def test_compile(numerics):
 @pytest.mark.parametrize("autocast", (False, True))
 def test_autocast(autocast, dtypes):
     """autocast: every pair of x's and the bias's dtype gives what stock gives, forward and backward."""
-    for kind in GATED:
+    for kind in KINDS:
         v = inputs(3, 16, dtypes[0], kind)
         v["bias"] = v["bias"].to(dtypes[1])
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -268,7 +269,7 @@ def test_vmap():
     v = inputs(4, 8, batch=3)
     for numerics in NUMERICS:
         assert_exact(torch.vmap(lambda x: ops.geglu(x, bias=v["bias"], numerics=numerics))(v["x"]), call("geglu", v, numerics=numerics))
-        assert_exact(torch.vmap(lambda x: ops.quick_gelu(x, numerics=numerics))(v["x"]), ops.quick_gelu(v["x"], numerics=numerics))
+        assert_exact(torch.vmap(lambda x: ops.quick_gelu(x, bias=v["bias"], numerics=numerics))(v["x"]), ops.quick_gelu(v["x"], bias=v["bias"], numerics=numerics))
 
 
 X = torch.ones(2, 3, 8)
@@ -283,6 +284,9 @@ BAD = {
     "gate device": (lambda: ops.swiglu(X, gate=X.to("meta")), ValueError, "gate is on meta; it should be on cpu"),
     "bias of one half": (lambda: ops.geglu(X, bias=torch.ones(4)), ValueError, r"bias has shape \[4\]; it should be \[8\]"),
     "bias beside a gate": (lambda: ops.geglu(X, gate=X, bias=torch.ones(8)), ValueError, r"bias has shape \[8\]; it should be \[16\]"),
+    "bias of quick GELU": (lambda: ops.quick_gelu(X, bias=torch.ones(16)), ValueError, r"bias has shape \[16\]; it should be \[8\]"),
+    "integer bias": (lambda: ops.quick_gelu(X, bias=torch.ones(8, dtype=torch.int32)), TypeError, "bias has dtype torch.int32"),
+    "bias device": (lambda: ops.quick_gelu(X, bias=torch.ones(8, device="meta")), ValueError, "bias is on meta; it should be on cpu"),
     "gate twice": (lambda: ops.swiglu(X, gate=X, gate_first=True), ValueError, "gate_first is True beside a gate of its own"),
     "numerics": (lambda: ops.quick_gelu(X, numerics="fast"), ValueError, "numerics is 'fast'"),
 }

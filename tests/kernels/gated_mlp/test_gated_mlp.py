@@ -12,7 +12,7 @@ from fusewire.kernels.dispatch import forced
 from fusewire.kernels.gated_mlp import reference
 from fusewire.kernels.library import CPU
 from tests.effort import examples
-from tests.kernels.gated_mlp.cases import DTYPES, GATED, KINDS, call, inputs, leaves, served, stock, wide
+from tests.kernels.gated_mlp.cases import DTYPES, KINDS, call, inputs, leaves, served, stock, wide
 from tests.kernels.isa_levels import run_at
 from tests.kernels.on_reference import EXACT
 from tests.layouts import LAYOUTS
@@ -168,7 +168,8 @@ def test_the_reference_of_close_rounds_once(dtype):
     for name, rest in (("geglu", ()), ("swiglu", (True,))):
         function = getattr(reference, name)
         assert_exact(function(x, None, bias, *rest, False), function(x.float(), None, bias.float(), *rest, True).to(dtype), name)
-    assert_exact(reference.quick_gelu(x, False), reference.quick_gelu(x.float(), True).to(dtype))
+    for b in (None, bias):
+        assert_exact(reference.quick_gelu(x, b, False), reference.quick_gelu(x.float(), None if b is None else b.float(), True).to(dtype))
 
 
 @pytest.mark.parametrize("kind", ("geglu", "swiglu", "quick_gelu"))
@@ -185,7 +186,7 @@ def test_biased_cast(dtype, kind):
     assert served(kind) == served(kind, "_backward") == (1, 0)
 
 
-@pytest.mark.parametrize("kind", GATED)
+@pytest.mark.parametrize("kind", KINDS)
 @needs_library
 def test_bias_gradient_of_many_rows(kind):
     """The sums over 70,000 rows keep float32's precision: a running sum in order would be off by its length."""

@@ -36,12 +36,13 @@ def test_values(kind, dtype, width, bias):
 
 
 @pytest.mark.parametrize("chunks", (1, 3, 5))
-def test_sums_over_many_rows(monkeypatch, chunks):
+@pytest.mark.parametrize("kind", ("swiglu", "quick_gelu"))
+def test_sums_over_many_rows(monkeypatch, kind, chunks):
     """Programs of the backward that walk over several rows, the last ones with fewer."""
-    v, grad = inputs(7, 40, kind="swiglu"), torch.randn(2, 7, 40)
-    want = gradients("swiglu", v, grad)
+    v, grad = inputs(7, 40, kind=kind), torch.randn(2, 7, 40)
+    want = gradients(kind, v, grad)
     monkeypatch.setattr(triton_kernel, "CHUNKS", chunks)
-    for got, expected in zip(gradients("swiglu", v, grad), want, strict=True):
+    for got, expected in zip(gradients(kind, v, grad), want, strict=True):
         assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 

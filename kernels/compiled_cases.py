@@ -53,7 +53,12 @@ for _channels, _dtype in itertools.product((64, 1152, 1536, 3072, 8192, 16384), 
         @case(f"adaln_modulate_dual {_channels} {SHORT[_dtype]}")
         def _(channels=_channels, dtype=_dtype):
             x, m = _tokens(channels, dtype)
-            adaln.adaln_modulate_dual(x, *m[:4], 1e-6, False)
+            adaln.adaln_modulate_dual(x, *m[:4], None, None, 1e-6, False, False)
+
+        @case(f"adaln_modulate_dual rms affine {_channels} {SHORT[_dtype]}")
+        def _(channels=_channels, dtype=_dtype):
+            (x, m), w = _tokens(channels, dtype), meta(channels, dtype=dtype)
+            adaln.adaln_modulate_dual(x, *m[:4], w, w, 1e-6, True, False)
 
         @case(f"gate_residual exact {_channels} {SHORT[_dtype]}")
         def _(channels=_channels, dtype=_dtype):
@@ -89,7 +94,7 @@ for _channels, _dtype in itertools.product((64, 1152, 1536, 2039, 3072, 4096), S
     @case(f"adaln_modulate_dual_backward {_channels} {SHORT[_dtype]}")
     def _(channels=_channels, dtype=_dtype):
         x, m = _tokens(channels, dtype)
-        adaln.adaln_modulate_dual_backward(x, x, x, *m[:4], 1e-6, 0b11111)
+        adaln.adaln_modulate_dual_backward(x, x, x, *m[:4], None, None, 1e-6, False, 0b11111)
 
     @case(f"gate_residual_backward {_channels} {SHORT[_dtype]}")
     def _(channels=_channels, dtype=_dtype):

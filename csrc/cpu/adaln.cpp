@@ -46,9 +46,11 @@ static Tensor adaln_modulate(const Tensor& x, const Tensor& shift, const Tensor&
 }
 
 static std::tuple<Tensor, Tensor> adaln_modulate_dual(const Tensor& x, const Tensor& shift, const Tensor& scale, const Tensor& shift2,
-                                                      const Tensor& scale2, double eps, bool exact) {
+                                                      const Tensor& scale2, const std::optional<Tensor>& weight,
+                                                      const std::optional<Tensor>& bias, double eps, bool rms, bool exact) {
   Tensor out = empty_contiguous(x), out2 = empty_contiguous(x);
-  AdalnTask k = task(x, eps, false, exact);
+  AdalnTask k = task(x, eps, rms, exact);
+  set_affine(k, weight, bias);
   set_modulation(k, 0, shift, scale, out);
   set_modulation(k, 1, shift2, scale2, out2);
   run(k, x.scalar_type());

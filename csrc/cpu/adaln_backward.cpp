@@ -79,31 +79,32 @@ class AdalnGradients {
   std::vector<Kind> kinds_;
 };
 
-using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-// Of a norm and its modulations, which `gradients` has: those of x, of the first shift and scale, and of two more arguments.
-static Five of_norm(AdalnGradients& gradients, const Tensor& x, const Tensor& shift, const Tensor& scale, const Optional& fourth, const Optional& fifth) {
-  gradients.task().x = leading_rows(x, x);
-  const Tensor dx = gradients.rows(0, gradients.task().dx), dshift = gradients.sum(1, shift), dscale = gradients.sum(2, scale);
-  const Tensor dfourth = gradients.sum(3, fourth), dfifth = gradients.sum(4, fifth);
-  gradients.run();
-  return {dx, dshift, dscale, dfourth, dfifth};
-}
-
-static Five adaln_modulate_backward(const Tensor& grad, const Tensor& x, const Tensor& shift, const Tensor& scale, const Optional& weight,
-                                    const Optional& bias, double eps, bool rms, int64_t wanted) {
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaln_modulate_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& shift, const Tensor& scale, const Optional& weight, const Optional& bias, double eps, bool rms,
+    int64_t wanted) {
   AdalnGradients gradients(x, eps, rms, wanted);
+  gradients.task().x = leading_rows(x, x);
   gradients.add_modulation(grad, scale);
   gradients.set_affine(weight, bias);
-  return of_norm(gradients, x, shift, scale, weight, bias);
+  const Tensor dx = gradients.rows(0, gradients.task().dx), dshift = gradients.sum(1, shift), dscale = gradients.sum(2, scale);
+  const Tensor dweight = gradients.sum(3, weight), dbias = gradients.sum(4, bias);
+  gradients.run();
+  return {dx, dshift, dscale, dweight, dbias};
 }
 
-static Five adaln_modulate_dual_backward(const Tensor& grad, const Tensor& grad2, const Tensor& x, const Tensor& shift, const Tensor& scale,
-                                         const Tensor& shift2, const Tensor& scale2, double eps, int64_t wanted) {
-  AdalnGradients gradients(x, eps, false, wanted);
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln_modulate_dual_backward(
+    const Tensor& grad, const Tensor& grad2, const Tensor& x, const Tensor& shift, const Tensor& scale, const Tensor& shift2, const Tensor& scale2,
+    const Optional& weight, const Optional& bias, double eps, bool rms, int64_t wanted) {
+  AdalnGradients gradients(x, eps, rms, wanted);
+  gradients.task().x = leading_rows(x, x);
   gradients.add_modulation(grad, scale);
   gradients.add_modulation(grad2, scale2);
-  return of_norm(gradients, x, shift, scale, shift2, scale2);
+  gradients.set_affine(weight, bias);
+  const Tensor dx = gradients.rows(0, gradients.task().dx), dshift = gradients.sum(1, shift), dscale = gradients.sum(2, scale);
+  const Tensor dshift2 = gradients.sum(3, shift2), dscale2 = gradients.sum(4, scale2);
+  const Tensor dweight = gradients.sum(5, weight), dbias = gradients.sum(6, bias);
+  gradients.run();
+  return {dx, dshift, dscale, dshift2, dscale2, dweight, dbias};
 }
 
 // Of y and gate: that of x is `grad` itself.

@@ -172,7 +172,7 @@ template <typename T>
 static void choose(const AdalnGradientTask& k, int64_t begin, int64_t end) {
   const bool affine = k.weight.data || k.bias.data;
   if (k.modulations == 0) return run<T, 0, 1, false>(k, begin, end);
-  if (k.modulations == 2) return run<T, 2, 0, false>(k, begin, end);
+  if (k.modulations == 2) return (affine ? run<T, 2, 0, true> : run<T, 2, 0, false>)(k, begin, end);
   if (k.gates == 0) return (affine ? run<T, 1, 0, true> : run<T, 1, 0, false>)(k, begin, end);
   if (k.gates == 1) return (affine ? run<T, 1, 1, true> : run<T, 1, 1, false>)(k, begin, end);
   (affine ? run<T, 1, 2, true> : run<T, 1, 2, false>)(k, begin, end);

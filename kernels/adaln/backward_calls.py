@@ -21,9 +21,9 @@ def calls(backward: Callable) -> tuple[Callable, Callable, Callable, Callable]:
         arguments = {"x": x, "shift": shift, "scale": scale, "weight": weight, "bias": bias}
         return backward(wanted, RMS if rms else LAYER, eps, None, grad, None, arguments)
 
-    def adaln_modulate_dual_backward(grad, grad2, x, shift, scale, shift2, scale2, eps: float, wanted: int):
-        arguments = {"x": x, "shift": shift, "scale": scale, "shift2": shift2, "scale2": scale2}
-        return backward(wanted, LAYER, eps, None, grad, grad2, arguments)
+    def adaln_modulate_dual_backward(grad, grad2, x, shift, scale, shift2, scale2, weight, bias, eps: float, rms: bool, wanted: int):
+        arguments = {"x": x, "shift": shift, "scale": scale, "shift2": shift2, "scale2": scale2, "weight": weight, "bias": bias}
+        return backward(wanted, RMS if rms else LAYER, eps, None, grad, grad2, arguments)
 
     def gate_residual_backward(grad, y, gate, wanted: int):
         return backward(wanted, NONE, 0.0, grad, None, None, {"y": y, "gate": gate})

@@ -39,11 +39,13 @@ def adaln_modulate(x, shift, scale, weight, bias, eps: float, rms: bool, exact: 
     return out
 
 
-def adaln_modulate_dual(x, shift, scale, shift2, scale2, eps: float, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def adaln_modulate_dual(x, shift, scale, shift2, scale2, weight, bias, eps: float, rms: bool, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
     out, out2 = x.new_empty(x.shape), x.new_empty(x.shape)
+    modulations = shift, scale, shift2, scale2, None, out, out2, eps
     if exact:
-        x = normalise(x, None, None, eps, False)
-    op(x, None, None, None, None, None, None, shift, scale, shift2, scale2, None, out, out2, eps, NONE if exact else LAYER, exact)
+        op(normalise(x, weight, bias, eps, rms), None, None, None, None, None, None, *modulations, NONE, True)
+    else:
+        op(x, None, None, None, None, weight, bias, *modulations, RMS if rms else LAYER, False)
     return out, out2
 
 

@@ -39,8 +39,8 @@ def why_not_modulate_backward(*args) -> str:
 
 
 def why_not_modulate_dual_backward(*args) -> str:
-    grad, grad2, x, shift, scale, shift2, scale2 = args[:7]
-    return _serves(triton_limits.why_not_modulate_dual_backward, args, x, grad, grad2, shift, scale, shift2, scale2)
+    grad, grad2, x, shift, scale, shift2, scale2, weight, bias = args[:9]
+    return _serves(triton_limits.why_not_modulate_dual_backward, args, x, grad, grad2, shift, scale, shift2, scale2, weight, bias)
 
 
 def why_not_gate_backward(*args) -> str:

@@ -22,8 +22,8 @@ def _fake_modulate(grad, x, shift, scale, weight, bias, eps, rms, wanted):
     return _asked(wanted, x, shift, scale, weight, bias)
 
 
-def _fake_modulate_dual(grad, grad2, x, shift, scale, shift2, scale2, eps, wanted):
-    return _asked(wanted, x, shift, scale, shift2, scale2)
+def _fake_modulate_dual(grad, grad2, x, shift, scale, shift2, scale2, weight, bias, eps, rms, wanted):
+    return _asked(wanted, x, shift, scale, shift2, scale2, weight, bias)
 
 
 def _fake_gate(grad, y, gate, wanted):
@@ -43,11 +43,10 @@ def _table(schema: str, meaning, fake, why_not: str) -> Table:
 
 
 _AFFINE = "Tensor? weight, Tensor? bias, float eps, bool rms, int wanted"
-_FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
-_modulate = _table(f"adaln_modulate_backward(Tensor grad, Tensor x, Tensor shift, Tensor scale, {_AFFINE}) -> {_FIVE}",
+_modulate = _table(f"adaln_modulate_backward(Tensor grad, Tensor x, Tensor shift, Tensor scale, {_AFFINE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
                    reference.adaln_modulate_backward, _fake_modulate, "why_not_modulate_backward")
 _modulate_dual = _table("adaln_modulate_dual_backward(Tensor grad, Tensor grad2, Tensor x, Tensor shift, Tensor scale, Tensor shift2, Tensor scale2, "
-                        f"float eps, int wanted) -> {_FIVE}",
+                        f"{_AFFINE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
                         reference.adaln_modulate_dual_backward, _fake_modulate_dual, "why_not_modulate_dual_backward")
 _gate = _table("gate_residual_backward(Tensor grad, Tensor y, Tensor gate, int wanted) -> (Tensor, Tensor)",
                reference.gate_residual_backward, _fake_gate, "why_not_gate_backward")
@@ -74,9 +73,9 @@ def of_modulate(needed, grads, x, shift, scale, weight, bias, eps, rms, exact):
     return _wanted(needed, _modulate(grads[0], x, shift, scale, weight, bias, eps, rms, _bits(needed[:5])))
 
 
-def of_modulate_dual(needed, grads, x, shift, scale, shift2, scale2, eps, exact):
+def of_modulate_dual(needed, grads, x, shift, scale, shift2, scale2, weight, bias, eps, rms, exact):
     grad, grad2 = (_given(grad, x) for grad in grads)
-    return _wanted(needed, _modulate_dual(grad, grad2, x, shift, scale, shift2, scale2, eps, _bits(needed[:5])))
+    return _wanted(needed, _modulate_dual(grad, grad2, x, shift, scale, shift2, scale2, weight, bias, eps, rms, _bits(needed[:7])))
 
 
 def of_gate(needed, grads, x, y, gate, exact):

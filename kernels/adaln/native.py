@@ -96,12 +96,12 @@ def why_not_modulate(x, shift, scale, weight, bias, eps, rms, exact) -> str:
     return _why_not(x, rms, exact, (("shift", shift), ("scale", scale), ("weight", weight), ("bias", bias)))
 
 
-def why_not_modulate_dual(x, shift, scale, shift2, scale2, eps, exact) -> str:
+def why_not_modulate_dual(x, shift, scale, shift2, scale2, weight, bias, eps, rms, exact) -> str:
     dtype = x.dtype
-    if (x.is_cpu and shift.dtype is dtype and scale.dtype is dtype and shift2.dtype is dtype and scale2.dtype is dtype and not stands_down
-            and CPU.loaded):
+    if (x.is_cpu and shift.dtype is dtype and scale.dtype is dtype and shift2.dtype is dtype and scale2.dtype is dtype and weight is None and bias is None
+            and not rms and not stands_down and CPU.loaded):
         return ""
-    return _why_not(x, False, exact, (("shift", shift), ("scale", scale), ("shift2", shift2), ("scale2", scale2)))
+    return _why_not(x, rms, exact, (("shift", shift), ("scale", scale), ("shift2", shift2), ("scale2", scale2), ("weight", weight), ("bias", bias)))
 
 
 def why_not_gate(x, y, gate, exact) -> str:
@@ -134,8 +134,8 @@ def why_not_modulate_backward(grad, x, shift, scale, weight, bias, eps, rms, wan
     return _why_not_gradient(x=x, grad=grad, shift=shift, scale=scale, weight=weight, bias=bias)
 
 
-def why_not_modulate_dual_backward(grad, grad2, x, shift, scale, shift2, scale2, eps, wanted) -> str:
-    return _why_not_gradient(x=x, grad=grad, grad2=grad2, shift=shift, scale=scale, shift2=shift2, scale2=scale2)
+def why_not_modulate_dual_backward(grad, grad2, x, shift, scale, shift2, scale2, weight, bias, eps, rms, wanted) -> str:
+    return _why_not_gradient(x=x, grad=grad, grad2=grad2, shift=shift, scale=scale, shift2=shift2, scale2=scale2, weight=weight, bias=bias)
 
 
 def why_not_gate_backward(grad, y, gate, wanted) -> str:

@@ -19,8 +19,9 @@ def _fake_modulate(x, shift, scale, weight, bias, eps, rms, exact):
     return x.new_empty(x.shape, dtype=promoted(normalised_dtype(x.dtype, weight, bias, rms), scale, shift))
 
 
-def _fake_modulate_dual(x, shift, scale, shift2, scale2, eps, exact):
-    return x.new_empty(x.shape, dtype=promoted(x.dtype, scale, shift)), x.new_empty(x.shape, dtype=promoted(x.dtype, scale2, shift2))
+def _fake_modulate_dual(x, shift, scale, shift2, scale2, weight, bias, eps, rms, exact):
+    dtype = normalised_dtype(x.dtype, weight, bias, rms)
+    return x.new_empty(x.shape, dtype=promoted(dtype, scale, shift)), x.new_empty(x.shape, dtype=promoted(dtype, scale2, shift2))
 
 
 def _fake_gate(x, y, gate, exact):
@@ -41,7 +42,8 @@ _modulate_op = _register(
     "adaln_modulate(Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, float eps, bool rms, bool exact) -> Tensor",
     reference.adaln_modulate, _fake_modulate, gradients.of_modulate)
 _modulate_dual_op = _register(
-    "adaln_modulate_dual(Tensor x, Tensor shift, Tensor scale, Tensor shift2, Tensor scale2, float eps, bool exact) -> (Tensor, Tensor)",
+    "adaln_modulate_dual(Tensor x, Tensor shift, Tensor scale, Tensor shift2, Tensor scale2, Tensor? weight, Tensor? bias, float eps, bool rms, "
+    "bool exact) -> (Tensor, Tensor)",
     reference.adaln_modulate_dual, _fake_modulate_dual, gradients.of_modulate_dual)
 _gate_op = _register("gate_residual(Tensor x, Tensor y, Tensor gate, bool exact) -> Tensor", reference.gate_residual, _fake_gate, gradients.of_gate)
 _gate_modulate_op = _register(
@@ -114,25 +116,33 @@ def adaln_modulate(x, shift, scale, *, eps: float = 1e-6, norm: str = "layer", w
     return _modulate(x, shift, scale, *options)
 
 
-def adaln_modulate_dual(x, shift, scale, shift2, scale2, *, eps: float = 1e-6, numerics: str = "exact") -> tuple[torch.Tensor, torch.Tensor]:
-    """``(n * (1 + scale) + shift, n * (1 + scale2) + shift2)`` with one ``n = layer_norm(x)``, in one pass.
+def adaln_modulate_dual(x, shift, scale, shift2, scale2, *, eps: float = 1e-6, norm: str = "layer", weight=None, bias=None,
+                        numerics: str = "exact") -> tuple[torch.Tensor, torch.Tensor]:
+    """``(n * (1 + scale) + shift, n * (1 + scale2) + shift2)`` with one ``n = norm(x)``, in one pass.
 
     Args:
         x: [B, T, C] tokens, float32, bfloat16, float16 or float64, any strides.
-        shift, scale, shift2, scale2: as ``shift`` and ``scale`` in ``adaln_modulate``, none of them None.
-        eps: added to the variance; greater than 0.
+        shift, scale, shift2, scale2: as ``shift`` and ``scale`` in ``adaln_modulate``. ``shift`` and ``shift2`` may each be None.
+        eps, norm, weight, bias: as in ``adaln_modulate``.
         numerics: ``"exact"`` rounds where eager PyTorch rounds, ``"close"`` once at the end.
 
     Returns: two tensors [B, T, C], contiguous, in the dtype that eager PyTorch gives.
     Raises: as ``adaln_modulate``.
     Source: Stable Diffusion 3.5 medium (MMDiT-X), whose first blocks feed a joint and a self-attention from one norm.
     """
+    if shift is None or shift2 is None:
+        checks.modulated(x, ("scale", "scale2"), (scale, scale2))  # named before a shift is made of them
+        shift, shift2 = (forms.no_shift(of) if given is None else given for given, of in ((shift, scale), (shift2, scale2)))
     frames = checks.modulated(x, ("shift", "scale", "shift2", "scale2"), (shift, scale, shift2, scale2))
+    if weight is not None or bias is not None:
+        checks.vector("weight", weight, x.shape[-1], x.device)
+        checks.vector("bias", bias, x.shape[-1], x.device)
     checks.positive("eps", eps)
+    options = weight, bias, eps, _is_rms(norm), is_exact(numerics)
     if frames > 1:
-        outputs = _modulate_dual(*forms.by_frames(frames, x.shape, x, shift, scale, shift2, scale2), eps, is_exact(numerics))
+        outputs = _modulate_dual(*forms.by_frames(frames, x.shape, x, shift, scale, shift2, scale2), *options)
         return outputs[0].view(x.shape), outputs[1].view(x.shape)
-    return _modulate_dual(x, shift, scale, shift2, scale2, eps, is_exact(numerics))
+    return _modulate_dual(x, shift, scale, shift2, scale2, *options)
 
 
 def gate_residual(x, y, gate, *, gate_tanh: bool = False, numerics: str = "exact") -> torch.Tensor:

@@ -62,12 +62,13 @@ def adaln_modulate(x, shift, scale, weight, bias, eps: float, rms: bool, exact: 
     return _modulated(normalise(x, weight, bias, eps, rms), shift, scale).to(dtype)
 
 
-def adaln_modulate_dual(x, shift, scale, shift2, scale2, eps: float, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(layer_norm(x) * (1 + scale) + shift, layer_norm(x) * (1 + scale2) + shift2)."""
-    dtype, dtype2 = promoted(x.dtype, scale, shift), promoted(x.dtype, scale2, shift2)
+def adaln_modulate_dual(x, shift, scale, shift2, scale2, weight, bias, eps: float, rms: bool, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm(x) * (1 + scale) + shift, norm(x) * (1 + scale2) + shift2)."""
+    normed = normalised_dtype(x.dtype, weight, bias, rms)
+    dtype, dtype2 = promoted(normed, scale, shift), promoted(normed, scale2, shift2)
     if not exact:
-        x, shift, scale, shift2, scale2 = _wide(x.dtype, x, shift, scale, shift2, scale2)
-    norm = normalise(x, None, None, eps, False)
+        x, shift, scale, shift2, scale2, weight, bias = _wide(normed, x, shift, scale, shift2, scale2, weight, bias)
+    norm = normalise(x, weight, bias, eps, rms)
     return _modulated(norm, shift, scale).to(dtype), _modulated(norm, shift2, scale2).to(dtype2)
 
 
@@ -127,11 +128,12 @@ def adaln_modulate_backward(grad, x, shift, scale, weight, bias, eps: float, rms
                                   None if bias is None else dbias.sum((0, 1))])
 
 
-def adaln_modulate_dual_backward(grad, grad2, x, shift, scale, shift2, scale2, eps: float, wanted: int) -> tuple[torch.Tensor, ...]:
-    """The gradients of x, shift, scale, shift2 and scale2."""
-    dtype, (grad, grad2, x, wide, wide2) = x.dtype, _wide(x.dtype, grad, grad2, x, scale, scale2)
-    dx, ((dshift, dscale), (dshift2, dscale2)), _, _ = _norm_gradients(x, [(wide, grad), (wide2, grad2)], None, None, eps, False)
-    return _asked(wanted, dtype, [dx, _summed(dshift, shift), _summed(dscale, scale), _summed(dshift2, shift2), _summed(dscale2, scale2)])
+def adaln_modulate_dual_backward(grad, grad2, x, shift, scale, shift2, scale2, weight, bias, eps: float, rms: bool, wanted: int) -> tuple[torch.Tensor, ...]:
+    """The gradients of x, shift, scale, shift2, scale2, weight and bias."""
+    dtype, (grad, grad2, x, wide, wide2, weight, bias) = x.dtype, _wide(x.dtype, grad, grad2, x, scale, scale2, weight, bias)
+    dx, ((dshift, dscale), (dshift2, dscale2)), dweight, dbias = _norm_gradients(x, [(wide, grad), (wide2, grad2)], weight, bias, eps, rms)
+    return _asked(wanted, dtype, [dx, _summed(dshift, shift), _summed(dscale, scale), _summed(dshift2, shift2), _summed(dscale2, scale2),
+                                  None if weight is None else dweight.sum((0, 1)), None if bias is None else dbias.sum((0, 1))])
 
 
 def gate_residual_backward(grad, y, gate, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -139,12 +139,13 @@ def adaln_modulate(x, shift, scale, weight, bias, eps: float, rms: bool, exact: 
     return out
 
 
-def adaln_modulate_dual(x, shift, scale, shift2, scale2, eps: float, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    outputs = x.new_empty(x.shape, dtype=promoted(x.dtype, scale, shift)), x.new_empty(x.shape, dtype=promoted(x.dtype, scale2, shift2))
-    norm = NONE if exact else LAYER
+def adaln_modulate_dual(x, shift, scale, shift2, scale2, weight, bias, eps: float, rms: bool, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype, modulations = normalised_dtype(x.dtype, weight, bias, rms), ((shift, scale), (shift2, scale2))
+    outputs = tuple(x.new_empty(x.shape, dtype=promoted(dtype, *modulation)) for modulation in modulations)
     if exact:
-        x = normalise(x, None, None, eps, False)
-    _launch(x, (), norm, None, None, ((shift, scale), (shift2, scale2)), eps, exact, outputs)
+        _launch(normalise(x, weight, bias, eps, rms), (), NONE, None, None, modulations, eps, True, outputs)
+    else:
+        _launch(x, (), RMS if rms else LAYER, weight, bias, modulations, eps, False, outputs)
     return outputs
 
 

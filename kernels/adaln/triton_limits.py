@@ -25,8 +25,8 @@ def predicates(serves):
     def why_not_modulate(x, shift, scale, weight, bias, eps, rms, exact) -> str:
         return serves(x, shift, scale, weight, bias)
 
-    def why_not_modulate_dual(x, shift, scale, shift2, scale2, eps, exact) -> str:
-        return serves(x, shift, scale, shift2, scale2)
+    def why_not_modulate_dual(x, shift, scale, shift2, scale2, weight, bias, eps, rms, exact) -> str:
+        return serves(x, shift, scale, shift2, scale2, weight, bias)
 
     def why_not_gate(x, y, gate, exact) -> str:
         return serves(x, y, gate)
@@ -63,7 +63,9 @@ def why_not_modulate_backward(grad, x, shift, scale, weight, bias, eps, rms, wan
     return _why_not_gradient(x, grad, shift, scale, weight, bias)
 
 
-def why_not_modulate_dual_backward(grad, grad2, x, shift, scale, shift2, scale2, eps, wanted) -> str:
+def why_not_modulate_dual_backward(grad, grad2, x, shift, scale, shift2, scale2, weight, bias, eps, rms, wanted) -> str:
+    if weight is not None or bias is not None:
+        return "two modulations of a norm with weight or bias: the registers do not hold six sums"
     return _why_not_gradient(x, grad, grad2, shift, scale, shift2, scale2)
 
 

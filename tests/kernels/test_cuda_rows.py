@@ -23,11 +23,11 @@ TABLE = ops.flow_euler_table(torch.tensor([1.0, 0.5, 0.0]))
 SOLVER = ops.solver_table(2, x0_x=0.5, e_previous=1.0, x=1.0, x0=-0.5, noise=0.25).to(X.device)
 CALLS = {
     "adaln_modulate": (X, ROW, ROW, None, None, 1e-6, False, False),
-    "adaln_modulate_dual": (X, ROW, ROW, ROW, ROW, 1e-6, True),
+    "adaln_modulate_dual": (X, ROW, ROW, ROW, ROW, None, None, 1e-6, False, True),
     "gate_residual": (X, X, ROW, True),
     "gate_residual_adaln": (X, X, ROW, X, ROW, ROW, ROW, None, None, 1e-6, True, False),
     "adaln_modulate_backward": (X, X, ROW, ROW, ROW[0], None, 1e-6, False, 15),
-    "adaln_modulate_dual_backward": (X, X, X, ROW, ROW, ROW, ROW, 1e-6, 31),
+    "adaln_modulate_dual_backward": (X, X, X, ROW, ROW, ROW, ROW, None, None, 1e-6, False, 31),
     "gate_residual_backward": (X, X, ROW, 3),
     "gate_residual_adaln_backward": (X, X, X, X, ROW, X, ROW, ROW, ROW, None, None, 1e-6, True, 127),
     "qk_norm_rope": (HEADS, HEADS, None, None, None, None, 1e-6, 0, False),

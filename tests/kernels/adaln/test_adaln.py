@@ -17,7 +17,7 @@ from fusewire.kernels.adaln import native
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
 from tests.effort import examples
-from tests.kernels.adaln.cases import DTYPES, NAMES, call, inputs, op_name, served, stock, used, wide
+from tests.kernels.adaln.cases import DTYPES, NAMES, affine_stock, call, inputs, op_name, served, stock, used, wide
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact, assert_unbiased
 
@@ -58,7 +58,7 @@ def test_exact_affine(dtype, bias, backend):
     v, weight = inputs(2, 6, 77, dtype), torch.randn(77).to(dtype)
     bias = torch.randn(77).to(dtype) if bias else None
     with forced(backend):
-        for name in ("adaln_modulate", "two_gates"):
+        for name in ("adaln_modulate", "adaln_modulate_dual", "two_gates"):
             for got, want in zip(call(name, v, weight=weight, bias=bias, eps=1e-5), stock(name, v, 1e-5, weight, bias), strict=True):
                 assert_exact(got, want, name)
 
@@ -76,12 +76,11 @@ def test_exact_bias_alone_is_left_to_torch():
 def test_exact_rms(dtype, width):
     """diffusers' RMSNorm: float32 inside (float64 for float64), rounded before the weight."""
     v, weight, bias = inputs(2, 5, width, dtype), torch.randn(width).to(dtype), torch.randn(width).to(dtype)
-    x = v["x"]
-    n = x * torch.rsqrt(x.to(torch.promote_types(dtype, torch.float32)).pow(2).mean(-1, keepdim=True) + 1e-6)
-    n = n.to(dtype)
-    for affine, norm in (({}, n), ({"weight": weight}, n * weight), ({"weight": weight, "bias": bias}, n * weight + bias)):
-        assert_exact(call("adaln_modulate", v, norm="rms", **affine)[0], norm * (1 + v["scale"][:, None]) + v["shift"][:, None])
-    assert served("adaln_modulate") == (3, 0)
+    for name in ("adaln_modulate", "adaln_modulate_dual"):
+        for affine in ({}, {"weight": weight}, {"bias": bias}, {"weight": weight, "bias": bias}):
+            for got, want in zip(call(name, v, norm="rms", **affine), affine_stock("rms")(name, v, **affine), strict=True):
+                assert_exact(got, want, f"{name} {list(affine)}")
+        assert served(name) == (4, 0)
 
 
 @settings(max_examples=examples(200), deadline=None)
@@ -115,10 +114,12 @@ def test_close(dtype, width, backend):
 @needs_library
 def test_close_affine(dtype, norm):
     v, weight, bias = inputs(2, 7, 300, dtype), torch.randn(300).to(dtype), torch.randn(300).to(dtype)
-    plain = call("adaln_modulate", v, norm=norm, weight=weight, bias=bias)[0]
-    want = call("adaln_modulate", wide(v), norm=norm, weight=weight.double(), bias=bias.double())[0]
-    assert_close(call("adaln_modulate", v, norm=norm, weight=weight, bias=bias, numerics="close")[0], want, plain)
-    assert ops.stats()["adaln_modulate"]["reference"] == 0
+    for name in ("adaln_modulate", "adaln_modulate_dual"):
+        plain = affine_stock(norm)(name, v, weight, bias)
+        want = affine_stock(norm)(name, wide(v), weight.double(), bias.double())
+        for got, true, eager in zip(call(name, v, norm=norm, weight=weight, bias=bias, numerics="close"), want, plain, strict=True):
+            assert_close(got, true, eager, name)
+        assert ops.stats()[name]["reference"] == 0
 
 
 @pytest.mark.parametrize("outlier", (False, True), ids=("plain", "outlier"))

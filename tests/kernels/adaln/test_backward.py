@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
 from tests.effort import examples
-from tests.kernels.adaln.cases import DTYPES, NAMES, call, gradients, inputs, op_name, served, stock, upstream, used, wide, with_affine
+from tests.kernels.adaln.cases import DTYPES, NAMES, affine_stock, call, gradients, inputs, op_name, served, stock, upstream, used, wide, with_affine
 from tests.kernels.isa_levels import run_at
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact, assert_unbiased, assert_within
@@ -43,22 +43,14 @@ def test_gradients(dtype, width, kind, backend):
     assert all(not served(f"{op_name(name)}_backward")[backend == "cpu"] for name in NAMES)
 
 
-def plain_rms(name: str, v: dict, weight, bias) -> tuple[torch.Tensor, ...]:
-    """diffusers' RMSNorm in the place of the layer norm."""
-    (r,) = stock("gate_residual", v) if name == "gate_residual_adaln" else (v["x"],)
-    n = r * torch.rsqrt(r.to(torch.promote_types(r.dtype, torch.float32)).pow(2).mean(-1, keepdim=True) + 1e-6)
-    out = (n.to(r.dtype) * weight + bias) * (1 + v["scale"][:, None]) + v["shift"][:, None]
-    return (r, out) if name == "gate_residual_adaln" else (out,)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("norm", ("layer", "rms"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_affine(dtype, norm, backend):
     """tail: with a weight and a bias, whose gradients are sums over all samples. Few elements of theirs: enough channels make up for it."""
     v = with_affine(inputs(3, 35, 1101, dtype))
-    for name in ("adaln_modulate", "gate_residual_adaln"):
-        check(name, v, plain_rms if norm == "rms" else stock, backend, norm=norm)
+    for name in ("adaln_modulate", "adaln_modulate_dual", "gate_residual_adaln"):
+        check(name, v, affine_stock(norm), backend, norm=norm)
         assert served(f"{name}_backward") == ((0, 1) if backend == "reference" else (1, 0))
 
 
@@ -67,7 +59,7 @@ def test_affine(dtype, norm, backend):
 def test_gradcheck_affine(affine, norm):
     """First and second derivatives in float64: each of weight and bias, both and neither."""
     v = with_affine(inputs(2, 3, 5, torch.float64))
-    for name in ("adaln_modulate", "two_gates"):
+    for name in ("adaln_modulate", "adaln_modulate_dual", "two_gates"):
         names = (*used(name), *affine)
 
         def run(*tensors):
@@ -91,7 +83,7 @@ def test_gradients_property(batch, tokens, width, name, kind, second, affine, no
     torch.manual_seed(seed)
     v, other = inputs(batch, tokens, width, torch.float64, kind), inputs(batch, tokens, width, torch.float64, second)
     v |= {k: other[k] for k in ("gate2", "scale", "shift2")}
-    options = {"norm": norm} if name in ("adaln_modulate", "gate_residual_adaln", "two_gates") else {}
+    options = {"norm": norm} if name != "gate_residual" else {}
     v = with_affine(v) if affine and options else v
     grads = upstream(v, name)
     got = gradients(call, name, v, grads, numerics="close", **options)

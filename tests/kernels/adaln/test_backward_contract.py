@@ -129,7 +129,9 @@ def backward_calls(v: dict, wanted: int):
     return [
         (OP.adaln_modulate_backward, reference.adaln_modulate_backward, (grad, v["x"], *modulation, None, None, *norm)),
         (OP.adaln_modulate_backward, reference.adaln_modulate_backward, (grad, v["x"], *modulation, v["weight"], v["bias"], 1e-6, True, wanted)),
-        (OP.adaln_modulate_dual_backward, reference.adaln_modulate_dual_backward, (grad, grad2, v["x"], *modulation, v["shift2"], v["scale2"], 1e-6, wanted)),
+        (OP.adaln_modulate_dual_backward, reference.adaln_modulate_dual_backward, (grad, grad2, v["x"], *modulation, v["shift2"], v["scale2"], None, None, *norm)),
+        (OP.adaln_modulate_dual_backward, reference.adaln_modulate_dual_backward,
+         (grad, grad2, v["x"], *modulation, v["shift2"], v["scale2"], v["weight"], v["bias"], 1e-6, True, wanted)),
         (OP.gate_residual_backward, reference.gate_residual_backward, (grad, v["y"], v["gate"], wanted)),
         (OP.gate_residual_adaln_backward, reference.gate_residual_adaln_backward, (grad, grad2, *both, None, None, *modulation, v["weight"], None, *norm)),
         (OP.gate_residual_adaln_backward, reference.gate_residual_adaln_backward,

@@ -10,7 +10,7 @@ from fusewire import ops
 from fusewire.kernels.adaln import reference
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
-from tests.kernels.adaln.cases import DTYPES, NAMES, call, far_apart, inputs, op_name, repeated, served, stock, used
+from tests.kernels.adaln.cases import DTYPES, NAMES, call, far_apart, inputs, op_name, repeated, served, stock, used, with_affine
 from tests.kernels.on_reference import MIXED_DTYPES
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_exact
@@ -142,7 +142,8 @@ def test_fake_mismatch(exact, permuted):
     fusewire = torch.ops.fusewire
     norm = (1e-6, False, exact)
     opcheck(fusewire.adaln_modulate.default, (v["x"], v["shift"], v["scale"], None, None, *norm))
-    opcheck(fusewire.adaln_modulate_dual.default, (v["x"], v["shift"], v["scale"], v["shift2"], v["scale2"], 1e-6, exact))
+    opcheck(fusewire.adaln_modulate_dual.default, (v["x"], v["shift"], v["scale"], v["shift2"], v["scale2"], None, None, *norm))
+    opcheck(fusewire.adaln_modulate_dual.default, (v["x"], v["shift"], v["scale"], v["shift2"], v["scale2"], weight, weight, 1e-6, True, exact))
     opcheck(fusewire.gate_residual.default, (v["x"], v["y"], v["gate"], exact))
     opcheck(fusewire.gate_residual_adaln.default, (v["x"], v["y"], v["gate"], v["y2"], v["gate2"], v["shift"], v["scale"], weight, weight, *norm))
 
@@ -184,9 +185,10 @@ def test_autocast(autocast, dtypes):
 @pytest.mark.parametrize("exact", (False, True), ids=("close", "exact"))
 def test_fake_mismatch_of_mixed_dtypes(exact):
     """fake-mismatch: for arguments that differ in dtype the fake kernels, which the Triton rows have too, promise what PyTorch's promotion gives."""
-    v = inputs(2, 3, 8, torch.bfloat16)
+    v = with_affine(inputs(2, 3, 8, torch.bfloat16))
     for op, names, rest in (("adaln_modulate", ("x", "shift", "scale"), (None, None, 1e-6, False, exact)), ("gate_residual", ("x", "y", "gate"), (exact,)),
-                            ("adaln_modulate_dual", ("x", "shift", "scale", "shift2", "scale2"), (1e-6, exact))):
+                            ("adaln_modulate_dual", ("x", "shift", "scale", "shift2", "scale2"), (None, None, 1e-6, False, exact)),
+                            ("adaln_modulate_dual", ("x", "shift", "scale", "shift2", "scale2", "weight", "bias"), (1e-6, True, exact))):
         for wide in names:
             given = [v[name].float() if name == wide else v[name] for name in names]
             made, want = (f(*tensors, *rest) for f, tensors in ((getattr(torch.ops.fusewire, op).default, [t.to("meta") for t in given]),
@@ -226,6 +228,9 @@ BAD = {
     "gate2 alone": (lambda v: ops.gate_residual_adaln(v["x"], v["y"], v["gate"], v["shift"], v["scale"], gate2=v["gate"]), ValueError, "y2 is None"),
     "device": (lambda v: call("adaln_modulate", {**v, "shift": v["shift"].to("meta")}), ValueError, "shift is on meta; it should be on cpu"),
     "weight shape": (lambda v: call("adaln_modulate", v, weight=torch.ones(7)), ValueError, r"weight has shape \[7\]; it should be \[8\]"),
+    "dual weight shape": (lambda v: call("adaln_modulate_dual", v, weight=torch.ones(7)), ValueError, r"weight has shape \[7\]; it should be \[8\]"),
+    "dual norm": (lambda v: call("adaln_modulate_dual", v, norm="batch"), ValueError, "norm is 'batch'"),
+    "dual scale": (lambda v: call("adaln_modulate_dual", {**v, "shift2": None, "scale2": None}), TypeError, "scale2 is a NoneType"),
     "eps zero": (lambda v: call("adaln_modulate", v, eps=0.0), ValueError, "eps is 0.0; it should be greater than 0"),
     "eps nan": (lambda v: call("two_gates", v, eps=float("nan")), ValueError, "eps is nan"),
     "norm": (lambda v: call("adaln_modulate", v, norm="batch"), ValueError, "norm is 'batch'"),

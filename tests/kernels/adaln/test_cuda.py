@@ -47,7 +47,7 @@ def test_modulation_shapes(in_cuda, dtype, kind):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_affine(in_cuda, dtype, given, norm):
     v, affine = inputs(2, 3, 300, dtype), {name: torch.randn(600).to(dtype)[::2] for name in given}
-    for name in ("adaln_modulate", "two_gates"):
+    for name in ("adaln_modulate", "adaln_modulate_dual", "two_gates"):
         with in_cuda(op_name(name), 2):
             exact, close = call(name, v, norm=norm, **affine), call(name, v, norm=norm, numerics="close", **affine)
         with forced("reference"):

@@ -8,8 +8,7 @@ from fusewire import ops
 from fusewire.kernels import cuda_rows
 from fusewire.kernels.adaln import cuda_backward, reference, triton_limits
 from fusewire.kernels.dispatch import forced
-from tests.kernels.adaln.cases import NAMES, call, far_apart, gradients, inputs, op_name, stock, upstream, used, wide, with_affine
-from tests.kernels.adaln.test_triton_backward import affine_stock
+from tests.kernels.adaln.cases import NAMES, affine_stock, call, far_apart, gradients, inputs, op_name, stock, upstream, used, wide, with_affine
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact, assert_unbiased, assert_within
 
@@ -74,7 +73,7 @@ def test_modulation_of_frames(backward):
 def test_affine(backward, dtype, norm):
     """The gradients of weight and bias are sums over all samples."""
     v = with_affine(inputs(2, 5, 301, dtype))
-    for name in ("adaln_modulate", "gate_residual_adaln"):
+    for name in ("adaln_modulate", "adaln_modulate_dual", "gate_residual_adaln"):
         check(backward, name, v, affine_stock(norm), norm=norm)
 
 
@@ -85,7 +84,7 @@ def test_mixed_modulations(backward, affine, norm):
     v, tokens = with_affine(inputs(2, 6, 40)), inputs(2, 6, 40, kind="token")
     v |= {k: tokens[k] for k in ("gate2", "scale", "shift2")}
     v = {k: t for k, t in v.items() if k not in ("weight", "bias") or k in affine}
-    for name in ("adaln_modulate", "two_gates"):
+    for name in ("adaln_modulate", "adaln_modulate_dual", "two_gates"):
         grads = upstream(v, name)
         want = gradients(call, name, wide(v), [grad.double() for grad in grads], "reference", numerics="close", norm=norm)
         for argument, got in backward(name, v, grads, norm=norm).items():
@@ -275,6 +274,8 @@ def test_what_it_leaves_to_others(in_cuda, monkeypatch):
     assert "Triton" in why_not(large.float(), m.float()) and "Triton" in cuda_backward.why_not_gate_backward(large, large, m, 7)
     assert not cuda_backward.why_not_gate_backward(large.float(), large.float(), m.float(), 7), "in float32 both are as fast"
     assert not why_not(large, m, (large, m), m[0]), "Triton has no registers for six sums"
+    for weight in (None, m[0]):
+        assert ("Triton" in cuda_backward.why_not_modulate_dual_backward(large, large, large, m, m, m, m, weight, None, 1e-6, True, 127)) is (weight is None)
     with forced("cuda"):
         assert not why_not(large, m)
 

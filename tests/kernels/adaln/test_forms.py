@@ -201,6 +201,20 @@ def test_empty(tokens, frames):
         assert ops.adaln_modulate(x, None, scale).shape == x.shape and ops.gate_residual(x, x, scale, gate_tanh=True).shape == x.shape
 
 
+@pytest.mark.parametrize("numerics", NUMERICS)
+def test_dual_without_shifts(numerics):
+    """silent-off: each of two modulations of one norm with a shift or without: what ``adaln_modulate`` gives for it alone, bit for bit, by frames too."""
+    weight = torch.randn(40)
+    for v in (inputs(2, 6, 40), of_frames(2, 3, 4, 40)):
+        for shift, shift2 in ((None, None), (v["shift"], None), (None, v["shift2"])):
+            for norm in ("layer", "rms"):
+                options = dict(norm=norm, weight=weight, numerics=numerics)
+                got = ops.adaln_modulate_dual(v["x"], shift, v["scale"], shift2, v["scale2"], **options)
+                for one, (h, s) in zip(got, ((shift, v["scale"]), (shift2, v["scale2"])), strict=True):
+                    assert_exact(one, ops.adaln_modulate(v["x"], h, s, **options), norm)
+    assert not CPU.loaded or served("adaln_modulate_dual") == (12, 0)
+
+
 def test_alias():
     """alias: inputs keep their bits, and results share no memory with them."""
     v = of_frames(1, 3, 4, 32)

@@ -25,7 +25,7 @@ def all_ops(x, y, y2, m, numerics, norm="layer", weight=None, bias=None):
     """Every output of every op of the room, by name."""
     affine = dict(norm=norm, weight=weight, bias=bias, numerics=numerics)
     residual, modulated = ops.gate_residual_adaln(x, y, m[0], m[1], m[5], y2=y2, gate2=m[6], **affine)
-    dual = ops.adaln_modulate_dual(x, *m[:4], numerics=numerics)
+    dual = ops.adaln_modulate_dual(x, *m[:4], **affine)
     return {"modulate": ops.adaln_modulate(x, m[6], m[7], **affine), "dual 1": dual[0], "dual 2": dual[1],
             "gate": ops.gate_residual(x, y, m[4], numerics=numerics), "residual": residual, "gated modulate": modulated,
             "one gate": ops.gate_residual_adaln(x, y, m[5], m[0], m[2], **affine)[1]}

@@ -14,7 +14,7 @@ from torch.library import opcheck
 from fusewire import ops
 from fusewire.kernels import dispatch
 from fusewire.kernels.adaln import reference, triton_backward, triton_limits
-from tests.kernels.adaln.cases import NAMES, call, gradients, inputs, op_name, stock, upstream, used, wide, with_affine
+from tests.kernels.adaln.cases import NAMES, affine_stock, call, gradients, inputs, op_name, stock, upstream, used, wide, with_affine
 from tests.kernels.interpreted import DTYPES, needs_interpreter, unchanged
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact, assert_unbiased, assert_within
@@ -54,18 +54,6 @@ def test_values(width, kind, dtype):
     check_unchanged()
 
 
-def affine_stock(norm: str):
-    """stock with a weight and a bias; diffusers' RMSNorm for "rms"."""
-    def run(name, v, weight, bias):
-        if norm == "layer":
-            return stock(name, v, weight=weight, bias=bias)
-        (r,) = stock("gate_residual", v) if name == "gate_residual_adaln" else (v["x"],)
-        n = r * torch.rsqrt(r.to(torch.promote_types(r.dtype, torch.float32)).pow(2).mean(-1, keepdim=True) + 1e-6)
-        out = (n.to(r.dtype) * weight + bias) * (1 + v["scale"][:, None]) + v["shift"][:, None]
-        return (r, out) if name == "gate_residual_adaln" else (out,)
-    return run
-
-
 @pytest.mark.parametrize("dtype, norm", [(torch.float32, "rms"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
     (torch.float32, "layer"), (torch.bfloat16, "layer"), (torch.bfloat16, "rms"), (torch.float16, "layer"), (torch.float16, "rms")))])
 def test_affine(dtype, norm):
@@ -96,7 +84,7 @@ def test_mixed_modulations(affine, norm):
     v, tokens = with_affine(inputs(2, 6, 40)), inputs(2, 6, 40, kind="token")
     v |= {k: tokens[k] for k in ("gate2", "scale", "shift2")}
     v = {k: t for k, t in v.items() if k not in ("weight", "bias") or k in affine}
-    for name in ("adaln_modulate", "gate_residual_adaln" if affine else "two_gates"):
+    for name in ("adaln_modulate", *(("gate_residual_adaln",) if affine else ("two_gates", "adaln_modulate_dual"))):
         grads = upstream(v, name)
         want = gradients(call, name, wide(v), [grad.double() for grad in grads], "reference", numerics="close", norm=norm)
         for argument, got in backward(name, v, grads, norm=norm).items():
@@ -206,4 +194,7 @@ def test_limits():
         assert "4112 channels, more than 4096" in gated(4112, False, False)
         assert "2049 channels, more than 2048 and no multiple of 16" in gated(2049, False, False)
         x, m = torch.empty(1, 2, 8), torch.empty(1, 8)
+        for weight, bias in ((m[0], None), (None, m[0])):
+            assert "six sums" in triton_limits.why_not_modulate_dual_backward(x, x, x, m, m, m, m, weight, bias, 1e-6, False, 127)
+        assert not triton_limits.why_not_modulate_dual_backward(x, x, x, m, m, m, m, None, None, 1e-6, True, 127)
         assert "dtype" in triton_limits.why_not_gate_backward(x, x, m.bfloat16(), 3)

@@ -237,7 +237,7 @@ static const char* launch_parts(const AdalnGradient& task, void* stream) {
                           &task.scale[1], &task.weight, &task.bias}) {
     vector = vector && (!x->data || x->vector);
   }
-  constexpr bool kFits = sizeof(T) == 2 || !kAffine || kGates + 2 * kModulations < 4;  // six sums of float32 leave no registers for all loads at once
+  constexpr bool kFits = sizeof(T) == 2 || !kAffine || kGates < 2;  // six sums of float32 leave no registers for all loads at once
   const auto kernel = vector ? adaln_gradient_kernel<T, kModulations, kGates, kAffine, kFits> : adaln_gradient_kernel<T, kModulations, kGates, kAffine, false>;
   return launch(kernel, ceil_div(task.parts, rows), dim3(threads, rows), stream, task);
 }
@@ -245,7 +245,11 @@ static const char* launch_parts(const AdalnGradient& task, void* stream) {
 template <typename T>
 static const char* launch_gates(const AdalnGradient& task, void* stream) {
   if (task.modulations == 0) return launch_parts<T, 0, 1, false>(task, stream);
-  if (task.modulations == 2) return (task.affine ? launch_parts<T, 2, 0, true> : launch_parts<T, 2, 0, false>)(task, stream);
+  if (task.modulations == 2) {
+    if (!task.affine) return launch_parts<T, 2, 0, false>(task, stream);
+    if constexpr (sizeof(T) == 2) return launch_parts<T, 2, 0, true>(task, stream);
+    return "no kernel holds two modulations of a norm with weight or bias in float32: it would spill registers";
+  }
   if (task.gates == 0) return (task.affine ? launch_parts<T, 1, 0, true> : launch_parts<T, 1, 0, false>)(task, stream);
   if (task.gates == 1) return (task.affine ? launch_parts<T, 1, 1, true> : launch_parts<T, 1, 1, false>)(task, stream);
   return (task.affine ? launch_parts<T, 1, 2, true> : launch_parts<T, 1, 2, false>)(task, stream);

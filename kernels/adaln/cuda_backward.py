@@ -40,6 +40,8 @@ def why_not_modulate_backward(*args) -> str:
 
 def why_not_modulate_dual_backward(*args) -> str:
     grad, grad2, x, shift, scale, shift2, scale2, weight, bias = args[:9]
+    if x.dtype is torch.float32 and (weight is not None or bias is not None):
+        return "two modulations of a norm with weight or bias in float32: the registers do not hold six sums and what is read"
     return _serves(triton_limits.why_not_modulate_dual_backward, args, x, grad, grad2, shift, scale, shift2, scale2, weight, bias)
 
 

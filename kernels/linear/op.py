@@ -9,6 +9,7 @@ from fusewire.kernels import checks
 from fusewire.kernels.adaln.op import gate_residual
 from fusewire.kernels.autograd import fused
 from fusewire.kernels.dispatch import Backend, Table, always
+from fusewire.kernels.gated_mlp.op import geglu, swiglu
 from fusewire.kernels.library import define
 from fusewire.kernels.linear import gradients, native, reference, triton_limits
 from fusewire.kernels.rounding import is_exact, promoted
@@ -76,23 +77,42 @@ _linear = Table("linear", [
 ])
 
 
+_GATED = {"geglu": geglu, "swiglu": swiglu}  # which halve the product
+
+
 def linear(x, weight, bias=None, *, activation: str | None = None, gate=None, residual=None, numerics: str = "exact") -> torch.Tensor:
     """``act(x @ weight.T + bias)``, or ``residual + gate * (x @ weight.T + bias)``.
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64, any strides.
-        weight, bias: the parameters of an ``nn.Linear``, [N, K] and [N] or None.
-        activation: None, ``"gelu_tanh"``, ``"gelu"`` (erf) or ``"silu"``; not together with ``residual``.
+        weight, bias: the parameters of an ``nn.Linear``, [N, K] and [N] or None; [2N, K] and [2N] for a gated activation.
+        activation: None, ``"gelu_tanh"``, ``"gelu"`` (erf) or ``"silu"``; or gated, ``"geglu"`` or ``"swiglu"``: ``hidden * gelu(gate)`` or
+            ``hidden * silu(gate)`` of the product's halves (hidden, gate), as diffusers' GEGLU and SwiGLU have them. These are two calls, both counted:
+            the product, and ``ops.geglu`` or ``ops.swiglu`` on it, which in ``"close"`` adds the bias too. Not together with ``residual``.
         gate: broadcastable to [..., N]; for x [B, T, K] also [B, N]. Needs ``residual``.
         residual: [..., N].
         numerics: ``"exact"`` makes the stock calls, each rounding; ``"close"`` may use another GEMM library and rounds the epilogue once.
 
     Returns: [..., N] in the promoted dtype of the inputs.
     Raises: TypeError for a dtype, ValueError for a shape, a device, ``activation`` or ``numerics`` that is not as stated.
+    Source: Shazeer (2020), "GLU Variants Improve Transformer", for the gated activations.
     """
+    if activation == "geglu" or activation == "swiglu":
+        return _gated(x, weight, bias, activation, gate, residual, numerics)
     if not _fits(x, weight, bias, activation, gate, residual):
         _check(x, weight, bias, activation, gate, residual)
     return _linear(x, weight, bias, activation or "none", gate, residual, is_exact(numerics))
+
+
+def _gated(x, weight, bias, activation: str, gate, residual, numerics: str) -> torch.Tensor:
+    _check(x, weight, bias, activation, gate, residual)
+    if weight.shape[0] % 2:
+        raise ValueError(f"weight has shape {list(weight.shape)}; for activation {activation!r} it should be [2N, K]")
+    exact = is_exact(numerics)
+    # exact rounds the product with its bias, as an nn.Linear does; autocast casts a bias with the product alone
+    later = None if exact or bias is None or bias.dtype is not x.dtype or torch.is_autocast_enabled(x.device.type) else bias
+    y = _linear(x, weight, None if later is bias else bias, "none", None, None, exact)
+    return _GATED[activation](y, bias=later, numerics=numerics)
 
 
 def _fits(x, weight, bias, activation, gate, residual) -> bool:
@@ -118,8 +138,8 @@ def _check(x, weight, bias, activation, gate, residual) -> None:
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x has shape {list(x.shape)}; for weight of shape {list(weight.shape)} it should be [..., {weight.shape[1]}]")
     checks.vector("bias", bias, weight.shape[0], x.device)
-    if activation is not None and activation not in reference.ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; it should be None, 'gelu_tanh', 'gelu' or 'silu'")
+    if activation is not None and activation not in reference.ACTIVATIONS and activation not in _GATED:
+        raise ValueError(f"activation is {activation!r}; it should be None, 'gelu_tanh', 'gelu', 'silu', 'geglu' or 'swiglu'")
     if residual is not None:
         _check_epilogue(x, weight, activation, gate, residual)
     elif gate is not None:

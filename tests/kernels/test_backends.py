@@ -45,7 +45,7 @@ FULL = {
     "group_norm_silu": [dict(weight=VECTOR, bias=VECTOR, shift=OTHER, scale=OTHER, add=OTHER)],
     "joint_attention": [dict(q_weight=VECTOR, k_weight=VECTOR, q2_weight=VECTOR, k2_weight=VECTOR)], "layer_norm": [AFFINE],
     "layer_norm_2d": [dict(weight=torch.ones(5), bias=torch.ones(5))],
-    "linear": [dict(activation=None, bias=torch.zeros(48), gate=torch.zeros(2, 48), residual=torch.zeros(2, 5, 48))], "qk_norm_into": QK,
+    "linear": [dict(activation=None, bias=torch.zeros(192), gate=torch.zeros(2, 192), residual=torch.zeros(2, 64, 192))], "qk_norm_into": QK,
     "qk_norm_rope": QK, "rms_norm": [AFFINE | dict(rounding="diffusers")], "sampler_step": [dict(uncond=X, step=COUNTER)],
     "solver_step": [dict(uncond=X, previous=X, base=X, mask=X, known=X, known_noise=X, step=COUNTER)],
     "swiglu": [dict(gate_first=False, gate=X, bias=torch.zeros(128))],

@@ -8,7 +8,7 @@ import torch
 from fusewire import ops
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
-from tests.kernels.attention.cases import DTYPES, qkv, stock
+from tests.kernels.attention.cases import DTYPES, qkv, stock, stock_joint
 from tests.layouts import LAYOUTS, one_at_a_time
 from tests.tolerance import assert_exact
 
@@ -122,9 +122,11 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda q, k, v, a, b: ops.attention(q, k, v, mask=mask, q_weight=a, k_weight=b), (q, k, v, *weights[:2]))
     assert torch.autograd.gradcheck(lambda q, k, v, m: ops.attention(q, k, v, mask=m, causal=True), (q, k, v, added))
     q2, k2, v2 = (x.requires_grad_() for x in qkv(1, 2, 3, 2, 3, torch.float64))
-    assert torch.autograd.gradcheck(
-        lambda q, k, v, q2, k2, v2, *w: ops.joint_attention(q, k, v, q2, k2, v2, **dict(zip(("q_weight", "k_weight", "q2_weight", "k2_weight"), w))),
-        (q, k, v, q2, k2, v2, *weights))
+    def joint(q, k, v, q2, k2, v2, *w):
+        return ops.joint_attention(q, k, v, q2, k2, v2, **dict(zip(("q_weight", "k_weight", "q2_weight", "k2_weight"), w)))
+
+    assert torch.autograd.gradcheck(joint, (q, k, v, q2, k2, v2, *weights))
+    assert torch.autograd.gradgradcheck(joint, (q, k, v, q2, k2, v2, *weights), atol=1e-4, fast_mode=True)
     assert torch.autograd.gradgradcheck(lambda q, k, v: ops.attention(q, k, v, causal=True), (q, k, v))
     ops.attention(q, k, v).sum().backward()
     grads = [x.grad.clone() for x in (q, k, v)]
@@ -160,6 +162,19 @@ def test_autocast():
     out.float().sum().backward()
     assert q.grad.dtype is torch.float32 and v.grad.abs().sum() > 0
     assert ops.attention(q, k, v).dtype is torch.float32
+
+
+def test_autocast_of_two_streams():
+    """autocast: as attention, over both streams; the norms' float32 weights stay float32."""
+    streams, weight = [x.requires_grad_() for x in (*qkv(1, 20, 30, 2, 16), *qkv(1, 5, 7, 2, 16))], torch.rand(16)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ops.joint_attention(*streams, q_weight=weight)
+        want = stock_joint((streams[:3], streams[3:]), {}, dtype=torch.float32)
+        assert {part.dtype for part in (*out, want)} == {torch.bfloat16}
+    for got, want in zip(out, ops.joint_attention(*(x.to(torch.bfloat16) for x in streams), q_weight=weight), strict=True):
+        assert_exact(got, want)
+    (out[0].float().sum() + out[1].float().sum()).backward()
+    assert all(x.grad.dtype is torch.float32 and x.grad.any() for x in streams)
 
 
 Q, K, V = torch.zeros(2, 4, 3, 8), torch.zeros(2, 6, 3, 8), torch.zeros(2, 6, 3, 8)

@@ -251,6 +251,23 @@ def test_autocast(autocast, dtypes):
             assert_exact(a, b, kind)
 
 
+@EXACT
+@pytest.mark.parametrize("numerics", NUMERICS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_autocast_of_quick_gelu(dtype, numerics):
+    """autocast: x's dtype, as stock's product and sigmoid, and in exact their bits, forward and backward."""
+    x = inputs(3, 16, dtype, "quick_gelu")["x"]
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = ops.quick_gelu(ours, numerics=numerics), stock("quick_gelu", {"x": theirs, "gate": None, "bias": None})
+    assert got.dtype is want.dtype is dtype
+    assert_exact(got, want if numerics == "exact" else ops.quick_gelu(x, numerics=numerics))
+    gradients = [torch.autograd.grad(out.sum(), leaf)[0] for out, leaf in ((got, ours), (want, theirs))]
+    assert gradients[0].dtype is dtype
+    if numerics == "exact":
+        assert_exact(*gradients)
+
+
 @pytest.mark.on_reference
 def test_mixed_dtypes_are_counted_on_the_reference():
     """silent-off: what the CPU row does not serve runs on the reference, visibly; forcing the row is an error that says why."""

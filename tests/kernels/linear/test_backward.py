@@ -316,7 +316,8 @@ def test_fake_mismatch(bias, permuted):
         assert got.shape == want.shape and got.stride() == want.stride()
         assert_within(got, want, 1)
     if cpu_isa() not in ("", "base"):
-        x, weight = torch.randn(2, 5, 4).requires_grad_(), torch.randn(8, 4).requires_grad_()
+        x, weight = torch.randn(2, 5, 4), torch.randn(8, 4)
+        x, weight = (t.transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() if permuted else t.requires_grad_() for t in (x, weight))
         opcheck(torch.ops.fusewire.linear_activated.default, (x, weight, b if b is None else b.float(), "silu"))
 
 

@@ -87,6 +87,23 @@ def test_nondeterminism_over_threads(dtype):
     assert ops.stats()["linear"]["cpu"] == 4
 
 
+@pytest.mark.on_reference(reason="no kernel takes float64")
+@pytest.mark.parametrize("numerics", ["exact", "close"])
+@pytest.mark.parametrize("epilogue", [None, "gelu_tanh", "gelu", "silu", "residual", "gate"])
+def test_gradcheck(epilogue, numerics):
+    """First and second derivatives in float64 of every argument."""
+    names = ["x", "weight", "bias"] + ["residual"] * (epilogue in ("residual", "gate")) + ["gate"] * (epilogue == "gate")
+    shapes = {"x": (2, 3, 4), "weight": (5, 4), "bias": (5,), "residual": (2, 3, 5), "gate": (2, 5)}
+    wanted = [torch.randn(shapes[name], dtype=torch.float64, requires_grad=True) for name in names]
+    rest = {} if epilogue in (None, "residual", "gate") else {"activation": epilogue}
+
+    def run(*tensors):
+        return ops.linear(**dict(zip(names, tensors)), **rest, numerics=numerics)
+
+    assert torch.autograd.gradcheck(run, wanted)
+    assert torch.autograd.gradgradcheck(run, wanted, atol=1e-4, fast_mode=True)
+
+
 @pytest.mark.on_reference
 def test_autocast_against_reference():
     """autocast: with gate and residual, too, what stock's calls give under it."""

@@ -195,6 +195,8 @@ def test_fake_mismatch(exact, permuted):
     for wanted in ((True, True, True), (True, False, False), (False, True, False)):
         opcheck(fusewire.rms_norm_backward.default, (grad, *plain, 1e-6, *wanted))
         opcheck(fusewire.layer_norm_backward.default, (grad, *plain, 1e-6, *wanted))
+        for these in (picture, picture.contiguous(memory_format=torch.channels_last)):
+            opcheck(fusewire.layer_norm_2d_backward.default, (torch.randn_like(these), these.detach(), weight.detach(), 1e-6, *wanted))
 
 
 def test_layout_of_pictures():
@@ -249,6 +251,25 @@ def test_autocast(autocast, dtypes):
             assert_exact(got, want, kind)
             for a, b in zip(torch.autograd.grad(got.sum(), wanted), torch.autograd.grad(want.sum(), wanted_too), strict=True):
                 assert a.dtype is b.dtype and torch.allclose(a, b, equal_nan=True, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_autocast_of_pictures(dtype):
+    """autocast: as the module does without it (which is as it does with it, for float32), forward and backward."""
+    v = inputs(3, 16, dtype, "layer-2d")
+    with torch.autocast("cpu", torch.bfloat16):
+        (ours, wanted), (theirs, wanted_too) = leaves(v), leaves(v)
+        got, want = call("layer-2d", ours), stock("layer-2d", theirs) if dtype is torch.float32 else None
+        close = call("layer-2d", ours, numerics="close")
+    with torch.no_grad():
+        assert_exact(got.detach(), stock("layer-2d", v))
+        assert_exact(close.detach(), call("layer-2d", v, numerics="close"))
+    gradients = torch.autograd.grad(got.sum(), wanted)
+    assert all(gradient.dtype is dtype for gradient in gradients)
+    if want is not None:
+        assert_exact(got, want)
+        for a, b in zip(gradients, torch.autograd.grad(want.sum(), wanted_too), strict=True):
+            assert_exact(a, b)
 
 
 @pytest.mark.on_reference

@@ -28,6 +28,39 @@ def test_gradcheck(rotated):
     assert torch.autograd.gradgradcheck(function, (q, k, weight))
 
 
+@pytest.mark.parametrize("rotated", (False, True))
+def test_gradcheck_into(rotated):
+    """First and second derivatives through slices of a joint buffer, and of what was in it before."""
+    q, k = (torch.randn(1, 2, count, 4, dtype=torch.float64, requires_grad=True) for count in (2, 1))
+    weight, angle = torch.randn(4, dtype=torch.float64, requires_grad=True), torch.randn(2, 2)
+    before = torch.randn(1, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    rope = (angle.cos(), angle.sin()) if rotated else None
+
+    def run(q, k, weight, before):
+        joint_q, joint_k = before.clone(), before[:, :, :1].clone()
+        ops.qk_norm_into(q, k, weight, None, joint_q[:, 1:], joint_k[:, 1:], rope=rope, numerics="close")
+        return joint_q, joint_k
+
+    assert torch.autograd.gradcheck(run, (q, k, weight, before))
+    assert torch.autograd.gradgradcheck(run, (q, k, weight, before), atol=1e-4, fast_mode=True)
+
+
+@pytest.mark.parametrize("norm", ("rms", "torch_rms"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
+def test_autocast_into(dtype, norm):
+    """autocast: as the norm's module, which autocast leaves alone; forward, recorded or not, and backward."""
+    q, k, weight, _, _ = inputs(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        want = ops.qk_norm_rope(q, k, weight, norm=norm)
+    for recording in (False, True):
+        out = [torch.zeros_like(x) for x in (q, k)]
+        with torch.autocast("cpu", torch.bfloat16):
+            ops.qk_norm_into(q.requires_grad_(recording), k, weight, None, *out, norm=norm)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(out, want, strict=True))
+    out[0].sum().backward()
+    assert q.grad.dtype is dtype and q.grad.any()
+
+
 def test_strided_grad():
     q, k, weight, cos, sin = inputs(requires_grad=True)
     wanted = reference.qk_norm_rope(q, k, weight, None, cos, sin, 1e-6, 0, True)

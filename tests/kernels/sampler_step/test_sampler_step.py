@@ -135,6 +135,8 @@ def test_gradcheck():
     _, table = schedule()
     sample, output = draw(1, 5, dtype=torch.float64).requires_grad_(), draw(2, 5, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, m: ops.sampler_step(x, m, table, 1, numerics="close"), (sample, output))
+    curved = lambda x, m: ops.sampler_step(x.square(), m * x.sum(), table, 1, numerics="close").square()  # noqa: E731  (the step itself is linear)
+    assert torch.autograd.gradgradcheck(curved, (sample, output))
 
 
 @pytest.mark.parametrize("permuted", (False, True))

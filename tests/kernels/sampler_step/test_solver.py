@@ -175,6 +175,9 @@ def test_gradients():
     leaves = {name: tensor.requires_grad_() for name, tensor in given.items() if name != "mask"}
     options = dict(mask=given["mask"], table=table(limit=0.0), step=0, keep_slope=True, numerics="close")
     assert torch.autograd.gradcheck(lambda *tensors: ops.solver_step(**dict(zip(leaves, tensors)), **options), tuple(leaves.values()))
+    assert torch.autograd.gradgradcheck(  # the step itself is linear
+        lambda *tensors: [part.square() for part in ops.solver_step(**dict(zip(leaves, (t * t.sum() for t in tensors))), **options)],
+        tuple(leaves.values()), atol=1e-4, fast_mode=True)
     mine, theirs = (torch.autograd.grad(call(**leaves, **options)[0].sum(), list(leaves.values())) for call in (ops.solver_step, on_reference))
     for a, b in zip(mine, theirs):
         assert_exact(a, b)
@@ -189,6 +192,33 @@ def test_registration(keep_slope):
     for sample in (given["sample"], given["sample"].transpose(2, 3).contiguous().transpose(2, 3)):
         rest = [given[name] for name in ("model_output", "uncond", "previous", "base", "noise", "mask", "known", "known_noise")]
         torch.library.opcheck(torch.ops.fusewire.solver_step.default, (sample, *rest, table(), 0, torch.tensor(1), True, True, keep_slope, False, True))
+
+
+@pytest.mark.parametrize("numerics", ["exact", "close"])
+def test_compile_fullgraph(numerics):
+    """One graph for the steps of a schedule, by number and by a counter in a tensor."""
+    given = operands(OPERANDS["all"], (2, 3, 5), torch.float32)
+    step = torch.compile(ops.solver_step, fullgraph=True, backend="aot_eager")
+    for at in (0, 1, 2, torch.tensor(2)):
+        rest = dict(table=table(), step=at, keep_slope=True, numerics=numerics)
+        same(step(**given, **rest), ops.solver_step(**given, **rest), f"step {at}")
+
+
+@pytest.mark.parametrize("numerics", ["exact", "close"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_autocast(dtype, numerics):
+    """autocast: sums and products of latents are none of its concern, here as in stock; forward and backward."""
+    given = operands(OPERANDS["all"], (2, 3, 5), dtype)
+    given["sample"].requires_grad_()
+    rest = dict(table=table(limit=0.0), step=1, keep_slope=True, numerics=numerics)
+    plain = ops.solver_step(**given, **rest)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = ops.solver_step(**given, **rest)
+        if numerics == "exact":
+            same(under, on_reference(**given, **rest), "reference")
+    same(under, plain)
+    (gradient,) = torch.autograd.grad(sum(part.sum() for part in under), given["sample"])
+    assert gradient.dtype is dtype and gradient.any()
 
 
 @pytest.mark.on_reference(reason="nothing runs")

@@ -77,3 +77,9 @@ def fused(reference: Callable, gradients: Callable, recomputed_for: Callable[...
         return gradients(ctx.needs_input_grad, grads, *arguments, *saved)
 
     return backward, setup_context
+
+
+def over_rows(x: torch.Tensor) -> torch.Tensor:
+    """The sum over all dimensions but the last, [C]: what a bias gets. Of x [C] a copy, where ``x.sum(())`` would be one number."""
+    rows = tuple(range(x.dim() - 1))
+    return x.sum(rows) if rows else x.clone()

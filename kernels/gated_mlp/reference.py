@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fusewire.kernels.autograd import over_rows
 from fusewire.kernels.rounding import compute_dtype, promoted
 
 
@@ -71,7 +72,7 @@ def _gradients(activation, slope, grad, x, gate, bias, gate_first: bool, of_bias
     hidden, gate = _halves(x, given, bias, gate_first)
     dhidden, dgate = grad * activation(gate), grad * hidden * slope(gate)
     both = torch.cat((dgate, dhidden) if gate_first else (dhidden, dgate), -1)
-    of_bias = both.sum(tuple(range(x.dim() - 1))) if of_bias else x.new_empty(0)
+    of_bias = over_rows(both) if of_bias else x.new_empty(0)
     if given is None:
         return both.to(dtype), x.new_empty(0, dtype=dtype), of_bias.to(dtype)
     return dhidden.to(dtype).contiguous(), dgate.to(dtype).contiguous(), of_bias.to(dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
-from fusewire.kernels.autograd import fused
+from fusewire.kernels.autograd import fused, over_rows
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import define
 from fusewire.kernels.linear import native, reference, triton_limits
@@ -35,7 +35,7 @@ _bias_activation_backward = Table("bias_activation_backward", [
 def of_linear(needed, grads, x, weight, bias, activation, gate, residual, exact):
     """Without an epilogue: ``recomputed`` holds for every other call."""
     dx, dweight = native.products_backward(grads[0], x, weight, needed[0], needed[1])
-    return dx, dweight, grads[0].sum(tuple(range(x.dim() - 1))) if needed[2] else None, None, None, None, None
+    return dx, dweight, over_rows(grads[0]) if needed[2] else None, None, None, None, None
 
 
 def recomputed(x, weight, bias, activation, gate, residual, exact) -> bool:

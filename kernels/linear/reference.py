@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fusewire.kernels.autograd import over_rows
 from fusewire.kernels.rounding import compute_dtype, promoted
 
 ACTIVATIONS = {"gelu_tanh": lambda y: F.gelu(y, approximate="tanh"), "gelu": F.gelu, "silu": F.silu}
@@ -47,7 +48,7 @@ def bias_activation_backward(grad, y, bias, activation: str, of_bias: bool) -> t
     """The gradients of y and bias in the rounding of ``close``; that of the bias has no elements where it is not wanted."""
     wide, dtype = compute_dtype(y.dtype), y.dtype
     dy = SLOPES[activation](grad.to(wide), y.to(wide) if bias is None else y.to(wide) + bias.to(wide))
-    dbias = dy.sum(tuple(range(y.dim() - 1))) if of_bias and bias is not None else dy.new_empty(0)
+    dbias = over_rows(dy) if of_bias and bias is not None else dy.new_empty(0)
     return dy.to(dtype).contiguous(), dbias.to(dtype)
 
 

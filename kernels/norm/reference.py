@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fusewire.kernels.autograd import over_rows
 from fusewire.kernels.rounding import promoted
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -83,10 +84,8 @@ def norm_backward(grad, x, weight, eps: float, rms: bool, of_x: bool, of_weight:
     rstd = torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
     xhat = centred * rstd
     g = grad if weight is None else grad * weight
-    none = x.new_empty(0)
-    dx = (g - (0 if rms else g.mean(-1, keepdim=True)) - xhat * (g * xhat).mean(-1, keepdim=True)) * rstd if of_x else none
-    rows = tuple(range(x.dim() - 1))
-    sums = ((grad * xhat).sum(rows) if of_weight else none), (grad.sum(rows) if of_bias else none)
+    dx = (g - (0 if rms else g.mean(-1, keepdim=True)) - xhat * (g * xhat).mean(-1, keepdim=True)) * rstd if of_x else x.new_empty(0)
+    sums = over_rows(grad * xhat) if of_weight else x.new_empty(0), over_rows(grad) if of_bias else x.new_empty(0)
     return dx.to(dtype).contiguous(), sums[0].to(dtype), sums[1].to(dtype)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
-from fusewire.kernels.autograd import fused
+from fusewire.kernels.autograd import fused, over_rows
 
 
 @pytest.fixture
@@ -52,3 +52,11 @@ def test_under_activation_checkpointing(scaled, exact, want):
     x = torch.ones(3, requires_grad=True)
     torch.utils.checkpoint.checkpoint(lambda x: op(x, 2.0, exact), x, use_reentrant=False).sum().backward()
     assert torch.equal(x.grad, torch.full((3,), want))
+
+
+@pytest.mark.parametrize("shape", ((4,), (1, 4), (3, 4), (2, 3, 4), (0, 4)), ids=str)
+def test_the_sum_over_rows(shape):
+    """One row alone too: the gradient of a vector is a vector, in memory of its own."""
+    x = torch.randn(shape)
+    got = over_rows(x)
+    assert torch.allclose(got, x.reshape(-1, 4).sum(0)) and got.shape == (4,) and got.data_ptr() != x.data_ptr()

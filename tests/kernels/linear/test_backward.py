@@ -303,6 +303,21 @@ def test_second_derivatives(activation):
     assert served() == (0, 0)
 
 
+@needs_native
+@pytest.mark.parametrize("activation", (None, "silu"))
+def test_a_single_row(activation):
+    """x [K]: the gradients are those of x [1, K], without its first dimension."""
+    tensors = torch.randn(40), torch.randn(24, 40), torch.randn(24)
+    found = []
+    for x in (tensors[0], tensors[0][None]):
+        leaves = [t.clone().requires_grad_() for t in (x, *tensors[1:])]
+        with forced("cpu"):
+            found.append(torch.autograd.grad(ops.linear(*leaves, activation=activation, numerics="close").square().sum(), leaves))
+    assert_exact(found[0][0], found[1][0][0])
+    for got, want in zip(found[0][1:], found[1][1:], strict=True):
+        assert_exact(got, want)
+
+
 @pytest.mark.parametrize("permuted", (False, True), ids=("contiguous", "permuted"))
 @pytest.mark.parametrize("bias", (True, False))
 def test_fake_mismatch(bias, permuted):

@@ -40,13 +40,13 @@ AFFINE = dict(weight=ROW[0], bias=ROW[0])
 QK = [dict(q_weight=VECTOR, k_weight=VECTOR, q_bias=VECTOR, k_bias=VECTOR, norm="layer", rope=(torch.zeros(5, 16), torch.ones(5, 16))),
       dict(norm="l2", q_log_scale=torch.zeros(2), k_log_scale=torch.zeros(2))]
 FULL = {
-    "adaln_modulate": [AFFINE], "attention": [dict(mask=torch.zeros(5, 5), q_weight=VECTOR, k_weight=VECTOR)],
+    "adaln_modulate": [AFFINE], "adaln_modulate_dual": [AFFINE], "attention": [dict(mask=torch.zeros(5, 5), q_weight=VECTOR, k_weight=VECTOR)],
     "attention_varlen": [dict(cu_seqlens_k=STARTS)], "gate_residual_adaln": [AFFINE], "geglu": [dict(bias=torch.zeros(128))],
     "group_norm_silu": [dict(weight=VECTOR, bias=VECTOR, shift=OTHER, scale=OTHER, add=OTHER)],
     "joint_attention": [dict(q_weight=VECTOR, k_weight=VECTOR, q2_weight=VECTOR, k2_weight=VECTOR)], "layer_norm": [AFFINE],
     "layer_norm_2d": [dict(weight=torch.ones(5), bias=torch.ones(5))],
     "linear": [dict(activation=None, bias=torch.zeros(192), gate=torch.zeros(2, 192), residual=torch.zeros(2, 64, 192))], "qk_norm_into": QK,
-    "qk_norm_rope": QK, "rms_norm": [AFFINE | dict(rounding="diffusers")], "sampler_step": [dict(uncond=X, step=COUNTER)],
+    "qk_norm_rope": QK, "quick_gelu": [dict(bias=ROW[0])], "rms_norm": [AFFINE | dict(rounding="diffusers")], "sampler_step": [dict(uncond=X, step=COUNTER)],
     "solver_step": [dict(uncond=X, previous=X, base=X, mask=X, known=X, known_noise=X, step=COUNTER)],
     "swiglu": [dict(gate_first=False, gate=X, bias=torch.zeros(128))],
 }

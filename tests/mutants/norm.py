@@ -14,7 +14,7 @@ MUTANTS = (
            "return torch.contiguous_format", "test_contract.py"),
     mutant("RMS norm's gradient has layer norm's mean", "reference.py", "(0 if rms else g.mean(-1, keepdim=True))", "g.mean(-1, keepdim=True)", "test_norm.py"),
     mutant("a term of the gradient is dropped", "reference.py", "- xhat * (g * xhat).mean(-1, keepdim=True)) * rstd if of_x", ") * rstd if of_x", "test_norm.py"),
-    mutant("the weight's gradient misses the norm", "reference.py", "((grad * xhat).sum(rows) if of_weight", "((grad * x).sum(rows) if of_weight", "test_norm.py"),
+    mutant("the weight's gradient misses the norm", "reference.py", "over_rows(grad * xhat) if", "over_rows(grad * x) if", "test_norm.py"),
     mutant("the response's mean has no eps", "reference.py", "response / (response.mean(dim=-1, keepdim=True) + eps)", "response / response.mean(dim=-1, keepdim=True)",
            "test_response.py"),
     mutant("a channel of zeros gets NaN", "reference.py", "share = torch.where(norm == 0, 0, of_norm / norm)", "share = of_norm / norm", "test_response.py"),

@@ -322,7 +322,8 @@ def test_a_pipeline_of_another_kind(numerics):
 
     want = sound()
     with pytest.raises(NothingToDo, match=f"^pipe_or_module is a DanceDiffusionPipeline with nothing to swap for numerics='{numerics}'; "
-                                          "sampler_step: IPNDMScheduler has no fused step$"):
+                                          "model: UNet1DModel is not a model that we know, nor is a block of it; sampler_step: IPNDMScheduler has no "
+                                          "fused step$"):
         fusewire.swap(pipe, numerics)
     assert classes(net) == before and type(pipe.scheduler) is IPNDMScheduler and fusewire.restore(pipe) == 0
     assert torch.equal(sound(), want)

@@ -88,10 +88,13 @@ def test_what_could_not_fail_is_refused():
             assert_unbiased(got, want)
 
 
-def test_an_element_near_zero_does_not_outweigh_the_others():
-    """As a sum's has, whose terms were rounded: a million units of its own last place, which say nothing about how the sum is rounded."""
+def test_an_element_near_zero():
+    """As a sum's has, whose terms were rounded: a million units of its own last place, which say nothing about how the sum is rounded. It is measured by
+    ``least`` where that is said, and by its own unit otherwise."""
     x = values()
     x[:2] = 1e-8
     got = x.bfloat16()
     got[:2] = 1e-4
-    assert_unbiased(got, x)
+    assert_unbiased(got, x, least=1 / 16)
+    with pytest.raises(AssertionError, match="away from zero"):
+        assert_unbiased(got, x)

@@ -85,6 +85,16 @@ def _is_rms(norm: str) -> bool:
     raise ValueError(f"norm is {norm!r}; it should be 'layer' or 'rms'")
 
 
+def _options(x, weight, bias, eps, norm, numerics) -> tuple:
+    """What every op with a norm takes last, checked: weight, bias, eps, rms, exact."""
+    if weight is not None or bias is not None:
+        checks.vector("weight", weight, x.shape[-1], x.device)
+        checks.vector("bias", bias, x.shape[-1], x.device)
+    if not eps > 0:
+        checks.positive("eps", eps)
+    return weight, bias, eps, _is_rms(norm), is_exact(numerics)
+
+
 def adaln_modulate(x, shift, scale, *, eps: float = 1e-6, norm: str = "layer", weight=None, bias=None, numerics: str = "exact") -> torch.Tensor:
     """``norm(x) * (1 + scale) + shift``, in one pass; without a shift where it is None.
 
@@ -106,11 +116,7 @@ def adaln_modulate(x, shift, scale, *, eps: float = 1e-6, norm: str = "layer", w
         shift = forms.no_shift(scale)
     else:
         frames = checks.modulated(x, ("shift", "scale"), (shift, scale))
-    if weight is not None or bias is not None:
-        checks.vector("weight", weight, x.shape[-1], x.device)
-        checks.vector("bias", bias, x.shape[-1], x.device)
-    checks.positive("eps", eps)
-    options = weight, bias, eps, _is_rms(norm), is_exact(numerics)
+    options = _options(x, weight, bias, eps, norm, numerics)
     if frames > 1:
         return _modulate(*forms.by_frames(frames, x.shape, x, shift, scale), *options).view(x.shape)
     return _modulate(x, shift, scale, *options)
@@ -134,11 +140,7 @@ def adaln_modulate_dual(x, shift, scale, shift2, scale2, *, eps: float = 1e-6, n
         checks.modulated(x, ("scale", "scale2"), (scale, scale2))  # named before a shift is made of them
         shift, shift2 = (forms.no_shift(of) if given is None else given for given, of in ((shift, scale), (shift2, scale2)))
     frames = checks.modulated(x, ("shift", "scale", "shift2", "scale2"), (shift, scale, shift2, scale2))
-    if weight is not None or bias is not None:
-        checks.vector("weight", weight, x.shape[-1], x.device)
-        checks.vector("bias", bias, x.shape[-1], x.device)
-    checks.positive("eps", eps)
-    options = weight, bias, eps, _is_rms(norm), is_exact(numerics)
+    options = _options(x, weight, bias, eps, norm, numerics)
     if frames > 1:
         outputs = _modulate_dual(*forms.by_frames(frames, x.shape, x, shift, scale, shift2, scale2), *options)
         return outputs[0].view(x.shape), outputs[1].view(x.shape)
@@ -194,15 +196,11 @@ def gate_residual_adaln(x, y, gate, shift, scale, *, y2=None, gate2=None, gate_t
         if y2 is None or gate2 is None:
             raise ValueError(f"{'y2' if y2 is None else 'gate2'} is None; y2 and gate2 should be given together")
         frames = checks.modulated(x, ("gate", "shift", "scale", "gate2"), (gate, shift, scale, gate2), ("y2",), (y2,))
-    if weight is not None or bias is not None:
-        checks.vector("weight", weight, x.shape[-1], x.device)
-        checks.vector("bias", bias, x.shape[-1], x.device)
-    if not eps > 0:
-        checks.positive("eps", eps)
-    rms, exact = _is_rms(norm), is_exact(numerics)
+    options = _options(x, weight, bias, eps, norm, numerics)
+    exact = options[-1]
     if gate_tanh:
         gate, gate2 = (None if tensor is None else forms.through_tanh(tensor, exact) for tensor in (gate, gate2))
     if frames > 1:
-        residual, out = _gate_modulate(*forms.by_frames(frames, x.shape, x, y, gate, y2, gate2, shift, scale), weight, bias, eps, rms, exact)
+        residual, out = _gate_modulate(*forms.by_frames(frames, x.shape, x, y, gate, y2, gate2, shift, scale), *options)
         return residual.view(x.shape), out.view(x.shape)
-    return _gate_modulate(x, y, gate, y2, gate2, shift, scale, weight, bias, eps, rms, exact)
+    return _gate_modulate(x, y, gate, y2, gate2, shift, scale, *options)

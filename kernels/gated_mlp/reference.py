@@ -91,5 +91,5 @@ def quick_gelu_backward(grad, x, bias, of_bias: bool) -> tuple[torch.Tensor, tor
     dtype = x.dtype
     grad, x, bias = (None if t is None else t.to(compute_dtype(dtype)) for t in (grad, x, bias))
     dx = grad * _silu_slope(1.702 * (x if bias is None else x + bias))
-    dbias = dx.sum(tuple(range(x.dim() - 1))) if of_bias and bias is not None else x.new_empty(0)
+    dbias = over_rows(dx) if of_bias and bias is not None else x.new_empty(0)
     return dx.to(dtype).contiguous(), dbias.to(dtype)

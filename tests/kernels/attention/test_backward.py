@@ -14,7 +14,6 @@ from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
 from tests.effort import examples
 from tests.kernels.attention.cases import DTYPES, qkv, stock
-from tests.kernels.isa_levels import run_at
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact, assert_unbiased, assert_within
 
@@ -71,11 +70,6 @@ def test_against_float64(shape, dtype):
     counts = ops.stats()["attention_backward"]
     few = dtype is torch.float32 and shape[1] < FEW_QUERIES
     assert few or counts["cpu" if CPU.loaded and dtype is not torch.float64 else "reference"] >= 3
-
-
-@pytest.mark.parametrize("level", ("base", "avx2", "avx512"))  # the gradients know no other; test_attention.py has the rest of the way forwards
-def test_other_isa_levels(level):
-    run_at(level, __file__, "test_against_float64 and not (512 or 256) or test_log_sum_exp or test_any_shape")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -261,7 +255,7 @@ def test_biased_cast(dtype):
     grad = torch.randn_like(q)
     want = gradients(stock, *(x.double() for x in (q, k, v)), grad)
     for name, one, wanted in zip("qkv", gradients(ops.attention, q, k, v, grad), want):
-        assert_unbiased(one, wanted, f"d{name}")
+        assert_unbiased(one, wanted, f"d{name}", least=1 / 16)
 
 
 def test_joint_gradients():

@@ -11,10 +11,9 @@ from fusewire import ops
 from fusewire.kernels.attention import op
 from fusewire.kernels.attention.native import FEW_QUERIES
 from fusewire.kernels.dispatch import forced
-from fusewire.kernels.library import CPU, ISA_LEVELS
+from fusewire.kernels.library import CPU
 from tests.effort import examples
 from tests.kernels.attention.cases import DTYPES, qkv, stock
-from tests.kernels.isa_levels import run_at
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact, assert_within
 
@@ -135,11 +134,6 @@ def test_gradients_against_float64(dtype, name, channels, key_heads):
         assert_close(one, wanted, of_stock, f"d{which}")
     assert served("cpu" if CPU.loaded and dtype is not torch.float64 else "reference", "attention_backward") or not CPU.loaded
     assert served("cpu" if CPU.loaded else "reference", "attention_softmax")
-
-
-@pytest.mark.parametrize("level", ISA_LEVELS[:-1])
-def test_other_isa_levels(level):
-    run_at(level, __file__, "against_float64 and not (float64- or reference) or together or hidden")
 
 
 @pytest.mark.parametrize("queries", (1, FEW_QUERIES - 1))

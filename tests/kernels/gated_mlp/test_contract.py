@@ -8,6 +8,7 @@ from torch.library import opcheck
 
 from fusewire import ops
 from fusewire.kernels.dispatch import forced
+from fusewire.kernels.gated_mlp import reference
 from fusewire.kernels.library import CPU
 from tests.kernels.gated_mlp.cases import DTYPES, KINDS, call, inputs, leaves, served, stock
 from tests.kernels.on_reference import EXACT, MIXED_DTYPES
@@ -26,6 +27,25 @@ def gradients(kind: str, v: dict, grad=None, **keywords) -> tuple[torch.Tensor, 
 
 def there(v: dict) -> list[str]:
     return [name for name, t in v.items() if t is not None]
+
+
+@needs_library
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_single_row(kind):
+    """x [F]: the gradients, the bias's too, are those of x [1, F] without its first dimension, by the kernel and by the reference that it stands for."""
+    v = {name: t if t is None or name == "bias" else t[0] for name, t in inputs(1, 12, kind=kind, batch=1).items()}
+    one = {name: t if t is None or name == "bias" else t[0] for name, t in v.items()}
+    name, own, apart = KINDS[kind]
+    grad = torch.randn(1, 12)
+
+    def by_reference(v, grad):
+        rest = () if apart is None else (v["gate"],)
+        return getattr(reference, f"{name}_backward")(grad, v["x"], *rest, v["bias"], *([own.get("gate_first", False)] if name == "swiglu" else []), True)
+
+    for of in (lambda v, grad: gradients(kind, v, grad, numerics="close"), by_reference):
+        for got, want in zip(of(one, grad[0]), of(v, grad), strict=True):
+            assert_exact(got, want if want.dim() == 1 else want[0])
+    assert served(kind, "_backward") == (2, 0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)

@@ -35,12 +35,14 @@ def positive(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}; it should be greater than 0")
 
 
-def alike(x: torch.Tensor, like: torch.Tensor, rows: tuple[torch.Tensor, ...]) -> bool:
+def alike(x: torch.Tensor, rows: tuple[torch.Tensor, ...], like: torch.Tensor | None = None) -> bool:
     """The common call in few comparisons: ``x`` and ``like`` [B, T, C], each of ``rows`` [B, C] or [B, 1, C], all of one floating dtype and on the CPU."""
-    if not (isinstance(x, _Tensor) and isinstance(like, _Tensor) and x.is_cpu and like.is_cpu):
+    if not (isinstance(x, _Tensor) and x.is_cpu):
         return False
     dtype, shape = x.dtype, x.shape
-    if like.dtype is not dtype or like.shape != shape or len(shape) != 3 or dtype not in FLOATS:
+    if len(shape) != 3 or dtype not in FLOATS:
+        return False
+    if like is not None and not (isinstance(like, _Tensor) and like.dtype is dtype and like.shape == shape and like.is_cpu):
         return False
     batch, _, channels = shape
     shapes = ((batch, channels), (batch, 1, channels))

@@ -19,6 +19,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 # Threads that wait without spinning: steps are short, and the machine may be shared. Must be set before torch loads.
@@ -110,8 +111,8 @@ def plot_losses(work: Path) -> None:
     plt.close(figure)
 
 
-def summarise(args: argparse.Namespace, work: Path) -> None:
-    """Writes OUT/training.json (settings, steps, compute time per stage) and copies the loss curve beside it."""
+def summarise(args: argparse.Namespace, work: Path, began: float, resumed: bool) -> None:
+    """Writes OUT/training.json (settings, steps, compute time per stage, the time by the clock since `began`) and copies the loss curve beside it."""
     stages = {}
     for name in STAGES:
         state = torch.load(work / f"{name}.pt", weights_only=True)
@@ -119,6 +120,8 @@ def summarise(args: argparse.Namespace, work: Path) -> None:
                         "final_loss": round(sum(state["losses"][-100:]) / len(state["losses"][-100:]), 5)}
     report = {"settings": {k: str(v) for k, v in vars(args).items() if k not in ("out", "until")}, "stages": stages,
               "minutes_are": f"CPU time of the training loops divided by {args.threads} threads",
+              "clock_minutes": round((time.monotonic() - began) / 60, 2),
+              "clock_minutes_are": "of the last sitting alone, which went on from a checkpoint" if resumed else "from the start to here, without an interruption",
               "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__}}
     (args.out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     shutil.copyfile(work / "loss.png", args.out / "loss.png")
@@ -128,9 +131,10 @@ STAGES = {"vae": train_vae, "clip": train_clip, "mmdit": train_mmdit}
 
 
 def main() -> int:
-    args = parse()
+    args, began = parse(), time.monotonic()
     torch.set_num_threads(args.threads)
     work = args.out.with_name(args.out.name + "-training")
+    resumed = work.exists()
     args.out.mkdir(parents=True, exist_ok=True)
     for name, train in STAGES.items():
         done = work / f"{name}.done"
@@ -145,7 +149,7 @@ def main() -> int:
         if name == args.until:
             break
     if args.until == "mmdit":
-        summarise(args, work)
+        summarise(args, work, began, resumed)
     return 0
 
 

@@ -170,7 +170,7 @@ def attention_backward_tile(dim: int, itemsize: int, masked: bool, arch: Arch) -
     large = arch.shared >= 160 * KIB
     hopper = arch.kind == "cuda" and arch.shared >= 227 * KIB  # as in attention_tile
     if itemsize == 4:
-        part = BackwardPart(32, 32, 8, 1) if padded <= 64 else BackwardPart(16, 32, 8, 1) if padded <= 128 else BackwardPart(16, 16, 8, 1)
+        part = BackwardPart(32 if padded <= 64 else 16, 32, 8, 1)
         return BackwardTile(part, part, padded, "ieee" if arch.kind == "hip" else "tf32x3")
     if arch.kind == "hip":
         size = 64 if padded <= 64 else 32 if padded <= 128 else 16

@@ -53,10 +53,10 @@ __global__ void __launch_bounds__(kThreads, 1) adaln_gradient_kernel(const __gri
   float sums[kKinds][kChunks][N] = {};
 
   for (unsigned token = first; token < last; ++token) {
-    row.batch = opaque(batch), row.token = opaque(token);
+    row.batch = opaque(batch), row.token = opaque(token), row.left = static_cast<int>(opaque(k.channels)) - row.channel(0);
     const int64_t begin = (row.batch * k.tokens + row.token) * k.channels;
     const auto store = [&](void* out, int j, const float (&r)[N]) {
-      if (out) store_chunk(static_cast<T*>(out) + (begin + row.channel(j)), 1, row.count[j], kVector || k.vector, r);
+      if (out) store_chunk(static_cast<T*>(out) + (begin + row.channel(j)), 1, row.count(j), kVector || k.vector, r);
     };
     // A kind's gradient in this row: to its sum, or to its place
     const auto give = [&](int kind, int j, const float (&r)[N]) {
@@ -220,9 +220,8 @@ __global__ void __launch_bounds__(kThreads, 1) adaln_gradient_kernel(const __gri
       float* out = k.parts_of[kind] + (static_cast<int64_t>(i_part) * k.channels + row.channel(j));
 #pragma unroll
       for (int i = 0; i < N; i += 4) {
-        const int rest = row.count[j] - i;
         const float four[4] = {sums[kind][j][i], sums[kind][j][i + 1], sums[kind][j][i + 2], sums[kind][j][i + 3]};
-        store_chunk(out + i, 1, rest < 0 ? 0 : rest < 4 ? rest : 4, k.channels % 4 == 0, four);
+        store_chunk(out + i, 1, row.count(j) - i, k.channels % 4 == 0, four);
       }
     }
   }

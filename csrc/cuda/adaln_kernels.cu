@@ -82,14 +82,15 @@ __global__ void __launch_bounds__(kThreads) adaln_kernel(const __grid_constant__
   const unsigned i_row = blockIdx.x * blockDim.y + threadIdx.y;
   const bool there = i_row < k.rows;  // a row that is not there still takes part in the sums
   Values<T, kChunks, kVector> row(there, k.channels);
-  row.batch = there ? i_row / k.tokens : 0, row.token = there ? i_row % k.tokens : 0;
+  const unsigned i_there = there ? i_row : 0;
+  row.batch = i_there / k.tokens, row.token = i_there % k.tokens;
   {
     const Chunks<T, kChunks, kVector> xs(row, k.x);
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) xs.get(j, row.value[j]);
   }
   const auto store = [&](void* out, int j, const float (&r)[kChunk<T>]) {
-    store_chunk(static_cast<T*>(out) + (static_cast<int64_t>(i_row) * k.channels + row.channel(j)), 1, row.count[j], kVector || k.vector, r);
+    store_chunk(static_cast<T*>(out) + (static_cast<int64_t>(i_row) * k.channels + row.channel(j)), 1, row.count(j), kVector || k.vector, r);
   };
   if (k.gates > 0) add_gated(row, k.y[0], k.gate[0], k.exact);
   if (k.gates > 1) add_gated(row, k.y[1], k.gate[1], k.exact);

@@ -15,8 +15,8 @@ __global__ void __launch_bounds__(kLanes * kRows) column_parts_kernel(const __gr
   int i_sum = 0;
   while (blockIdx.x >= k.end[i_sum]) ++i_sum;
   const int64_t blocks = (k.channels + kLanes * N - 1) / (kLanes * N), i_block = blockIdx.x - (i_sum ? k.end[i_sum - 1] : 0), parts = k.count[i_sum];
-  const int lane = static_cast<int>(threadIdx.x) * N, column = static_cast<int>(i_block % blocks) * kLanes * N + lane, rest = k.channels - column;
-  const int count = rest < 0 ? 0 : rest < N ? rest : N;
+  const int lane = static_cast<int>(threadIdx.x) * N, column = static_cast<int>(i_block % blocks) * kLanes * N + lane;
+  const int count = k.channels - column;
   const int64_t sample = i_block / blocks;
   const float* from = k.parts[i_sum] + (sample * parts * k.channels + column);
 

@@ -57,10 +57,13 @@ __device__ inline void load_vector(const T* p, float (&r)[N]) {
   for (int i = 0; i < N; ++i) r[i] = widen(values[i]);
 }
 
-// p[0], p[step], ... as floats: `count` of them, then zeros. `vector`: they lie side by side, and whole chunks start as load_vector wants it.
+// p[0], p[step], ... as floats: `count` of them, at most N, then zeros. `vector`: they lie side by side, and whole chunks start as load_vector wants it.
+// `count` may be less than 0 or more than N, here and below: what is left of a row from this chunk on. Bounded on both sides by max(min(rest, N), 0),
+// it was miscompiled: ptxas 13.0 takes `count == N` from the predicate of VIMNMX.RELU, which is one instruction for both bounds, and holds for any
+// rest < 0 too. Threads beyond a row's end then stored over the next row. (compiled_cuda.py looks for that instruction.)
 template <typename T, int N>
 __device__ inline void load_chunk(const T* p, int64_t step, int count, bool vector, float (&r)[N]) {
-  if (vector && count == N) {
+  if (vector && count >= N) {
     load_vector(p, r);
   } else {
 #pragma unroll
@@ -71,7 +74,7 @@ __device__ inline void load_chunk(const T* p, int64_t step, int count, bool vect
 // A chunk as it lies in memory: `count` values of p[0], p[1], ..., then zeros. `vector`: whole chunks start on 16 bytes.
 template <typename T>
 __device__ inline uint4 load_bits(const T* p, int count, bool vector) {
-  if (vector && count == kChunk<T>) return *reinterpret_cast<const uint4*>(p);
+  if (vector && count >= kChunk<T>) return *reinterpret_cast<const uint4*>(p);
   alignas(16) T values[kChunk<T>];
 #pragma unroll
   for (int i = 0; i < kChunk<T>; ++i) values[i] = i < count ? p[i] : narrow<T>(0.0f);
@@ -85,7 +88,7 @@ __device__ inline void widen_bits(const uint4& bits, float (&r)[kChunk<T>]) {
 
 template <typename T>
 __device__ inline void store_chunk(T* p, int64_t step, int count, bool vector, const float (&r)[kChunk<T>]) {
-  if (vector && count == kChunk<T>) {
+  if (vector && count >= kChunk<T>) {
     alignas(16) T values[kChunk<T>];
 #pragma unroll
     for (int i = 0; i < kChunk<T>; ++i) values[i] = narrow<T>(r[i]);

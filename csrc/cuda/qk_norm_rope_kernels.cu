@@ -22,8 +22,7 @@ __global__ void __launch_bounds__(kHeadBlock) qk_norm_rope_kernel(const __grid_c
   int count[kChunks];
 #pragma unroll
   for (int j = 0; j < kChunks; ++j) {
-    const int rest = k.dim - channel(j);
-    count[j] = !there || rest < 0 ? 0 : rest < N ? rest : N;
+    count[j] = there ? k.dim - channel(j) : 0;
     load_chunk(x + channel(j) * part.x.channel, part.x.channel, count[j], part.x.vector, r[j]);
 #pragma unroll
     for (int i = 0; i < N; ++i) squares += r[j][i] * r[j][i];

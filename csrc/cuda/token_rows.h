@@ -9,17 +9,12 @@ namespace fusewire::cuda {
 template <typename T, int kChunks, bool kVector>
 struct Row {
   int64_t batch, token;
-  int count[kChunks];  // elements of this thread's chunks that are inside the row: 0 in rows that are not there
+  int left;  // elements from this thread's first chunk on that are inside the row, or less than 0; 0 in rows that are not there
 
-  __device__ Row(bool there, int channels) {
-#pragma unroll
-    for (int j = 0; j < kChunks; ++j) {
-      const int rest = channels - channel(j);
-      count[j] = !there || rest < 0 ? 0 : rest < kChunk<T> ? rest : kChunk<T>;
-    }
-  }
+  __device__ Row(bool there, int channels) : left(there ? channels - channel(0) : 0) {}
+  __device__ int count(int j) const { return left - static_cast<int>(j * blockDim.x) * kChunk<T>; }  // as load_chunk wants it
   __device__ int channel(int j) const { return (threadIdx.x + j * blockDim.x) * kChunk<T>; }
-  __device__ bool inside(int j, int i) const { return kVector ? count[j] > 0 : i < count[j]; }
+  __device__ bool inside(int j, int i) const { return kVector ? count(j) > 0 : i < count(j); }
   __device__ const T* of(const Tokens& x) const { return static_cast<const T*>(x.data) + (batch * x.batch + token * x.token); }
 };
 
@@ -33,7 +28,7 @@ struct Chunks<T, kChunks, true> {
 
   __device__ Chunks(const Row<T, kChunks, true>& row, const Tokens& x) {
 #pragma unroll
-    for (int j = 0; j < kChunks; ++j) bits[j] = row.count[j] ? *reinterpret_cast<const uint4*>(row.of(x) + row.channel(j)) : uint4{};
+    for (int j = 0; j < kChunks; ++j) bits[j] = row.count(j) > 0 ? *reinterpret_cast<const uint4*>(row.of(x) + row.channel(j)) : uint4{};
   }
   __device__ void get(int j, float (&r)[kChunk<T>]) const { widen_bits<T>(bits[j], r); }
 };
@@ -45,7 +40,7 @@ struct Chunks<T, kChunks, false> {
 
   __device__ Chunks(const Row<T, kChunks, false>& row_, const Tokens& x_) : row(row_), x(x_) {}
   __device__ void get(int j, float (&r)[kChunk<T>]) const {
-    load_chunk(row.of(x) + row.channel(j) * x.channel, x.channel, row.count[j], x.vector, r);
+    load_chunk(row.of(x) + row.channel(j) * x.channel, x.channel, row.count(j), x.vector, r);
   }
 };
 

@@ -7,7 +7,7 @@ import torch
 from fusewire.kernels.triton_rows import why_not
 
 MAX_DIM = 512  # head dimensions; a block of queries and its result are held in registers and shared memory
-MAX_DIM_BACKWARD = 256  # there two results, and four blocks that are read
+MAX_DIM_BACKWARD = 256  # there two results, and four blocks that are read; half of it in float32, whose three TF32 products err too much over more (on an H200)
 
 
 def default_scale(scale: float | None, dim: int) -> float:
@@ -47,7 +47,8 @@ def _why_no_gradient(q, k, scale, tensors: tuple) -> str:
         return "a tensor is empty"
     if reason := _why_not(q, scale, *tensors):
         return reason
-    return f"the head dimension is {q.shape[-1]}; gradients are served up to {MAX_DIM_BACKWARD}" if q.shape[-1] > MAX_DIM_BACKWARD else ""
+    limit = MAX_DIM_BACKWARD if q.dtype.itemsize == 2 else MAX_DIM_BACKWARD // 2
+    return f"the head dimension is {q.shape[-1]}; gradients are served up to {limit} in {q.dtype}" if q.shape[-1] > limit else ""
 
 
 def why_not_backward(grad, lse_grad, q, k, v, out, highest, total, mask, causal, scale, blocks=None, words=None) -> str:

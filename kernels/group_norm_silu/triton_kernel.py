@@ -98,7 +98,7 @@ def _moments(parts, i_group, part_count, size, eps, PARTS: tl.constexpr):
     b_mean = tl.where(mask, (b_pivot - center) + tl.load(parts + (o_part + 2), mask=mask, other=0.0), 0.0)
     offset = tl.sum(b_count * b_mean, 0) / size
     b_mean -= offset
-    rstd = tl.rsqrt(tl.sum(b_squares + b_count * b_mean * b_mean, 0) / size + eps)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(b_squares + b_count * b_mean * b_mean, 0) / size + eps))  # rsqrt errs by up to two units
     return center, -offset * rstd, rstd
 
 

@@ -9,6 +9,7 @@ from fusewire import ops
 from fusewire.kernels.attention import reference
 from fusewire.kernels.attention.hopper_limits import DIMS, why_not_hopper
 from fusewire.kernels.dispatch import forced
+from fusewire.kernels.tuning import OURS_FROM
 from tests import tolerance
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_exact
@@ -242,10 +243,13 @@ def test_no_synchronisation_and_streams():
 
 @dims
 def test_what_is_preferred(dim, launches):
-    """Nothing forced: this kernel from 1024 tokens on, cuDNN for fewer, for causal attention and where the log-sum-exp is wanted."""
-    long, short = qkv(1, 1178, 1178, 2, dim), qkv(1, 300, 300, 2, dim)
+    """Nothing forced: this kernel for much to compute, cuDNN for less, for causal attention and where the log-sum-exp is wanted; of two streams this
+    kernel from 1024 tokens on."""
+    heads = OURS_FROM // (2048 * 2048 * dim)
+    long, short = qkv(1, 2048, 2048, heads, dim), qkv(1, 300, 300, heads, dim)
     with torch.no_grad():
-        for call, runs in ((lambda: ops.attention(*long), True), (lambda: ops.attention(*short), False), (lambda: ops.attention(*long, causal=True), False),
+        for call, runs in ((lambda: ops.attention(*long), True), (lambda: ops.attention(*short), False),
+                           (lambda: ops.attention(*(x[:, :2047] for x in long)), False), (lambda: ops.attention(*long, causal=True), False),
                            (lambda: ops.attention(*long, return_lse=True), False), (lambda: ops.joint_attention(*long, *short), True),
                            (lambda: ops.joint_attention(*short, *short), False)):
             before = len(launches)

@@ -10,7 +10,7 @@ from fusewire.kernels import dispatch
 from fusewire.kernels.library import CPU, cpu_isa
 
 X, ROW, HEADS = torch.randn(2, 5, 64), torch.randn(2, 64), torch.randn(2, 5, 2, 32)
-TABLE = ops.flow_euler_table(torch.tensor([1.0, 0.5, 0.0]))
+TABLE = ops.flow_euler_table(torch.tensor([1.0, 0.5, 0.0])).to(X.device)
 # Public op: (its arguments, its keywords, the name under which its calls are counted)
 CALLS = {
     "adaln_modulate": ((X, ROW, ROW), dict(norm="rms"), "adaln_modulate"),
@@ -31,7 +31,7 @@ CALLS = {
     "quick_gelu": ((X,), dict(numerics="close"), "quick_gelu"),
     "rms_norm": ((X, ROW[0]), dict(rounding="torch"), "rms_norm"),
     "sampler_step": ((X, X, TABLE, 1), {}, "flow_euler_step"),
-    "solver_step": ((X, X, ops.solver_table(2, x=1.0), 1), dict(noise=X), "solver_step"),
+    "solver_step": ((X, X, ops.solver_table(2, x=1.0).to(X.device), 1), dict(noise=X), "solver_step"),
     "swiglu": ((X,), dict(gate_first=True, numerics="close"), "swiglu"),
 }
 # What those calls leave out: with it every tensor argument is there. Of QK norm's, those of a layer norm with rotation, and of an L2 norm

@@ -112,14 +112,16 @@ def mutates(graph: torch.fx.Graph) -> bool:
 def test_vmap(name, numerics, recording):
     """Over all tensors, over the first alone, and over another dimension than the first: the bits of one call a sample."""
     call = call_of(name, numerics)
+    # What PyTorch alone computes on a GPU may sum in another order for another number of samples
+    alike = near if call.tensors[0].is_cuda and not call.fused else lambda got, want: same(got, want, name)
     with torch.set_grad_enabled(recording):
         for batched in {1, len(call.tensors)}:
             tensors = samples_of(call, batched)
             want = one_by_one(call.run, tensors, batched)
             dims = [0 if i < batched else None for i in range(len(tensors))]
-            same(torch.vmap(call.run, tuple(dims))(*tensors), want, f"{batched} batched")
+            alike(torch.vmap(call.run, tuple(dims))(*tensors), want)
             tensors[0], dims[0] = tensors[0].transpose(0, 1).contiguous(), 1
-            same(torch.vmap(call.run, tuple(dims), 1)(*tensors), [part.transpose(0, 1) for part in want], "another dimension")
+            alike(torch.vmap(call.run, tuple(dims), 1)(*tensors), [part.transpose(0, 1) for part in want])
     call.check_backend()
 
 
@@ -243,7 +245,7 @@ def test_vmap_of_an_op_that_writes():
     torch.vmap(lambda *tensors: (write(*tensors), tensors[0])[1])(q, k, joint_q, joint_k)
     assert joint_q._version > version and (joint_q[:, :, :2] == 1).all()
     same((joint_q[:, :, 2:], joint_k[:, :, 2:]), one_by_one(lambda *pair: ops.qk_norm_rope(*pair), [q, k], 2))
-    with pytest.raises(RuntimeError, match="fusewire.qk_norm_into.default under vmap: q_out is one tensor for all samples; it should be batched"):
+    with pytest.raises(RuntimeError, match=r"fusewire.qk_norm_into\w*.default under vmap: q_out is one tensor for all samples; it should be batched"):
         torch.vmap(lambda q, k: (write(q, k, joint_q[0], joint_k[0]), q)[1])(q, k)
     with pytest.raises(ValueError, match="fusewire.rms_norm.default is under a vmap over no samples"):
         torch.vmap(ops.rms_norm)(torch.ones(0, 2, 8))

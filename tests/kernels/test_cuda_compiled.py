@@ -53,9 +53,35 @@ def test_the_library_links(tmp_path):
     assert missing == {"aoti_torch_get_current_cuda_stream"}
 
 
+CLAMPED = """
+struct Task { const int* x; int4* out; int channels; };
+__global__ void kernel(const __grid_constant__ Task k) {
+  const int rest = k.channels - 4 * static_cast<int>(threadIdx.x), count = rest < 0 ? 0 : rest < 4 ? rest : 4;
+  const int x = k.x[threadIdx.x];
+  if (count == 4) {
+    k.out[threadIdx.x] = int4{x, x, x, x};
+  } else {
+    for (int i = 0; i < count; ++i) reinterpret_cast<int*>(k.out + threadIdx.x)[i] = x;
+  }
+}
+"""
+
+
+@needs_nvcc
+@pytest.mark.skipif(compiled_cuda.CUOBJDUMP is None, reason="no cuobjdump here")
+def test_misread_bounds_are_found(tmp_path):
+    """tail: ptxas 13.0 let threads beyond a row's end store whole chunks; adaLN's gradients and the sums over columns were wrong on an H200 for it."""
+    release = subprocess.run([compiled_cuda.NVCC, "--version"], capture_output=True, text=True).stdout
+    if "release 13.0" not in release:
+        pytest.skip("the code that nvcc 13.0 makes is known")
+    (tmp_path / "clamped_kernels.cu").write_text(CLAMPED)
+    kernel, = compiled_cuda.compile_room("clamped", "sm_90", tmp_path / "clamped_kernels.cu")
+    assert kernel.misread and any("VIMNMX" in fault for fault in compiled_cuda.faults(kernel))
+
+
 def test_faults():
-    good = compiled_cuda.CudaKernel("room", "sm_90", "kernel<float>", 256, 40, 0, 0, {"16": 2, "4": 8}, {"16": 1}, 0)
+    good = compiled_cuda.CudaKernel("room", "sm_90", "kernel<float>", 256, 40, 0, 0, {"16": 2, "4": 8}, {"16": 1}, 0, 0)
     assert not compiled_cuda.faults(good)
     for change, fault in (({"spills": 8}, "8 bytes spilled"), ({"loads": {"4": 8}}, "no 16-byte load"), ({"stores": {"4": 8}}, "no 16-byte store"),
-                          ({"atomics": 1}, "atomics")):
+                          ({"atomics": 1}, "atomics"), ({"misread": 2}, "2 bounds whose predicate ptxas takes for another's (VIMNMX.RELU)")):
         assert compiled_cuda.faults(dataclasses.replace(good, **change)) == [fault]

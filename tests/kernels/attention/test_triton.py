@@ -10,7 +10,7 @@ from tests.kernels.attention.test_patterns import PATTERNS, dense
 from tests.kernels.attention.test_varlen import one_by_one, packed
 from tests.kernels.interpreted import DTYPES, in_triton, needs_interpreter, on_reference, unchanged
 from tests.layouts import LAYOUTS
-from tests.tolerance import assert_close, assert_exact
+from tests.tolerance import assert_close, assert_exact, assert_within
 
 pytestmark = needs_interpreter
 
@@ -236,7 +236,7 @@ def test_pattern_together_with_the_rest():
         assert (plain[:, 40:91] == 0).all() and (causal[:, :70] == 0).all() and (causal[:, 91:] != 0).any()
         for got, seen in ((plain, visible), (masked, visible & mask), (causal, visible & torch.ones(140, 300, dtype=torch.bool).tril())):
             rows = seen[0, 0].any(-1)
-            check(got[:, rows], q[:, rows], k, v, seen[:, :, rows])
+            assert_within(got[:, rows], reference.attend(q[:, rows].double(), k.double(), v.double(), seen[:, :, rows], False, None)[0], 16)
 
 
 @pytest.mark.parametrize("tile", [(128, 64), (64, 32), (32, 16), (128, 128)], ids=str)

@@ -10,7 +10,7 @@ from tests.kernels.attention.cases import qkv, stock
 from tests.kernels.attention.test_varlen import packed
 from tests.kernels.interpreted import DTYPES, ON_GPU, needs_interpreter, unchanged
 from tests.layouts import LAYOUTS
-from tests.tolerance import assert_close, assert_exact
+from tests.tolerance import assert_close, assert_exact, assert_within
 
 pytestmark = needs_interpreter
 
@@ -54,6 +54,8 @@ def check(q, k, v, grad, mask=None, causal=False, scale=None, context=""):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values(dtype, shape, causal):
     """head-dim, tail: each shape, with and without causal, and a scale."""
+    if dtype is torch.float32 and shape[4] > 128:
+        pytest.skip("float32's gradients end at 128 channels")
     q, k, v = qkv(*shape[:5], dtype, shape[5])
     grad = torch.randn_like(q)
     same = unchanged(q, k, v, grad)
@@ -83,7 +85,8 @@ def test_mask_dtypes(dtype):
     got = in_triton(lambda *x: ops.attention(*x, mask=mask, causal=True), q, k, v, grad)
     both = mask.masked_fill(torch.ones(70, 70, dtype=torch.bool).triu(1), -torch.inf)
     for one, other in zip(got, in_triton(lambda *x: ops.attention(*x, mask=both), q, k, v, grad)):
-        assert_exact(one, other)
+        # On a GPU these are two kernels, in which products and sums are fused differently
+        assert_within(one, other, 4) if one.is_cuda else assert_exact(one, other)
 
 
 def test_masked_row_and_nan_under_mask():
@@ -208,9 +211,10 @@ def test_limits():
         assert "not positive" in why_not(q, scale=-1.0)
         assert "float64" in why_not(q.double())
         assert "empty" in why_not(q[:0]) and "empty" in why_not(q[:, :, :0])
-        assert why_not(torch.zeros(1, 4, 1, 256)) == why_not(torch.zeros(1, 4, 1, 256, dtype=torch.bfloat16)) == ""
+        assert why_not(torch.zeros(1, 4, 1, 128)) == why_not(torch.zeros(1, 4, 1, 256, dtype=torch.bfloat16)) == ""
+        assert "gradients are served up to 128 in torch.float32" in why_not(torch.zeros(1, 4, 1, 129))
         assert "1 to 256 are served in torch.float32" in why_not(torch.zeros(1, 4, 1, 257))
-        assert "gradients are served up to 256" in why_not(torch.zeros(1, 4, 1, 257, dtype=torch.bfloat16))
+        assert "gradients are served up to 256 in torch.bfloat16" in why_not(torch.zeros(1, 4, 1, 257, dtype=torch.bfloat16))
     if not ON_GPU:
         assert why_not(q)
 

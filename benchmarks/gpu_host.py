@@ -1,17 +1,22 @@
 """What launching costs the processor on a GPU's machine: microseconds until a call returns, of PyTorch's calls and ours; and the same where Triton's kernels
-are launched by way of Triton itself.
+are launched by way of Triton itself. Then whole U-Nets of batch 1, which wait for their launches: milliseconds until the call returns, and until it is done.
 
     python benchmarks/gpu_host.py --json benchmarks/results/gpu-host.json
 """
 
 from __future__ import annotations
 
+import copy
+import statistics
+import time
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
+import fusewire
 from fusewire import ops
+from fusewire.presets import build
 from gpu_timing import host_us, main
 
 
@@ -38,6 +43,34 @@ def cases() -> dict:
     }
 
 
+MODELS = (("sdxl", 1024), ("sd1.5", None))
+ROUNDS = 9
+
+
+def models(name: str, size: int | None):
+    """The sides of one model in turn, medians."""
+    with torch.device("cuda"):
+        model, inputs, _, _ = build(name, torch.bfloat16, None, size, 0)
+    model = model.to("cuda")
+    inputs = {key: value.to("cuda") if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
+    sides = {"eager": model}
+    for numerics in ("exact", "close"):
+        sides[numerics] = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        fusewire.swap(sides[numerics], numerics=numerics)
+    taken: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+    for _ in range(ROUNDS + 3):
+        for side, ours in sides.items():
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            ours(**inputs)
+            returned = time.perf_counter()
+            torch.cuda.synchronize()
+            taken[side].append((returned - begin, time.perf_counter() - begin))
+    for side, times in taken.items():
+        host, whole = ([round(pair[i] * 1e3, 1) for pair in times[3:]] for i in (0, 1))
+        yield {"model": name if size is None else f"{name}:{size}", "side": side, "host ms": statistics.median(host), "ms": statistics.median(whole), "least ms": min(whole)}
+
+
 def measure(found: dict, options) -> None:
     from fusewire.kernels import triton_launch  # imports Triton
 
@@ -53,6 +86,8 @@ def measure(found: dict, options) -> None:
                 row["us by way of Triton"] = round(host_us(call, 300), 1)
             found["rows"].append(row | {"served": served})
             print(found["rows"][-1], flush=True)
+        found["models"] = [row for model in MODELS for row in models(*model)]
+        print(*found["models"], sep="\n", flush=True)
 
 
 if __name__ == "__main__":

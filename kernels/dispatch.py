@@ -28,6 +28,11 @@ class Backend(NamedTuple):
     run: Callable
 
 
+def recording() -> bool:
+    """Whether what is called may be recorded: by autograd, torch.compile, a dispatch mode or torch.func."""
+    return bool(torch.is_grad_enabled() or is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
+
+
 def launched(name: str, op: torch._ops.OpOverload, why_not: Callable[..., str], launch: Callable) -> Backend:
     """The row ``name`` of ``op``, where kernels are launched from Python: ``launch`` takes the op's arguments.
 
@@ -39,9 +44,7 @@ def launched(name: str, op: torch._ops.OpOverload, why_not: Callable[..., str], 
         return Backend(name, why_not, registered)
 
     def run(*args):
-        if torch.is_grad_enabled() or is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
-            return registered(*args)
-        return launch(*args)
+        return registered(*args) if recording() else launch(*args)
 
     return Backend(name, why_not, run)
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 from fusewire.kernels.attention import hopper_limits
-from fusewire.kernels.dispatch import forced_backend
+from fusewire.kernels.dispatch import forced_backend, recording
 from fusewire.kernels.qk_norm_rope import op as qk_norm
 from fusewire.kernels.qk_norm_rope.reference import RMS
 from fusewire.kernels.triton_rows import capability, too_old
@@ -39,6 +39,25 @@ def _chooses_cudnn(q, k, v, causal: bool, scale: float | None) -> bool:
         choose = getattr(torch, "_fused_sdp_choice", None)
         _by_itself[key] = choose is not None and choose(q, k, v, is_causal=causal, scale=scale) == SDPBackend.CUDNN_ATTENTION.value
     return _by_itself[key]
+
+
+_at_once: set[tuple] = set()  # kinds of calls that PyTorch's own attention was seen to serve, by cuDNN
+
+
+def _kind(q, k, v, causal: bool, scale: float | None) -> tuple:
+    """All that the predicates of attention look at where there is no mask and no norm, but for where the first elements lie."""
+    return (q.device, k.device, v.device, q.dtype, k.dtype, v.dtype, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), causal, scale)
+
+
+def at_once(q, k, v, causal: bool, scale: float | None) -> torch.Tensor | None:
+    """Attention without a mask or a norm, where no graph is recorded, nothing is forced, and the same kind of call went to PyTorch's own attention before:
+    checked and chosen then, which takes the processor twice as long as PyTorch's call. None: another call."""
+    if not _at_once or recording() or forced_backend() is not None or not all(isinstance(x, torch.Tensor) for x in (q, k, v)):
+        return None
+    if _kind(q, k, v, causal, scale) not in _at_once or q.data_ptr() % 16 or k.data_ptr() % 16 or v.data_ptr() % 16 or not torch._C._get_cudnn_sdp_enabled():
+        return None
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal, scale=scale)
+    return out.transpose(1, 2).contiguous()
 
 
 def _cudnn_op(q, k, v, causal: bool, scale: float | None, wanted: bool):
@@ -232,7 +251,13 @@ def _normalised(x, weight) -> torch.Tensor:
 
 def attention(q, k, v, mask, q_weight, k_weight, causal: bool, scale: float | None, eps: float, blocks=None, words=None) -> torch.Tensor:
     if q_weight is k_weight is None:
-        return _attend(q, k, v, causal, scale, attention_library)[0]
+        out, lse = _attend(q, k, v, causal, scale, attention_library)
+        # Without a log-sum-exp PyTorch's own attention was called
+        if lse is None and not recording() and forced_backend() is None:
+            if len(_at_once) >= 4096:
+                _at_once.clear()
+            _at_once.add(_kind(q, k, v, causal, scale))
+        return out
     normed_q, normed_k = _normalised(q, q_weight), _normalised(k, k_weight)
     pairs = [pair for pair in ((q, q_weight, normed_q), (k, k_weight, normed_k)) if pair[1] is not None]
     _norm_into(pairs, eps)

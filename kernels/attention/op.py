@@ -242,6 +242,9 @@ def attention(q, k, v, *, mask=None, causal: bool = False, scale: float | None =
     """
     if torch._C._is_any_autocast_enabled():
         q, k, v = cast((q, k, v))
+    elif mask is q_weight is k_weight is pattern is None and not return_lse and (out := cuda.at_once(q, k, v, causal, scale)) is not None:
+        _attention.calls["cuda"] += 1
+        return out
     _check(("q", "k", "v"), q, k, v)
     _check_rest(q, _WEIGHTS, (q_weight, k_weight), scale, eps)
     if mask is not None:

@@ -39,10 +39,10 @@ def _elements(o_e, i_n, i_g, x_n, per_group, pixels, channels, PLANES: tl.conste
 @triton.jit
 def _silu(x, grad, SLOPE: tl.constexpr):
     """silu(x), or grad * silu'(x)."""
-    gate = 1.0 / (1.0 + tl.exp(-x))
     if SLOPE:
+        gate = 1.0 / (1.0 + tl.exp(-x))
         return grad * gate * (1.0 + x * (1.0 - gate))
-    return x * gate
+    return tl.div_rn(x, 1.0 + tl.exp(-x))  # `/` errs by up to two units
 
 
 @triton.jit(do_not_specialize=["steps", "origin"])  # no recompilation for each picture size, but for whether it is a multiple of 16

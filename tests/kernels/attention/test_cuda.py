@@ -47,6 +47,7 @@ def pretend(monkeypatch, arch="sm_90", reason=""):
 
     gpu._dynamo_marked_constant = True
     monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda, "_at_once", set())
     monkeypatch.setattr(cuda, "_gpu", gpu)
     monkeypatch.setattr(cuda, "_library", lambda name: "")
 
@@ -319,3 +320,44 @@ def test_which_call_reaches_cudnn(monkeypatch):
         cuda._cudnn(q[:, :, :20], k, v, False, None, False)
     cuda._cudnn(q, k, v, False, None, False)
     assert by_op == [True, False, False, False] and len(asked) == 3
+
+
+def test_what_is_served_at_once(monkeypatch):
+    """A kind of call that went to PyTorch's own attention goes there again without the checks, and is counted; another shape, layout or alignment, a graph
+    that is recorded, a forced backend, cuDNN switched off and autocast do not."""
+    pretend(monkeypatch)
+    monkeypatch.setattr(cuda, "_by_itself", {})
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda q, k, v, is_causal, scale: SDPBackend.CUDNN_ATTENTION.value)
+    enabled, checked, check = [True], [], op._check
+    monkeypatch.setattr(torch._C, "_get_cudnn_sdp_enabled", lambda: enabled[0])
+    monkeypatch.setattr(cuda, "_cudnn_op", lambda q, k, v, *rest: (torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=rest[1]), "lse"))
+    monkeypatch.setattr(op, "_check", lambda *arguments: (checked.append(1), check(*arguments))[1])
+    monkeypatch.setattr(op._attention, "rows", [row for row in op._attention.rows if row.name == "cuda"])
+    q, k, v = qkv(1, 80, 80, 2, 64, torch.bfloat16)
+    packed = torch.stack((q, k, v), 2)
+
+    def at_once(q=q, k=k, v=v, **keywords) -> bool:
+        before, calls = len(checked), ops.stats()["attention"]["cuda"]
+        got = ops.attention(q, k, v, **keywords)
+        assert ops.stats()["attention"]["cuda"] == calls + 1
+        assert_exact(got, torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), **keywords).transpose(1, 2))
+        assert got.is_contiguous()
+        return len(checked) == before
+
+    off_by_one = torch.empty(q.numel() + 1, dtype=q.dtype)[1:].view_as(q).copy_(q)
+    assert not at_once() and not cuda._at_once, "autograd records"
+    with torch.no_grad():
+        assert not at_once() and at_once()
+        for change in (dict(q=q[:, :70]), dict(k=k[:, :70], v=v[:, :70]), dict(q=packed[:, :, 0]), dict(scale=0.3)):
+            assert not at_once(**change) and at_once(**change), change
+        assert not at_once(q=off_by_one) and not at_once(q=off_by_one)
+        enabled[0] = False
+        assert not at_once()
+        enabled[0] = True
+        with forced("cuda"):
+            assert not at_once()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not at_once()
+        with pytest.raises(TypeError, match="k is a NoneType"):
+            ops.attention(q, None, v)
+        assert at_once()

@@ -162,6 +162,30 @@ FUSEWIRE_INLINE void store(T* p, lanes<compute_t<T>, N> x) {
   }
 }
 
+// As `store`, past the caches; p lies at a multiple of what is stored. An ordinary store where the processor has no such instruction.
+template <int N, typename T>
+FUSEWIRE_INLINE void stream(T* p, lanes<compute_t<T>, N> x) {
+#if defined(__SSE2__)
+  T part[N];
+  store<N>(part, x);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(part) == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits_as<__m512i>(part));
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof(part) == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits_as<__m256i>(part));
+#endif
+  if constexpr (sizeof(part) == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits_as<__m128i>(part));
+#endif
+  store<N>(p, x);
+}
+
+// What was streamed is seen by whoever sees what this thread stores next.
+FUSEWIRE_INLINE void end_of_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // What x becomes by being stored as T and loaded again.
 template <typename T, int N>
 FUSEWIRE_INLINE lanes<compute_t<T>, N> rounded(lanes<compute_t<T>, N> x) {
@@ -198,6 +222,8 @@ struct Whole {
   FUSEWIRE_INLINE auto load(const T* p) const { return FUSEWIRE_ISA::load<N>(p + j); }
   template <typename T>
   FUSEWIRE_INLINE void store(T* p, lanes<compute_t<T>, N> x) const { FUSEWIRE_ISA::store<N>(p + j, x); }
+  template <typename T>
+  FUSEWIRE_INLINE void stream(T* p, lanes<compute_t<T>, N> x) const { FUSEWIRE_ISA::stream<N>(p + j, x); }
 };
 template <int N>
 struct Part {
@@ -206,6 +232,8 @@ struct Part {
   FUSEWIRE_INLINE auto load(const T* p) const { return load_part<N>(p + j, n); }
   template <typename T>
   FUSEWIRE_INLINE void store(T* p, lanes<compute_t<T>, N> x) const { store_part<N>(p + j, x, n); }
+  template <typename T>
+  FUSEWIRE_INLINE void stream(T* p, lanes<compute_t<T>, N> x) const { store(p, x); }
 };
 
 // Calls body(column) for the columns [begin, channels) of a row.

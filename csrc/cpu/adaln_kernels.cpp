@@ -13,13 +13,14 @@ enum class Mode { close, exact_portable, exact_fused };
 
 // The rows of one thread. Modulations are read once per sample into contiguous rows of the compute type; then blocks of R rows share each load of
 // them. A row is read once from memory, stays in the L1 cache for its statistics and its modulation, and is written once.
-template <typename T, Mode M>
+template <typename T, Mode M, bool kStreams>
 class AdalnRows {
   using C = compute_t<T>;
   static constexpr int N = kLanes<C>, R = 4;
   static constexpr bool kExact = M != Mode::close, kFused = M == Mode::exact_fused;
   // close keeps the sum x + gate * y in the compute type for the norm; exact rounds it first, as stock does.
   using Sum = std::conditional_t<kExact, T, C>;
+  static constexpr bool kKept = kStreams || !std::is_same_v<Sum, T>;  // the norm reads the sum from scratch memory, not from the output
   using V = lanes<C, N>;
 
   const AdalnTask& k_;
@@ -102,16 +103,16 @@ class AdalnRows {
       for_columns<N>(0, n, [&](auto at) __attribute__((always_inline)) {
         __builtin_prefetch(from + next_x + at.j);  // memory answers while these rows are computed
         __builtin_prefetch(added + next_y + at.j);
-        __builtin_prefetch(out + K * n + at.j, 1);
+        if constexpr (!kStreams) __builtin_prefetch(out + K * n + at.j, 1);
         V value = gated(at.load(from), at.load(gate), at.load(added));
         if constexpr (Second) value = gated(value, at.load(gate2), at.load(added2));
-        at.store(out, value);
-        if constexpr (!std::is_same_v<Sum, T>) {
+        put(at, out, value);
+        if constexpr (kKept) {
           if (widen) at.store(wide, value);
         }
       });
-      if constexpr (std::is_same_v<Sum, T>) sums[r] = out;
-      else sums[r] = wide;
+      if constexpr (kKept) sums[r] = wide;
+      else sums[r] = out;
     }
   }
 
@@ -159,8 +160,13 @@ class AdalnRows {
   }
 
   template <typename At>
+  FUSEWIRE_INLINE static void put(const At& at, T* out, V value) {
+    if constexpr (kStreams) at.stream(out, value);
+    else at.store(out, value);
+  }
+  template <typename At>
   FUSEWIRE_INLINE static void put(const At& at, T* out, V y, V scale, V shift) {
-    at.store(out, kExact ? rounded<T, N>(y * scale) + shift : fma<N, C>(y, scale, shift));
+    put(at, out, kExact ? rounded<T, N>(y * scale) + shift : fma<N, C>(y, scale, shift));
   }
 
   // Columns [begin, n) of row i.
@@ -181,7 +187,7 @@ class AdalnRows {
       const V scale = at.load(scale_[0]), shift = at.load(shift_[0]);
       for (int r = 0; r < R; ++r) {
         __builtin_prefetch(x[r] + next + at.j);
-        __builtin_prefetch(out + (R + r) * n_ + at.j, 1);
+        if constexpr (!kStreams) __builtin_prefetch(out + (R + r) * n_ + at.j, 1);
         const V y = normalised<true>(at.load(x[r]), row[r], at);
         put(at, out + r * n_, y, scale, shift);
         if constexpr (Dual) put(at, out2 + r * n_, y, at.load(scale_[1]), at.load(shift_[1]));
@@ -250,11 +256,16 @@ class AdalnRows {
   }
 };
 
-template <typename T, Mode M>
+template <typename T, Mode M, bool kStreams = false>
 static void run(const AdalnTask& k, int64_t begin, int64_t end) {
-  void* room = std::malloc(AdalnRows<T, M>::room(k.channels));
-  AdalnRows<T, M>(k, room).run(begin, end);
+  using Kernel = AdalnRows<T, M, kStreams>;
+  if constexpr (!kStreams && M != Mode::exact_portable && !std::is_same_v<T, double>) {
+    if (k.streams) return run<T, M, true>(k, begin, end);
+  }
+  void* room = std::malloc(Kernel::room(k.channels));
+  Kernel(k, room).run(begin, end);
   std::free(room);
+  if constexpr (kStreams) end_of_stream();
 }
 
 template <typename T>

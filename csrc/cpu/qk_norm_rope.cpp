@@ -2,15 +2,19 @@
 #include "cpu/qk_norm_rope.h"
 
 #include "common/empty.h"
+#include "cpu/stream.h"
 
 namespace fusewire {
 
 static QkTensor describe(const Tensor& x, const std::optional<Tensor>& weight, const Tensor& out) {
-  QkTensor t{x.const_data_ptr(), {}, out.mutable_data_ptr(), {}, nullptr, 0, x.size(1), x.size(2)};
+  QkTensor t{x.const_data_ptr(), {}, out.mutable_data_ptr(), {}, nullptr, 0, x.size(1), x.size(2), false};
   for (int i = 0; i < 4; ++i) {
     t.x_stride[i] = x.stride(i);
     t.out_stride[i] = out.stride(i);
   }
+  // In place, what is written was read
+  t.streams = t.x != t.out && on_lines(t.out) && t.out_stride[3] == 1;
+  for (int i = 0; i < 3; ++i) t.streams = t.streams && t.out_stride[i] * element_size(out) % kLine == 0;
   if (weight) {
     t.weight = weight->const_data_ptr();
     t.weight_stride = weight->stride(0);
@@ -31,7 +35,9 @@ static void qk_norm_into(const Tensor& q, const Tensor& k, const std::optional<T
       n.sin_stride[i] = sin->stride(i);
     }
   }
-  const QkTensor parts[2] = {describe(q, q_weight, q_out), describe(k, k_weight, k_out)};
+  QkTensor parts[2] = {describe(q, q_weight, q_out), describe(k, k_weight, k_out)};
+  const bool large = streams((q.numel() + k.numel()) * element_size(q));
+  for (QkTensor& part : parts) part.streams = part.streams && large;
   const int64_t batch = q.size(0), q_tokens = batch * parts[0].tokens, k_tokens = batch * parts[1].tokens;
   const int64_t grain = 1 + 32768 / (1 + n.dim * parts[0].heads);
   FUSEWIRE_SWITCH_FLOATS(q.scalar_type(), "qk_norm_rope", {

@@ -16,6 +16,7 @@ struct QkTensor {
   const void* weight;  // may be null
   int64_t weight_stride;
   int64_t tokens, heads;
+  bool streams;  // out is written past the caches: it starts on 64 bytes, and so does each head
 };
 
 struct QkNorm {

@@ -30,6 +30,7 @@ struct HeadRows {
   T* out;
   int64_t out_stride;
   int64_t count;
+  bool streams;
 };
 
 template <typename T>
@@ -62,7 +63,7 @@ FUSEWIRE_INLINE void roots(const HeadRows<T>& rows, int64_t dim, double eps, S* 
 }
 
 // head = x * rstd * weight; a pair of it (a, b) is turned to (a cos - b sin, b cos + a sin)
-template <typename T, typename M, bool kWeight>
+template <typename T, typename M, bool kWeight, bool kStreams>
 FUSEWIRE_INLINE void apply(const HeadRows<T>& rows, int64_t dim, const typename M::S* rstd, const Vectors<T>& v) {
   using C = compute_t<T>;
   constexpr int N = kLanes<C>;
@@ -74,7 +75,7 @@ FUSEWIRE_INLINE void apply(const HeadRows<T>& rows, int64_t dim, const typename 
     const int64_t next_x = kRows * rows.x_stride, next_out = kRows * rows.out_stride;
     for_columns<N>(0, dim, [&](const auto& column) __attribute__((always_inline)) {
       __builtin_prefetch(x + next_x + column.j);  // the next block's rows: memory answers while these are computed
-      __builtin_prefetch(out + next_out + column.j, 1);
+      if constexpr (!kStreams) __builtin_prefetch(out + next_out + column.j, 1);
       lanes<C, N> y = column.load(x);
       if constexpr (M::kNorm) y *= root;
       if constexpr (kWeight) y = (M::kRoundNorm ? rounded<T, N>(y) : y) * column.load(v.weight);
@@ -86,7 +87,8 @@ FUSEWIRE_INLINE void apply(const HeadRows<T>& rows, int64_t dim, const typename 
         const auto cos = __builtin_convertvector(column.load(v.cos), lanes<R, N>), sin = __builtin_convertvector(column.load(v.sin), lanes<R, N>);
         y = __builtin_convertvector(head * cos + swap_pairs<N, R>(head) * sin, lanes<C, N>);
       }
-      column.store(out, y);
+      if constexpr (kStreams) column.stream(out, y);
+      else column.store(out, y);
     });
   }
 }
@@ -117,10 +119,11 @@ static void block(const HeadRows<T>& rows, int64_t dim, double eps, const Vector
   const auto run = [&](auto d) __attribute__((always_inline)) {
     if constexpr (M::kHalves) return turn_halves<T, M>(rows, d, v);
     if constexpr (M::kNorm) roots<T, typename M::S>(rows, d, eps, rstd);
-    if (M::kNorm && v.weight) {
-      apply<T, M, true>(rows, d, rstd, v);
+    const bool weighted = M::kNorm && v.weight;
+    if (rows.streams) {
+      weighted ? apply<T, M, true, true>(rows, d, rstd, v) : apply<T, M, false, true>(rows, d, rstd, v);
     } else {
-      apply<T, M, false>(rows, d, rstd, v);
+      weighted ? apply<T, M, true, false>(rows, d, rstd, v) : apply<T, M, false, false>(rows, d, rstd, v);
     }
   };
   if (dim == 64) return run(std::integral_constant<int64_t, 64>{});
@@ -139,6 +142,7 @@ static void strided_block(HeadRows<T> rows, const QkTensor& t, int64_t dim, doub
     rows.x = scratch;
     rows.x_stride = dim;
   }
+  rows.streams = false;
   if (t.out_stride[3] != 1) {
     rows.out = scratch;  // x's rows may be there too: each element is read before its place is written
     rows.out_stride = dim;
@@ -181,7 +185,7 @@ static void tokens(const QkNorm& n, const QkTensor& t, int64_t begin, int64_t en
     T* out = static_cast<T*>(t.out) + b * os[0] + token * os[1];
     for (int64_t row = 0; row < run * t.heads; row += kRows) {
       const int64_t left = run * t.heads - row;
-      const HeadRows<T> rows{x + row * xs[2], xs[2], out + row * os[2], os[2], left < kRows ? left : kRows};
+      const HeadRows<T> rows{x + row * xs[2], xs[2], out + row * os[2], os[2], left < kRows ? left : kRows, t.streams};
       if (inner) {
         block<T, M>(rows, dim, n.eps, v);
       } else {
@@ -190,6 +194,7 @@ static void tokens(const QkNorm& n, const QkTensor& t, int64_t begin, int64_t en
     }
     i += run;
   }
+  if (t.streams) end_of_stream();
 }
 
 template <typename T>

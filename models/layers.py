@@ -110,8 +110,8 @@ def sincos_table(channels: int, rows: int, columns: int, base: int, scale: float
     return table.reshape(1, rows * columns, channels).float()
 
 
-def timestep_waves(timestep: torch.Tensor, channels: int, dtype: torch.dtype, shift: float = 0) -> torch.Tensor:
-    """Sinusoids of the timestep [B] -> [B, channels], cosines first, in ``dtype``; computed in float32 (float64 for float64).
+def timestep_waves(timestep: torch.Tensor, channels: int, dtype: torch.dtype, shift: float = 0, cosines_first: bool = True) -> torch.Tensor:
+    """Sinusoids of the timestep [B] -> [B, channels], cosines first or sines first, in ``dtype``; computed in float32 (float64 for float64).
 
     Frequencies fall from 1 to 1 / 10000, which the last one reaches with ``shift`` 1 (diffusers: ``downscale_freq_shift``).
     """
@@ -119,7 +119,8 @@ def timestep_waves(timestep: torch.Tensor, channels: int, dtype: torch.dtype, sh
     half = channels // 2
     frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=wide, device=timestep.device) / (half - shift))
     angle = timestep[:, None].to(wide) * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)
+    waves = (angle.cos(), angle.sin()) if cosines_first else (angle.sin(), angle.cos())
+    return torch.cat(waves, dim=-1).to(dtype)
 
 
 class PatchEmbed(nn.Module):

@@ -8,17 +8,24 @@ CALL = dict(max_sequence_length=8)  # rows of zeros that stand for the third tex
 LETTERS = [chr(code) for code in range(33, 127)]
 
 
+def letters():
+    """A CLIP tokenizer of single letters, 8 tokens a prompt."""
+    from transformers import CLIPTokenizer
+
+    tokens = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, [], model_max_length=8)
+
+
 def tiny_pipeline(dtype: torch.dtype = torch.float32, seed: int = 0):
     """Pictures of 16 x 16 pixels from [4, 8, 8] latents; two blocks of width 32, the first with a second attention."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     torch.manual_seed(seed)
-    tokens = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer({token: i for i, token in enumerate(tokens)}, [], model_max_length=8)
-    config = CLIPTextConfig(vocab_size=len(tokens), hidden_size=16, intermediate_size=16, projection_dim=16, num_hidden_layers=2,
-                            num_attention_heads=2, max_position_embeddings=8, bos_token_id=len(tokens) - 2, eos_token_id=len(tokens) - 1,
-                            pad_token_id=len(tokens) - 1)
+    tokenizer = letters()
+    config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, projection_dim=16, num_hidden_layers=2,
+                            num_attention_heads=2, max_position_embeddings=8, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                            pad_token_id=tokenizer.pad_token_id)
     transformer = SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16,
                                         num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=32,
                                         pos_embed_max_size=8, qk_norm="rms_norm", dual_attention_layers=(0,))

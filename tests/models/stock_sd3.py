@@ -35,17 +35,17 @@ def inputs(batch: int = 2, height: int = 8, width: int = 12, tokens: int = 5, dt
 
 
 class Waves64(nn.Module):
-    """diffusers' timestep sinusoids, cosines first, without their float32 casts."""
+    """diffusers' timestep sinusoids without their float32 casts."""
 
-    def __init__(self, channels: int = 256, shift: float = 0):
+    def __init__(self, channels: int = 256, shift: float = 0, cosines_first: bool = True):
         super().__init__()
-        self.half, self.shift = channels // 2, shift
+        self.half, self.shift, self.cosines_first = channels // 2, shift, cosines_first
 
     def forward(self, timestep):
         steps = torch.arange(self.half, dtype=torch.float64) / (self.half - self.shift)
         frequency = torch.exp(-torch.log(torch.tensor(10000.0, dtype=torch.float64)) * steps)
         angle = timestep.double()[:, None] * frequency
-        return torch.cat([angle.cos(), angle.sin()], dim=1)
+        return torch.cat([angle.cos(), angle.sin()] if self.cosines_first else [angle.sin(), angle.cos()], dim=1)
 
 
 class RMSNorm64(nn.Module):

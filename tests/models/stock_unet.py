@@ -37,7 +37,7 @@ def in_float64(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is Timesteps:
-                setattr(module, name, Waves64(child.num_channels, child.downscale_freq_shift))
+                setattr(module, name, Waves64(child.num_channels, child.downscale_freq_shift, child.flip_sin_to_cos))
     return model
 
 

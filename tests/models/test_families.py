@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, ControlNetModel, DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
+from fusewire.models.controlnet import ControlNet, ControlNetConfig
 from fusewire.models.dit import DiT, DiTConfig
 from fusewire.models.pixart import PixArt, PixArtConfig
 from fusewire.models.unet import UNet, UNetConfig
@@ -89,6 +90,9 @@ XL = dict(block_out_channels=(320, 640, 1280), down_block_types=("DownBlock2D", 
 ADM = dict(block_out_channels=(256, 256, 512, 512, 1024, 1024), down_block_types=("DownBlock2D",) * 3 + ("AttnDownBlock2D",) * 3,
            up_block_types=("AttnUpBlock2D",) * 3 + ("UpBlock2D",) * 3, attention_head_dim=64, num_class_embeds=1000, out_channels=6,
            resnet_time_scale_shift="scale_shift", attn_norm_num_groups=32, downsample_type="resnet", upsample_type="resnet")
+DDPM = dict(block_out_channels=(128, 128, 256, 256, 512, 512), down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4, attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False,
+            freq_shift=1, norm_eps=1e-6)
 FOUR = dict(block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
             layers_per_block=2, sample_size=1024)
 # The published models at full size; diffusers' defaults are SD1.5's but for the text
@@ -97,6 +101,9 @@ FULL = {"SD1.5": (UNet2DConditionModel, UNet, UNetConfig, dict(cross_attention_d
                                                                use_linear_projection=True, upcast_attention=True)),
         "SDXL": (UNet2DConditionModel, UNet, UNetConfig, XL),
         "ADM": (UNet2DModel, UNet, UNetConfig, ADM),
+        "DDPM": (UNet2DModel, UNet, UNetConfig, DDPM),
+        "SD1.5's ControlNet": (ControlNetModel, ControlNet, ControlNetConfig, dict(cross_attention_dim=768)),
+        "SDXL's ControlNet": (ControlNetModel, ControlNet, ControlNetConfig, {key: value for key, value in XL.items() if key != "up_block_types"}),
         "DiT-XL/2": (DiTTransformer2DModel, DiT, DiTConfig, dict(out_channels=8)),
         "PixArt-alpha": (PixArtTransformer2DModel, PixArt, PixArtConfig, dict(caption_channels=4096)),
         "FLUX.1's autoencoder": (AutoencoderKL, OurAutoencoderKL, AutoencoderKLConfig,

@@ -13,7 +13,8 @@ from tests.models.stock_sd3 import randomise
 from tests.models.stock_unet import SD, UNETS, in_float64, unet_inputs
 from tests.tolerance import GRADIENTS_FLOAT64, MODEL_FLOAT32, MODEL_FLOAT64
 
-# As stock_unet's, and: SD2's linears and heads, three levels with several layers; Guided Diffusion's net as UNet2DModel has it, resampled both ways
+# As stock_unet's, and: SD2's linears and heads, three levels with several layers; Guided Diffusion's net as UNet2DModel has it, resampled both ways;
+# DDPM's, with one head
 VARIANTS = {**UNETS,
             "sd2": dict(SD, block_out_channels=(8, 16, 32), down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
                         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=(1, 2, 4),
@@ -27,7 +28,8 @@ GUIDED_VARIANTS = {"guided": GUIDED,
                    "guided resnet": dict(GUIDED, block_out_channels=(8, 16, 32), down_block_types=("AttnDownBlock2D",) * 3,
                                          up_block_types=("AttnUpBlock2D",) * 3, downsample_type="resnet", upsample_type="resnet",
                                          attn_norm_num_groups=None),
-                   "one head": dict(GUIDED, attention_head_dim=None, resnet_time_scale_shift="default", attn_norm_num_groups=None),
+                   "ddpm": dict(GUIDED, attention_head_dim=None, resnet_time_scale_shift="default", attn_norm_num_groups=None, downsample_padding=0,
+                                norm_eps=1e-6, freq_shift=1, flip_sin_to_cos=False),
                    "no attention": dict(GUIDED, add_attention=False)}
 ALL = [*VARIANTS, *GUIDED_VARIANTS]
 

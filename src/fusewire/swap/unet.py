@@ -9,10 +9,10 @@ from diffusers.models.adapter import T2IAdapter
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.downsampling import Downsample2D
-from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d import UNet2DModel
-from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D
+from diffusers.models.unets.unet_2d_blocks import AttnSkipDownBlock2D, AttnSkipUpBlock2D, SkipDownBlock2D, SkipUpBlock2D, UNetMidBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
@@ -36,11 +36,12 @@ BLOCK = {BasicTransformerBlock.forward: ("fe4764e16c58",)}
 BLOCKS = {"layer_norm": affine_block, "ada_norm_zero": zero_block, "ada_norm_single": single_block}
 # Where a plain GroupNorm lies, by the class that has it.
 GROUP_NORMS = {UNet2DConditionModel: "conv_norm_out", UNet2DModel: "conv_norm_out", Decoder: "conv_norm_out", Encoder: "conv_norm_out",
-               Transformer2DModel: "norm"}
+               Transformer2DModel: "norm", SkipUpBlock2D: "skip_norm", AttnSkipUpBlock2D: "skip_norm"}
 # Where convolutions lie, by the class that has them; the last of a model gives the format that stock would give.
 CONVOLUTIONS = {ResnetBlock2D: ("conv1", "conv2", "conv_shortcut"), Upsample2D: ("conv",), Downsample2D: ("conv",), Transformer2DModel: ("proj_in", "proj_out"),
                 UNet2DConditionModel: ("conv_in", "conv_out"), UNet2DModel: ("conv_in", "conv_out"), Encoder: ("conv_in", "conv_out"),
-                Decoder: ("conv_in", "conv_out")}
+                Decoder: ("conv_in", "conv_out"),
+                **dict.fromkeys((SkipDownBlock2D, AttnSkipDownBlock2D, SkipUpBlock2D, AttnSkipUpBlock2D), ("skip_conv",))}
 KEEPS_ADAPTER = "it is convolutions, ReLU and sums, and runs once a picture: there is nothing to fuse"
 
 
@@ -105,15 +106,17 @@ def candidates(name: str, instance, how: How) -> Iterator[Candidate]:
                 yield candidate(dot + part, layer, ("convolution",), how, "")
     if stock is T2IAdapter:
         yield Candidate(name or "adapter", instance, ("convolution",), None, KEEPS_ADAPTER, by_choice=True)
-    if stock is ResnetBlock2D:
-        yield candidate(name or "block", instance, ("group_norm_silu",), how, unknown_forward(RESNET))
-    elif stock is BasicTransformerBlock:
-        yield from _block_candidates(name or "block", dot, instance, how)
-    elif stock in GROUP_NORMS:
+    if stock in GROUP_NORMS:
         norm = getattr(instance, GROUP_NORMS[stock], None)
         if norm is not None:
             reason = "" if (stock_of(norm) or type(norm)) is nn.GroupNorm else f"{described(norm)} is not a GroupNorm"
             yield candidate(f"{dot}{GROUP_NORMS[stock]}", norm, ("group_norm_silu",), how, reason)
+    if stock is ResnetBlock2D:
+        yield candidate(name or "block", instance, ("group_norm_silu",), how, unknown_forward(RESNET))
+    elif stock is BasicTransformerBlock:
+        yield from _block_candidates(name or "block", dot, instance, how)
+    elif stock is ResnetBlockCondNorm2D:  # Its norms look at an embedding or at another picture
+        yield Candidate(name or "block", instance, ("group_norm_silu",), None, "ResnetBlockCondNorm2D is not a block that we know")
     elif isinstance(instance, nn.Module) and stock.__module__ in (UNetMidBlock2D.__module__, Decoder.__module__):
         for index, layer in enumerate(getattr(instance, "attentions", None) or ()):
             if layer is not None and not hasattr(layer, "transformer_blocks"):

@@ -20,6 +20,11 @@ def floating(name: str, tensor: torch.Tensor) -> None:
         raise TypeError(f"{name} has dtype {tensor.dtype}; it should be float32, bfloat16, float16 or float64")
 
 
+def autocasts(kind: str) -> bool:
+    """Whether autocast is on for this type of device; never for "meta", of which PyTorch refuses to tell."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def rank(name: str, tensor: torch.Tensor, dims: int, meaning: str) -> None:
     if tensor.dim() != dims:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; it should be {meaning}")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fusewire import ops
+from fusewire.kernels.checks import autocasts
 from fusewire.models.layers import How, untouched
 
 
@@ -23,7 +24,8 @@ def norm_activation(norm: nn.Module, activation: nn.Module | None, x: torch.Tens
     Without an activation where it is None. A SiLU goes into the pass; a norm or an activation that is not plain, or that autocast casts for, is
     called. So are all in ``exact`` on a GPU, where no kernel repeats the norm's order of summation.
     """
-    if (x.is_cpu or how.numerics == "close") and plain_group_norm(norm) and (norm.weight is None or norm.weight.dtype is x.dtype) and not torch.is_autocast_enabled(x.device.type):
+    if ((x.is_cpu or how.numerics == "close") and plain_group_norm(norm) and (norm.weight is None or norm.weight.dtype is x.dtype)
+            and not autocasts(x.device.type)):
         silu = type(activation) is nn.SiLU and untouched(activation)
         y = ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, shift=shift, scale=scale, add=add, silu=silu,
                                 numerics=how.numerics)

@@ -53,8 +53,9 @@ def _denoised(kind: str, sigma: torch.Tensor) -> dict:
     return _x0("eps" if kind == "velocity" else kind, torch.ones_like(sigma), sigma)
 
 
-def _slope(sigma: torch.Tensor) -> dict:
-    return {"e_x": 1.0, "e_x0": -1.0, "e_divisor": sigma}
+def _slope(kind: str, sigma: torch.Tensor) -> dict:
+    """dx/dsigma = (x - x0) / sigma; a model of eps or of a velocity gives it as it is, also at sigma 0."""
+    return {"e_m": 1.0} if kind in ("eps", "velocity") else {"e_x": 1.0, "e_x0": -1.0, "e_divisor": sigma}
 
 
 def _scaled(kind: str, sigma: torch.Tensor) -> torch.Tensor:
@@ -106,16 +107,20 @@ def _of_discrete(bar: torch.Tensor, times: Sequence[int], final: float) -> tuple
     return times, now, torch.cat([now[1:], now.new_tensor([final])]), now.sqrt(), (1 - now).sqrt()
 
 
-def euler(sigmas: torch.Tensor, kind: str = "x0", *, times: torch.Tensor | None = None) -> Plan:
-    """Algorithm 1 without its correction, of Karras et al. (2022); of a flow (Liu et al., 2022) with kind "velocity".
+def euler(sigmas: torch.Tensor, kind: str = "x0", *, times: torch.Tensor | None = None, churn: float = 0.0, churn_from: float = 0.0,
+          churn_to: float = float("inf"), churn_noise: float = 1.0) -> Plan:
+    """Algorithm 2 without its correction, of Karras et al. (2022); without ``churn`` their algorithm 1. Of a flow (Liu et al., 2022) with kind "velocity".
 
     Args:
         sigmas: [S + 1], the last one 0.
         kind: "x0" for a denoiser; "eps", "v": x is scaled to unit variance for the model.
         times: [S] what the model is told; None: sigma.
+        churn, churn_from, churn_to, churn_noise: S_churn, between the levels S_tmin and S_tmax, and S_noise.
     """
     level, after = _levels(sigmas)
-    return _plan(level if times is None else times, _denoised(kind, level) | _slope(level) | {"x": 1.0, "e": after - level}, scales=_scaled(kind, level))
+    hat, added = _churned(level, times, churn, churn_from, churn_to, churn_noise)
+    return _plan(hat if times is None else times, _denoised(kind, hat) | _slope(kind, hat) | {"x": 1.0, "e": after - hat}, scales=_scaled(kind, hat),
+                 churn=added)
 
 
 def euler_ancestral(sigmas: torch.Tensor, kind: str = "x0", *, eta: float = 1.0, times: torch.Tensor | None = None) -> Plan:
@@ -123,21 +128,26 @@ def euler_ancestral(sigmas: torch.Tensor, kind: str = "x0", *, eta: float = 1.0,
     level, after = _levels(sigmas)
     up = torch.minimum(after, eta * (after**2 * (level**2 - after**2) / level**2).sqrt())
     down = (after**2 - up**2).sqrt()
-    return _plan(level if times is None else times, _denoised(kind, level) | _slope(level) | {"x": 1.0, "e": down - level, "noise": up},
+    return _plan(level if times is None else times, _denoised(kind, level) | _slope(kind, level) | {"x": 1.0, "e": down - level, "noise": up},
                  scales=_scaled(kind, level))
 
 
 def heun(sigmas: torch.Tensor, kind: str = "x0", *, times: torch.Tensor | None = None, churn: float = 0.0, churn_from: float = 0.0,
-         churn_to: float = float("inf"), churn_noise: float = 1.0) -> Plan:
-    """Algorithm 2 of Karras et al. (2022): Heun's method with ``churn`` (S_churn between S_tmin and S_tmax, S_noise); of a flow with kind "velocity"."""
+         churn_to: float = float("inf"), churn_noise: float = 1.0, correct_last: bool = False) -> Plan:
+    """Algorithm 2 of Karras et al. (2022): Heun's method with ``churn`` as ``euler`` has it; of a flow with kind "velocity".
+
+    ``correct_last``: a step to level 0 is corrected too, as in SiT (Ma et al., 2024): for models of eps or of a velocity, whose slope is known there;
+    ``times``, if given, is then [S + 1].
+    """
     level, after = _levels(sigmas)
     steps = len(level)
-    more = ((churn_from <= level) & (level <= churn_to)).double() * min(churn / steps, 2**0.5 - 1)
-    hat = level * (1 + more)
-    if times is not None and churn:
-        raise ValueError("times is given; with churn the model is told the levels that it is given")
+    if correct_last and kind not in ("eps", "velocity"):
+        raise ValueError(f"kind is {kind!r}; with correct_last it should be 'eps' or 'velocity', as others have no slope at sigma 0")
+    if times is not None and len(times) != steps + correct_last:
+        raise ValueError(f"times has {len(times)} values; it should have {steps + correct_last}")
+    hat, added = _churned(level, times, churn, churn_from, churn_to, churn_noise)
     told = hat if times is None else torch.as_tensor(times, dtype=torch.float64)
-    rows, again = [], torch.tensor([i for i in range(steps) if after[i] > 0], dtype=torch.long)
+    again = torch.tensor([i for i in range(steps) if after[i] > 0 or correct_last], dtype=torch.long)
     order = torch.argsort(torch.cat([torch.arange(steps) * 2, again * 2 + 1]))
 
     def both(first, second):
@@ -145,9 +155,18 @@ def heun(sigmas: torch.Tensor, kind: str = "x0", *, times: torch.Tensor | None =
 
     at, dt = both(hat, after[again]), both(after - hat, (after - hat)[again])
     is_second = both(torch.zeros(steps), torch.ones(len(again)))
-    columns = _denoised(kind, at) | _slope(at) | {"x": 1.0, "e": dt, "e_previous": is_second, "e_scale": 1 - 0.5 * is_second}
-    return _plan(both(told, told[again + 1] if times is not None else after[again]), columns, scales=_scaled(kind, at),
-                 churn=both((hat**2 - level**2).sqrt() * churn_noise, torch.zeros(len(again), dtype=torch.float64)), second=is_second.bool().tolist())
+    columns = _denoised(kind, at) | _slope(kind, at) | {"x": 1.0, "e": dt, "e_previous": is_second, "e_scale": 1 - 0.5 * is_second}
+    return _plan(both(told[:steps], after[again] if times is None else told[again + 1]), columns, scales=_scaled(kind, at),
+                 churn=both(added, torch.zeros(len(again), dtype=torch.float64)), second=is_second.bool().tolist())
+
+
+def _churned(level: torch.Tensor, times, churn: float, churn_from: float, churn_to: float, churn_noise: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The levels that noise takes x up to, and how much noise that is."""
+    if times is not None and churn:
+        raise ValueError("times is given; with churn the model is told the levels that it is given")
+    more = ((churn_from <= level) & (level <= churn_to)).double() * min(churn / len(level), 2**0.5 - 1)
+    hat = level * (1 + more)
+    return hat, (hat**2 - level**2).sqrt() * churn_noise
 
 
 def dpmpp_2m(sigmas: torch.Tensor, kind: str = "x0", *, alphas: torch.Tensor | None = None, times: torch.Tensor | None = None, order: int = 2,
@@ -171,7 +190,7 @@ def dpmpp_2m(sigmas: torch.Tensor, kind: str = "x0", *, alphas: torch.Tensor | N
     change = alpha_after * (torch.expm1(-decay) / decay + 1) if heun else 0.5 * own
     columns = {"x0": own, "x": torch.where(after > 0, after / level * torch.exp(h - decay), 0.0), "e_x0": second.double(), "e_previous": -second.double(),
                "e_scale": torch.where(second, 1 / ratio, 1.0), "e": torch.where(second, change, 0.0)}
-    if sde is not None:
+    if sde:
         columns["noise"] = after * (-torch.expm1(-2 * sde * h)).sqrt()
     scales = _scaled(kind, level) if alphas is None else None
     x0 = _denoised(kind, level) if alphas is None else _x0(kind, alpha, level)
@@ -185,7 +204,7 @@ def lms(sigmas: torch.Tensor, kind: str = "x0", *, order: int = 4, times: torch.
     for i in range(len(level)):
         nodes = level[max(0, i - order + 1):i + 1].flip(0)  # the last one first
         weights.append([_integral(nodes, j, level[i], after[i]) for j in range(len(nodes))])
-    return _plan(level if times is None else times, _denoised(kind, level) | _slope(level) | {"x": 1.0, "e": [w[0] for w in weights], "noise": 1.0},
+    return _plan(level if times is None else times, _denoised(kind, level) | _slope(kind, level) | {"x": 1.0, "e": [w[0] for w in weights], "noise": 1.0},
                  scales=_scaled(kind, level), past=[tuple(w[1:]) for w in weights])
 
 

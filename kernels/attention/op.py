@@ -206,7 +206,7 @@ def cast(tensors: tuple) -> tuple:
     if not all(isinstance(x, torch.Tensor) for x in tensors):
         return tensors  # for _check to refuse
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not checks.autocasts(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x.to(dtype) if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x for x in tensors)

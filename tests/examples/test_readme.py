@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 def test_python_blocks(tmp_path):
     pytest.importorskip("diffusers")
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     script = tmp_path / "readme.py"
     script.write_text("\n".join(blocks))
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])

@@ -45,9 +45,9 @@ def denoiser(x, sigma):
 
 CHURN = dict(churn=2.0, churn_from=0.05, churn_to=10.0, churn_noise=1.003)
 KARRAS = {
-    "euler": solvers.euler, "euler_ancestral": solvers.euler_ancestral, "heun": solvers.heun, "heun_churn": lambda s: solvers.heun(s, **CHURN),
-    "dpmpp_2m": solvers.dpmpp_2m, "dpmpp_2m_sde": lambda s: solvers.dpmpp_2m(s, sde=1.0),
-    "dpmpp_2m_sde_heun": lambda s: solvers.dpmpp_2m(s, sde=1.0, heun=True),
+    "euler": solvers.euler, "euler_churn": lambda s: solvers.euler(s, **CHURN), "euler_ancestral": solvers.euler_ancestral, "heun": solvers.heun,
+    "heun_churn": lambda s: solvers.heun(s, **CHURN), "dpmpp_2m": solvers.dpmpp_2m, "dpmpp_2m_sde": lambda s: solvers.dpmpp_2m(s, sde=1.0),
+    "dpmpp_2m_sde_eta0": lambda s: solvers.dpmpp_2m(s, sde=0.0), "dpmpp_2m_sde_heun": lambda s: solvers.dpmpp_2m(s, sde=1.0, heun=True),
     "lms": solvers.lms, "lms_order2": lambda s: solvers.lms(s, order=2),
 }
 
@@ -289,6 +289,9 @@ def test_scale_embedding_is_diffusers():
 @pytest.mark.parametrize("call, message", [
     (lambda: solvers.ddim(torch.ones(10), [1], "score"), "^kind is 'score'"),
     (lambda: solvers.heun(torch.tensor([2.0, 1.0, 0.0]), times=torch.ones(2), churn=1.0), "^times is given"),
+    (lambda: solvers.euler(torch.tensor([2.0, 1.0, 0.0]), times=torch.ones(2), churn=1.0), "^times is given"),
+    (lambda: solvers.heun(torch.tensor([2.0, 1.0, 0.0]), times=torch.ones(2), kind="velocity", correct_last=True), "^times has 2 values; it should have 3"),
+    (lambda: solvers.heun(torch.tensor([2.0, 1.0, 0.0]), "v", correct_last=True), "^kind is 'v'"),
 ])
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):

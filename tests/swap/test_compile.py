@@ -1,4 +1,4 @@
-"""torch.compile of a swapped transformer: no graph break."""
+"""torch.compile of a swapped transformer: no graph break. A swapped U-Net on the meta device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fusewire
+from tests.models import stock_unet
 from tests.models.stock_sd3 import VARIANTS
 from tests.swap.tiny import inputs, run, stock_model
 from tests.tolerance import MODEL_FLOAT32, PIPELINE_FLOAT32
@@ -61,3 +62,15 @@ def test_repeated_blocks():
         assert all(block._compiled_call_impl is not None for block in model.transformer_blocks)
         assert (run(model, data) - want).abs().max() <= MODEL_FLOAT32
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("numerics", ["exact", "close"])
+@pytest.mark.parametrize("variant", ["sd", "sdxl"])
+def test_shapes_on_the_meta_device(variant, numerics):
+    """PyTorch refuses to tell whether autocast is on there."""
+    stock, data = stock_unet.unet(variant), stock_unet.unet_inputs(variant)
+    handle = fusewire.swap(stock, numerics)
+    assert handle.report.swapped
+    data = {name: {key: one.to("meta") for key, one in value.items()} if isinstance(value, dict) else value.to("meta") for name, value in data.items()}
+    out = stock.to("meta")(**data, return_dict=False)[0]
+    assert out.is_meta and out.shape == data["sample"].shape

@@ -62,8 +62,12 @@ def judged(sides: dict[str, Memory], threads: int) -> list[MemoryRow]:
 
 def memory_verdicts(rows: Iterable[MemoryRow]) -> list[Verdict]:
     """What has to hold of the rows that have a limit."""
-    return [Verdict(f"{row.variant}: peak memory", row.holds, f"{row.against_eager:.3f} of stock's, {row.working_against_eager:.3f} beyond the weights; the limit is "
-                    f"{row.limit:.2f}. {kept_text(row)}") for row in rows if row.limit is not None]
+    return [Verdict(f"{row.variant}: peak memory", row.holds, f"{row.against_eager:.3f} of stock's, {row.working_against_eager:.3f} without the weights; the limit is "
+                    f"{row.limit:.2f}{_scratch_text(row)}. {kept_text(row)}") for row in rows if row.limit is not None]
+
+
+def _scratch_text(row: MemoryRow) -> str:
+    return f", beside {SMALL >> 20} MiB of scratch memory a thread, where {row.scratch_mib:.1f} MiB are needed in all" if row.scratch_mib else ""
 
 
 def kept_text(row: MemoryRow) -> str:

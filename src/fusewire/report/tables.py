@@ -116,7 +116,7 @@ MEMORY = ("weights", "tensors", "scratch", "kept", "peak", "x stock", "without w
 
 def memory_cells(row: MemoryRow) -> list[str]:
     """The figures of one side, in the order of ``MEMORY``."""
-    return [f"{row.weights_mib:.1f}", f"{row.tensors_mib:.2f}", f"{row.scratch_mib:.2f}", f"{row.kept_mib:.3g}", f"{row.peak_mib:.1f}", f"{row.against_eager:.3f}",
+    return [f"{row.weights_mib:.1f}", f"{row.tensors_mib:.2f}", f"{row.scratch_mib:.2f}", f"{row.kept_mib:.2f}", f"{row.peak_mib:.1f}", f"{row.against_eager:.3f}",
             f"{row.working_against_eager:.3f}", "" if row.limit is None else f"{row.limit:.2f}"]
 
 

@@ -79,10 +79,10 @@ def command() -> str:
     return shlex.join([*lowered, "python", f"benchmarks/{Path(sys.argv[0]).name}", *map(shown, sys.argv[1:])])
 
 
-def write(path: Path, rows: list[dict], state: dict) -> None:
+def write(path: Path, rows: list[dict], state: dict, unit: str = "microseconds") -> None:
     """``state``: ``machine()`` as it was before the first measurement, so that its load is not the benchmark's own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"command": command(), "date": datetime.date.today().isoformat(), "machine": state, "unit": "microseconds", "rows": rows}
+    record = {"command": command(), "date": datetime.date.today().isoformat(), "machine": state, "unit": unit, "rows": rows}
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -110,6 +110,14 @@ def cpu_is_intel() -> bool:
     return CPU.loaded and torch.ops.fusewire.cpu_is_intel()
 
 
+def cpu_scratch(reset: bool = False) -> int:
+    """Bytes of working memory that the CPU library's threads needed since the count last began anew, which ``reset`` makes it do.
+
+    Each keeps its own until it ends; PyTorch's allocator does not see it. 0 where the library is not loaded, or is older than this count.
+    """
+    return torch.ops.fusewire.cpu_scratch(reset) if CPU.loaded and _counts_scratch else 0
+
+
 def define(schema: str, *, fallback: Callable, fake: Callable, backward: Callable | None = None, setup_context: Callable | None = None,
            meaning: Callable | None = None, out_of_place: Callable | None = None) -> torch._ops.OpOverload:
     """Declare ``fusewire::<schema>`` and return its overload.
@@ -182,10 +190,13 @@ _HELPERS = ("cpu_isa() -> int", "cpu_is_intel() -> bool", "cpu_layer_norm_moment
 for _schema in _HELPERS:
     LIBRARY.define(_schema)
 
+LIBRARY.define("cpu_scratch(bool reset) -> int")
+
 CPU = NativeLibrary("fusewire_cpu", "CPU", "a C++ compiler")
 CUDA = NativeLibrary("fusewire_cuda", "CUDA", "nvcc")
 CPU.load()
 CPU.require(_HELPERS)
+_counts_scratch = torch._C._dispatch_has_kernel_for_dispatch_key("fusewire::cpu_scratch", "CompositeExplicitAutograd")
 if torch.version.cuda is not None:
     CUDA.load()
 else:

@@ -85,7 +85,7 @@ def joint_block(block, x, context, temb, how: How, attention_kwargs: Mapping | N
     ``attention_kwargs``: more keywords for the attention layers.
     """
     more = attention_kwargs or {}
-    y2 = gate_msa2 = attended2 = None
+    y2 = gate_msa2 = None
     if block.use_dual_attention:
         y, gate_msa, shift_mlp, scale_mlp, gate_mlp, y2, gate_msa2 = block.norm1(x, emb=temb)
     else:
@@ -95,14 +95,16 @@ def joint_block(block, x, context, temb, how: How, attention_kwargs: Mapping | N
     else:
         y_context, c_gate_msa, c_shift_mlp, c_scale_mlp, c_gate_mlp = block.norm1_context(context, emb=temb)
 
-    attended, attended_context = block.attn(hidden_states=y, encoder_hidden_states=y_context, **more)
+    # Names are bound anew, so that no tensor is kept beyond its last use: the feed-forwards are where memory is fullest
+    y, y_context = block.attn(hidden_states=y, encoder_hidden_states=y_context, **more)
     if y2 is not None:
-        attended2 = block.attn2(hidden_states=y2, **more)
-    x, y = gate_residual_norm(block.norm2, x, attended, gate_msa, shift_mlp, scale_mlp, how, attended2, gate_msa2)
+        y2 = block.attn2(hidden_states=y2, **more)
+    x, y, y2 = *gate_residual_norm(block.norm2, x, y, gate_msa, shift_mlp, scale_mlp, how, y2, gate_msa2), None
     x = feed_forward_residual(block.ff, y, gate_mlp, x, how)
     if block.context_pre_only:
         return None, x
-    context, y = gate_residual_norm(block.norm2_context, context, attended_context, c_gate_msa, c_shift_mlp, c_scale_mlp, how)
+    context, y = gate_residual_norm(block.norm2_context, context, y_context, c_gate_msa, c_shift_mlp, c_scale_mlp, how)
+    del y_context
     return feed_forward_residual(block.ff_context, y, c_gate_mlp, context, how), x
 
 

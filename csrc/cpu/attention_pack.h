@@ -11,6 +11,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/attention_simd.h"
+#include "cpu/scratch.h"
 
 namespace fusewire::FUSEWIRE_ISA {
 
@@ -34,6 +35,7 @@ class Workspace {
  public:
   explicit Workspace(size_t bytes) {
     static thread_local Block block;
+    count_scratch(Scratch::attention, bytes);
     if (block.bytes < bytes) {
       std::free(block.data);
       block.bytes = 0;

@@ -13,6 +13,7 @@
 #endif
 
 #include "common/tensor.h"
+#include "cpu/scratch.h"
 
 namespace fusewire {
 
@@ -49,6 +50,7 @@ class Memory {
 };
 static char* scratch(int64_t bytes) {
   thread_local Memory memory;
+  count_scratch(Scratch::linear, bytes);
   return memory.take(bytes);
 }
 
@@ -117,7 +119,9 @@ static void run_amx(const LinearCall& call, ScalarKind type) {
   const int64_t panels = (call.outputs + block - 1) / block;
   const int64_t width = std::clamp<int64_t>(panels / (3 * threads), 1, kLinearCols / block) * block, cols = (call.outputs + width - 1) / width;
   thread_local Memory shared;
-  char* const packed = shared.take(std::min(slab, row_blocks) * block_bytes);
+  const int64_t bytes = std::min(slab, row_blocks) * block_bytes;
+  count_scratch(Scratch::packed_rows, bytes);
+  char* const packed = shared.take(bytes);
   std::vector<uint32_t> bad_rows(row_blocks), bad_panels(cols);
   for (int64_t first = 0; first < row_blocks; first += slab) {
     const int64_t here = std::min(slab, row_blocks - first);

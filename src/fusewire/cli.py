@@ -151,7 +151,8 @@ def profile(target: TargetArg = None, dtype: Dtype = "float32", numerics: Numeri
         result = measure(loaded.value, numerics=numerics, compile=compile, rounds=rounds, inputs=loaded.inputs, prompts=prompt, steps=steps,
                          guidance=guidance, size=loaded.size, name=loaded.name, progress=tell)
     result.description = loaded.description
-    return _show(as_json, result, tables.profile_table(result), tables.kinds_table(result), tables.verdict_table(result))
+    return _show(as_json, result, tables.profile_table(result), *([tables.memory_table(result)] if result.memory else []),
+                 tables.kinds_table(result), tables.verdict_table(result))
 
 
 @app.command(epilog=CODES)

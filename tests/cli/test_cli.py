@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from fusewire.cli import app
 from fusewire.presets import PRESETS
+from fusewire.profile.memory import LIMITS
 from tests.spoil import spoil
 from tests.tiny import tiny_pipeline
 
@@ -77,6 +78,13 @@ def test_profile_of_a_preset():
     data = answer(result)
     assert result.exit_code == (0 if data["ok"] else 1)
     assert [row["variant"] for row in data["rows"]] == ["eager", "exact", "close"] and data["machine"]["threads"] == torch.get_num_threads()
+
+
+def test_too_much_memory_exits_1(monkeypatch):
+    """The table, its verdict and the exit code."""
+    monkeypatch.setitem(LIMITS, "exact", 0.5)
+    result = run("profile", "sd3-tiny", "--rounds", "1", "--numerics", "exact")
+    assert result.exit_code == 1 and "Peak memory, MiB" in result.stdout and "exact: peak memory" in result.stdout and "FAILS" in result.stdout
 
 
 def test_a_failed_verdict_of_profile_exits_1(monkeypatch):

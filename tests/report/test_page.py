@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fusewire.parity.result import ParityResult, Pictures, Row
-from fusewire.profile.result import ProfileResult, Verdict
+from fusewire.profile.result import MemoryRow, ProfileResult, Verdict
 from fusewire.profile.result import Row as Side
 from fusewire.report import images, page, plots, tables
 
@@ -53,7 +53,12 @@ def profile_result(compiled=True, dtype="float32"):
     kinds = {name: dict(attention=10.0, linears=40.0, convolutions=0.0, **{"norms and modulation": 20.0}, other=30.0) for name in names if name != "compile"}
     floor = dict(gflop=20.0, gib=0.1, gemm_gflops=400.0, bandwidth_gbs=30.0, arithmetic_ms=50.0, memory_ms=4.0, roofline_ms=51.0)
     return ProfileResult("sd3.5-medium", "3 blocks", dtype, rows, [Verdict("close: not slower", True, "")], floor, kinds, {}, SWAPS, MACHINE,
-                         dict(rounds=3, compile=compiled))
+                         dict(rounds=3, compile=compiled), memory=[memory_row(name) for name in names])
+
+
+def memory_row(name, kept=0.0, holds=True):
+    limit = {"exact": 1.02, "close": 1.10}.get(name)
+    return MemoryRow(name, 123.4 + kept, 100.0, 23.4 + kept, 21.4, 2.0, kept, 0.0, 1 + kept / 123.4, 1 + kept / 23.4, limit, holds)
 
 
 class Links(HTMLParser):
@@ -149,6 +154,23 @@ def test_a_failure_is_shown_first():
     text = page.render([parity_result(holds=False)], [profile_result()], command="fusewire demo", seconds=1.0)
     assert "What does not hold" in text and "final latents &lt;differ&gt;" in text and "0 of 2" in text
     assert page.report_dict([parity_result(holds=False)], [profile_result()], command="x", seconds=1.0)["ok"] is False
+
+
+def test_peak_memory(written):
+    """A line for each side with its limit and verdict, and what the swap keeps, in words."""
+    text, data, _ = written
+    section = text[text.index("Peak memory, MiB"):text.index("<h2>Where the time goes</h2>")]
+    assert "No swap keeps rearranged weights." in section
+    assert section.count('<td class="n">123.4</td>') == 8 and section.count('<td class="good">holds</td>') == 4  # two dtypes; stock's have no limit
+    assert section.count('<td class="n">1.02</td>') == 2 and section.count('<td class="n">1.10</td>') == 2
+    row = data["profile"][0]["memory"][2]
+    assert row["variant"] == "exact" and row["limit"] == 1.02 and row["holds"] is True and row["kept_mib"] == 0
+    result = profile_result()
+    result.memory[-1] = memory_row("close", kept=40.0, holds=False)
+    text = page.render([parity_result()], [result], command="fusewire demo", seconds=1.0)
+    assert "kept: close, float32: 40.00 MiB." in text and '<td class="bad">fails</td>' in text
+    result.memory = []  # a device that does not tell
+    assert "Peak memory, MiB" not in page.render([parity_result()], [result], command="fusewire demo", seconds=1.0)
 
 
 def test_json_has_the_same_figures(written):

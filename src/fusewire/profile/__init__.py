@@ -15,19 +15,20 @@ from torch import nn
 
 from fusewire.callable_package import calls
 from fusewire.copies import check_target, denoiser_of, place_of, shared_copy
-from fusewire.errors import BadInput
+from fusewire.errors import BadInput, NothingToDo
 from fusewire.machine import describe, seconds
 from fusewire.parity import inputs_of, parse_numerics, pictures, swap_copies, ticker
 from fusewire.parity.blocks import Counting
 from fusewire.parity.result import name_of
 from fusewire.profile.floor import Floor, floor_of
 from fusewire.profile.kinds import StageClock, by_kind
-from fusewire.profile.result import ProfileResult, Row, Verdict
-from fusewire.profile.timing import Timing, alternate, peak_memory
+from fusewire.profile.memory import MEASUREMENTS, Memory, judged, memory_verdicts, peak_of_call, tensor_bytes, weight_bytes
+from fusewire.profile.result import MemoryRow, ProfileResult, Row, Verdict
+from fusewire.profile.timing import Timing, alternate
 from fusewire.targets import check_finite
 from fusewire.targets import describe as describe_model
 
-__all__ = ["ProfileResult", "Row", "Verdict", "profile"]
+__all__ = ["MemoryRow", "ProfileResult", "Row", "Verdict", "profile"]
 
 FIRST_CALL_LIMIT = 1.0  # seconds that the first call after swap may take longer than later ones
 
@@ -45,7 +46,7 @@ def profile(pipe_or_module, *, numerics: str = "both", compile: bool = False, ro
         inputs: keyword arguments of one call of a denoiser; random ones unless given, for the classes that presets have.
         prompts, seeds, steps, guidance, size, call, name, progress: as for ``fusewire.parity``.
 
-    Returns: ProfileResult; ``.ok``, ``.rows``, ``.verdicts``, ``.kinds``, ``.stages``, ``.floor``, ``.to_dict()``.
+    Returns: ProfileResult; ``.ok``, ``.rows``, ``.memory``, ``.verdicts``, ``.kinds``, ``.stages``, ``.floor``, ``.to_dict()``.
     Raises: BadInput, NothingToDo (ValueErrors) as ``fusewire.parity`` does.
     """
     check_target(pipe_or_module)
@@ -55,7 +56,9 @@ def profile(pipe_or_module, *, numerics: str = "both", compile: bool = False, ro
     check_finite(pipe_or_module)
     tell = progress or (lambda what, done, total: None)
     is_pipe = not isinstance(pipe_or_module, nn.Module)
+    held = tensor_bytes()
     stock = shared_copy(pipe_or_module)
+    usual = tensor_bytes() - held  # what a copy brings along, and then what its first call leaves behind: schedulers have tables
     component, model = denoiser_of(stock)
     device, dtype = place_of(model)
     notes: list[str] = []
@@ -67,9 +70,11 @@ def profile(pipe_or_module, *, numerics: str = "both", compile: bool = False, ro
             return lambda: pictures.generate(value, run)
         return lambda: _call(value, kwargs)
 
-    values, first, order = {"eager": stock}, {}, ["eager"]
+    values, first, order, kept = {"eager": stock}, {}, ["eager"], {}
+    held = tensor_bytes()
     tick = ticker(tell, "warm-up", 1 + compile + len(wanted))
     first["eager"] = seconds(caller(stock), device)
+    usual += tensor_bytes() - held
     tick()
     if compile and not has_compiler():
         notes.append("torch.compile was left out: it needs a C++ compiler, and none was found")
@@ -80,12 +85,21 @@ def profile(pipe_or_module, *, numerics: str = "both", compile: bool = False, ro
     if compile:
         tick()
     took: dict[str, float] = {}
-    copies, swaps = swap_copies(pipe_or_module, wanted, took)
-    for variant, value in copies.items():
-        values[variant] = value
-        first[variant] = took[variant] + seconds(caller(value), device)
+    swaps, idle = {}, None
+    for variant in wanted:
+        held = tensor_bytes()
+        try:
+            copies, report = swap_copies(pipe_or_module, [variant], took)
+        except NothingToDo as error:
+            idle = error
+            continue
+        values[variant], swaps[variant] = copies[variant], report[variant]
+        first[variant] = took[variant] + seconds(caller(values[variant]), device)
+        kept[variant] = max(0, tensor_bytes() - held - usual)
         order.append(variant)
         tick()
+    if not swaps:
+        raise idle
 
     with ExitStack() as stack:
         clocks = {variant: stack.enter_context(StageClock(values[variant])) for variant in order} if is_pipe else {}
@@ -94,25 +108,34 @@ def profile(pipe_or_module, *, numerics: str = "both", compile: bool = False, ro
         stages = {variant: {stage: 1e3 * s for stage, s in clock.medians(rounds).items()} for variant, clock in clocks.items()}
 
     tick = ticker(tell, "where the time goes", 2 + 2 * len(order))
-    kinds, peaks, backends = {}, {}, {}
+    kinds, memory, backends, weights = {}, {}, {}, weight_bytes(stock)
     for variant in order:
         if variant != "compile":  # generated kernels have no operator names that a kind could be read from
             kinds[variant] = {kind: 1e3 * share * timings[variant].median for kind, share in by_kind(caller(values[variant]), device).items()}
         tick()
-        with Counting() as counts:
-            peaks[variant] = peak_memory(caller(values[variant]), device)
+        found = []
+        for _ in range(MEASUREMENTS):
+            with Counting() as counts:
+                found.append(peak_of_call(caller(values[variant]), device))
+        if None not in found:
+            tensors, scratch = zip(*found)
+            memory[variant] = Memory(weights, kept.get(variant, 0), tensors, max(scratch))
         backends[variant] = {backend: n for backend, n in counts.calls.items() if n}
         tick()
     floor = floor_of(caller(stock), dtype, device)
     tick()
 
-    rows = [_row(variant, timings, floor, first[variant], peaks[variant], backends[variant]) for variant in order]
+    rows = [_row(variant, timings, floor, first[variant], memory.get(variant), backends[variant]) for variant in order]
     settings = dict(numerics=list(wanted), rounds=rounds, compile="compile" in values)
     if is_pipe:
         settings |= dict(prompts=run.prompts, seeds=run.seeds, steps=steps, guidance=guidance)
     result = ProfileResult(name or type(pipe_or_module).__name__, describe_model(pipe_or_module), name_of(dtype), rows, [],
                            _floor_dict(floor), kinds, stages, swaps, describe(), settings, notes)
-    result.verdicts = verdicts(rows)
+    if memory:
+        result.memory = judged(memory, torch.get_num_threads())
+    else:
+        notes.append(f"peak memory was not measured: the allocator of {device.type} does not tell")
+    result.verdicts = verdicts(rows) + memory_verdicts(result.memory)
     tick()
     return result
 
@@ -149,12 +172,12 @@ def _clocked(call, clock: StageClock | None):
     return run
 
 
-def _row(variant: str, timings: dict[str, Timing], floor: Floor, first: float, peak: int | None, backends: dict[str, int]) -> Row:
+def _row(variant: str, timings: dict[str, Timing], floor: Floor, first: float, memory: Memory | None, backends: dict[str, int]) -> Row:
     timing, compiled = timings[variant], timings.get("compile")
     low, high = timing.quartiles
     return Row(variant, 1e3 * timing.median, 1e3 * low, 1e3 * high, timings["eager"].median / timing.median,
                None if compiled is None else compiled.median / timing.median, floor.roofline / timing.median, 1e3 * first,
-               1e3 * (first - timing.median), None if peak is None else peak / 2**20, backends)
+               1e3 * (first - timing.median), None if memory is None else memory.working / 2**20, backends)
 
 
 def _floor_dict(floor: Floor) -> dict:

@@ -38,7 +38,7 @@ def kind_of(operator: str) -> str:
 def by_kind(call: Callable[[], object], device: torch.device) -> dict[str, float]:
     """Share of the time, 0 to 1, of each kind in one call. A fused op counts where its main part belongs."""
     gpu = device.type == "cuda"
-    with _muted(), torch.autograd.profiler.profile(use_device="cuda" if gpu else None) as found:
+    with muted(), torch.autograd.profiler.profile(use_device="cuda" if gpu else None) as found:
         call()
         synchronise(device)
     spent = dict.fromkeys(KINDS, 0.0)
@@ -50,7 +50,7 @@ def by_kind(call: Callable[[], object], device: torch.device) -> dict[str, float
 
 
 @contextmanager
-def _muted() -> Iterator[None]:
+def muted() -> Iterator[None]:
     """PyTorch's profiler writes notes of its own to file descriptor 2 and has no switch for them: they go nowhere."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)

@@ -14,7 +14,7 @@ class Row:
 
     against_eager, against_compile: that side's median divided by this one's (above 1: this one is faster). first_ms: the first call after
     ``swap`` or ``torch.compile``, the swap or compilation included. extra_first_ms: what that first call took longer than the median.
-    peak_mib: growth of resident memory (on a GPU: of allocated memory) at its peak inside one call. backends: calls of fused ops by backend.
+    peak_mib: what one call needs beyond the weights at its peak. backends: calls of fused ops by backend.
     """
 
     variant: str
@@ -28,6 +28,29 @@ class Row:
     extra_first_ms: float
     peak_mib: float | None
     backends: dict[str, int]
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """Memory of one side in MiB. peak: weights and working memory. working: tensors, the most that one call's need at once; scratch, of the CPU
+    library's threads; and kept, what the swap left behind for good, such as rearranged weights.
+
+    spread: by how much of the smallest measurement of ``tensors`` the largest is larger. against_eager: stock's peak is 1. working_against_eager: the
+    same without the weights. limit: what against_eager may be at most.
+    """
+
+    variant: str
+    peak_mib: float
+    weights_mib: float
+    working_mib: float
+    tensors_mib: float
+    scratch_mib: float
+    kept_mib: float
+    spread: float
+    against_eager: float
+    working_against_eager: float
+    limit: float | None
+    holds: bool
 
 
 @dataclass(frozen=True)
@@ -55,6 +78,7 @@ class ProfileResult:
     machine: dict
     settings: dict
     notes: list[str] = field(default_factory=list)
+    memory: list[MemoryRow] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -51,32 +49,3 @@ def alternate(sides: dict[str, Callable[[], object]], device: torch.device, *, r
             samples[name].append(seconds(lambda: [call() for _ in range(count)], device) / count)
             tick()
     return {name: Timing(tuple(taken)) for name, taken in samples.items()}
-
-
-def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes by which the process (on a GPU: the allocator) grows at its peak inside one call; None where the system does not tell."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - before
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if device.type != "cpu" or not status.is_file() or not reset.exists():
-        return None
-    _give_back_freed_memory()  # otherwise what was freed before would be taken again unseen
-    reset.write_text("5")  # sets the peak back to what is resident now; see proc(5)
-    before = _status(status, "VmRSS")
-    call()
-    return max(0, _status(status, "VmHWM") - before)
-
-
-def _give_back_freed_memory() -> None:
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):  # another C library than glibc
-        pass
-
-
-def _status(path: Path, key: str) -> int:
-    line = next(line for line in path.read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024

@@ -139,7 +139,8 @@ def speeds(profiles: list[ProfileResult]) -> list[dict]:
         floors = "; ".join(f"{p.floor['gflop']:.3g} GFLOP at {p.floor['gemm_gflops']:.0f} GFLOP/s in {p.dtype}" for p in group)
         notes = " ".join(dict.fromkeys(note + "." for p in group for note in p.notes))
         found.append(dict(
-            title=target, heads=heads, rows=rows,
+            title=target, heads=heads, rows=rows, memory_heads=tables.MEMORY, memory=[row for p in group for row in _memory_rows(p)],
+            kept=kept(group),
             note=f"{group[0].description}. {_what_runs(group[0])} The floor: {floors}, the rate of this machine’s best matrix product. {notes}",
             plots=[dict(title=f"{p.dtype}", svg=plots.side_bars({r.variant: r.median_ms for r in p.rows}, {r.variant: r.low_ms for r in p.rows},
                                                                 {r.variant: r.high_ms for r in p.rows}, p.floor["arithmetic_ms"],
@@ -159,6 +160,20 @@ def _speed_rows(p: ProfileResult, compiled: bool) -> list[dict]:
     cells = [f"{floor:.1f}", "", f"{p.row('eager').median_ms / floor:.2f}" if floor else ""]
     cells += [f"{compile_row.median_ms / floor:.2f}" if compile_row and floor else ""] if compiled else []
     return rows + [dict(dtype=p.dtype, name="arithmetic floor", colour="floor", cells=[*cells, "", "", ""], best=False)]
+
+
+def _memory_rows(p: ProfileResult) -> list[dict]:
+    """One line for each side whose memory was measured."""
+    return [dict(dtype=p.dtype, name=tables.NAMES[row.variant], colour=plots.SERIES[row.variant], cells=tables.memory_cells(row), limited=row.limit is not None,
+                 holds=row.holds) for row in p.memory]
+
+
+def kept(profiles: list[ProfileResult]) -> str:
+    """What swaps left behind for good, in one sentence for all of them."""
+    sizes = {f"{row.variant}, {p.dtype}": row.kept_mib for p in profiles for row in p.memory if row.limit is not None and row.kept_mib >= 0.01}
+    if sizes:
+        return "Rearranged weights and tables that are kept: " + "; ".join(f"{name}: {size:.2f} MiB" for name, size in sizes.items()) + "."
+    return "No swap keeps rearranged weights."
 
 
 def _what_runs(profile: ProfileResult) -> str:

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from fusewire.parity.result import LEVELS, ParityResult
 from fusewire.parity.result import Row as ParityRow
-from fusewire.profile.result import ProfileResult
+from fusewire.profile.result import MemoryRow, ProfileResult
 from fusewire.swap.report import SIDES
 
 
@@ -98,6 +98,26 @@ def profile_table(result: ProfileResult) -> Table:
     table.add_row("arithmetic floor", f"{floor['arithmetic_ms']:.1f}", "", *([""] if compiled else []), "", "", "",
                   f"{floor['gflop']:.1f} GFLOP at {floor['gemm_gflops']:.0f} GFLOP/s")
     return table
+
+
+def memory_table(result: ProfileResult) -> Table:
+    """Peak memory of every side, held against stock's."""
+    table = Table(title="Peak memory, MiB", title_justify="left", caption="tensors: the most that one call needs at once; scratch: of the CPU library's threads; "
+                  "kept: what the swap leaves behind, such as rearranged weights", caption_justify="left")
+    for name in ("side", *MEMORY, "verdict"):
+        table.add_column(name, justify="left" if name in ("side", "verdict") else "right")
+    for row in result.memory:
+        table.add_row(NAMES[row.variant], *memory_cells(row), "" if row.limit is None else verdict(row.holds))
+    return table
+
+
+MEMORY = ("weights", "tensors", "scratch", "kept", "peak", "x stock", "without weights", "limit")
+
+
+def memory_cells(row: MemoryRow) -> list[str]:
+    """The figures of one side, in the order of ``MEMORY``."""
+    return [f"{row.weights_mib:.1f}", f"{row.tensors_mib:.2f}", f"{row.scratch_mib:.2f}", f"{row.kept_mib:.2f}", f"{row.peak_mib:.1f}", f"{row.against_eager:.3f}",
+            f"{row.working_against_eager:.3f}", "" if row.limit is None else f"{row.limit:.2f}"]
 
 
 def kinds_table(result: ProfileResult) -> Table:

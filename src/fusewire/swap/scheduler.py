@@ -13,7 +13,8 @@ from fusewire.models.layers import How
 from fusewire.swap.families import Candidate, Family
 from fusewire.swap.fused import MAKERS, fused_class, stock_of, unknown_forward
 from fusewire.swap.schedulers import ddim, dpm, euler  # noqa: F401: they fill KNOWN
-from fusewire.swap.schedulers.common import KNOWN, stamp
+from fusewire.swap.schedulers.common import KNOWN, stamp, uploaded
+from fusewire.swap.schedulers.noise import of_sigmas
 
 Stock = FlowMatchEulerDiscreteScheduler
 # As diffusers 0.40 to 0.42 has them.
@@ -41,7 +42,8 @@ def _maker(how: How) -> dict:
             self.sigmas, self.timesteps = self.sigmas.to(device), self.timesteps.to(device)
         self._fusewire_distinct = (self.timesteps, stamp(self.timesteps)) if distinct else None
 
-    return {"step": step, "set_timesteps": set_timesteps}
+    return {"step": step, "set_timesteps": set_timesteps,
+            **of_sigmas(Stock, "scale_noise", ("f2e3cdf77941",), lambda scheduler, sample, noise, sigma: sigma * noise + (1.0 - sigma) * sample)}
 
 
 def _index(scheduler, timestep) -> int | None:
@@ -71,7 +73,7 @@ def _table(scheduler, sigmas: torch.Tensor, device: torch.device) -> torch.Tenso
     """The step's scalars, made again when sigmas were set or changed, or the latents live elsewhere."""
     cached = scheduler.__dict__.get("_fusewire_table")
     if cached is None or cached[0] is not sigmas or cached[1] != stamp(sigmas) or cached[2].device != device:
-        cached = scheduler.__dict__["_fusewire_table"] = (sigmas, stamp(sigmas), ops.flow_euler_table(sigmas).to(device))
+        cached = scheduler.__dict__["_fusewire_table"] = (sigmas, stamp(sigmas), uploaded(ops.flow_euler_table(sigmas), device))
     return cached[2]
 
 

@@ -65,6 +65,18 @@ def stamp(tensor: torch.Tensor) -> int | bytes:
     return tensor.numpy().tobytes() if tensor.is_cpu else 0
 
 
+def uploaded(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A table on ``device``. From pinned memory, of which PyTorch keeps track: nobody waits."""
+    return table.pin_memory().to(device, non_blocking=True) if table.is_cpu and device.type == "cuda" else table.to(device)
+
+
+def host_alphas(scheduler) -> torch.Tensor:
+    """``alphas_cumprod`` on the CPU; where ``add_noise`` has moved them, what they were moved from."""
+    alphas = scheduler.alphas_cumprod
+    moved, version, before = scheduler.__dict__.get("_fusewire_host") or (None, None, None)
+    return before if moved is alphas and version == stamp(alphas) else alphas.cpu()
+
+
 class Prepared(NamedTuple):
     """The table of a schedule for latents of one dtype and device, and what it was made from. ``rows`` is None where the step stays stock."""
 
@@ -94,7 +106,7 @@ def prepared(scheduler, key: tuple, sources: tuple[torch.Tensor, ...], sample: t
     if sources[0].dtype is torch.float32 and not KNOWN[scheduler.fusewire_stock].why_not(scheduler):
         named = columns(scalars)
         steps = max(len(values) for values in named.values() if not isinstance(values, (int, float)) and torch.as_tensor(values).dim())
-        rows = ops.solver_table(steps, **named).to(sample.device)
+        rows = uploaded(ops.solver_table(steps, **named), sample.device)
     found = tables[place] = Prepared(sources, tuple(map(stamp, sources)), config, rows, scalars.reciprocal)
     return found
 
@@ -106,6 +118,12 @@ def times(scheduler) -> list:
     if known is None or known[0] is not timesteps or known[1] != stamp(timesteps):
         known = scheduler.__dict__["_fusewire_times"] = (timesteps, stamp(timesteps), timesteps.tolist())
     return known[2]
+
+
+def host_times(scheduler) -> torch.Tensor:
+    """``scheduler.timesteps`` on the CPU."""
+    timesteps = scheduler.timesteps
+    return timesteps if timesteps.is_cpu else torch.tensor(times(scheduler), dtype=timesteps.dtype)
 
 
 def place(scheduler, timestep) -> int | None:

@@ -13,7 +13,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from fusewire import ops
 from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
-from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, indexed, no_thresholding, place, prepared, times, unknown_prediction, usable
+from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, host_alphas, indexed, no_thresholding, place, prepared, times, unknown_prediction, usable
+from fusewire.swap.schedulers.noise import of_alphas
 
 NARROW = dict(wide_x0=False, wide_out=False)
 KINDS = ("epsilon", "sample", "v_prediction")
@@ -22,7 +23,7 @@ NOISE = {randn_tensor: ("051bb3b0a49a",)}
 
 def _bar(scheduler, at: list[int], after_all) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(alphas_cumprod at ``at``, at the times after them, 1 - the first): float32 [S], as stock takes them. ``after_all``: beyond the last step."""
-    bar = scheduler.alphas_cumprod.cpu()
+    bar = host_alphas(scheduler)
     now, then = (torch.tensor(indices) for indices in at)
     before = torch.where(then >= 0, bar[then.clamp(min=0)], after_all.cpu())
     return bar[now], before, 1 - bar[now]
@@ -47,7 +48,7 @@ def _ddim(how: How) -> dict:
                                           reciprocal=table.reciprocal, numerics=how.numerics)
         return DDIMSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
 
-    return {"step": step}
+    return {"step": step, **of_alphas(DDIMScheduler)}
 
 
 def _ddim_columns(scheduler, scalars: Scalars, eta: float, clipped: bool) -> dict:
@@ -88,7 +89,7 @@ def _ddpm(how: How) -> dict:
                                           numerics=how.numerics)
         return DDPMSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
 
-    return {"step": step}
+    return {"step": step, **of_alphas(DDPMScheduler)}
 
 
 def _ddpm_columns(scheduler, scalars: Scalars) -> dict:
@@ -139,7 +140,7 @@ def _lcm(how: How) -> dict:
         self._step_index += 1
         return LCMSchedulerOutput(prev_sample=previous, denoised=denoised) if return_dict else (previous, denoised)
 
-    return {"step": step, **indexed(LCMScheduler)}
+    return {"step": step, **indexed(LCMScheduler), **of_alphas(LCMScheduler)}
 
 
 def _lcm_columns(scheduler, scalars: Scalars, of_times: Scalars) -> dict:

@@ -14,6 +14,7 @@ from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
 from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, indexed, no_thresholding, prepared, unknown_prediction, usable
 from fusewire.swap.schedulers.ddim import NOISE
+from fusewire.swap.schedulers.noise import of_sigmas
 
 Stock = DPMSolverMultistepScheduler
 
@@ -47,7 +48,12 @@ def _maker(how: How) -> dict:
         self._step_index += 1
         return SchedulerOutput(prev_sample=previous) if return_dict else (previous,)
 
-    return {"step": step, **indexed(Stock)}
+    return {"step": step, **indexed(Stock), **of_sigmas(Stock, "add_noise", ("00c60ff12782",), _noisy)}
+
+
+def _noisy(scheduler, sample, noise, sigma):
+    alpha, sigma = scheduler._sigma_to_alpha_sigma_t(sigma)
+    return alpha * sample + sigma * noise
 
 
 def _columns(scheduler, scalars: Scalars, second: bool) -> dict:

@@ -15,6 +15,7 @@ from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
 from fusewire.swap.schedulers.common import KNOWN, Known, Prepared, Scalars, indexed, prepared, unknown_prediction, usable
 from fusewire.swap.schedulers.ddim import NOISE
+from fusewire.swap.schedulers.noise import of_sigmas
 
 
 def _columns(scalars: Scalars, kind: str, level: torch.Tensor, dt: torch.Tensor) -> dict:
@@ -39,6 +40,10 @@ def _table(scheduler, model_output, timestep, sample, exact: bool, columns, key:
     return table if table.rows is not None and 0 <= scheduler._step_index < len(table.rows) else None
 
 
+def _noise(stock: type) -> dict:
+    return of_sigmas(stock, "add_noise", ("b1c93e85d09d",), lambda scheduler, sample, noise, sigma: sample + noise * sigma)
+
+
 def _euler(how: How) -> dict:
     exact, stock = how.numerics == "exact", EulerDiscreteScheduler.step
 
@@ -54,7 +59,7 @@ def _euler(how: How) -> dict:
             x0 = model_output
         return EulerDiscreteSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
 
-    return {"step": step, **indexed(EulerDiscreteScheduler)}
+    return {"step": step, **indexed(EulerDiscreteScheduler), **_noise(EulerDiscreteScheduler)}
 
 
 def euler_reason(scheduler) -> str:
@@ -75,7 +80,7 @@ def _ancestral(how: How) -> dict:
         self._step_index += 1
         return EulerAncestralDiscreteSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
 
-    return {"step": step, **indexed(EulerAncestralDiscreteScheduler)}
+    return {"step": step, **indexed(EulerAncestralDiscreteScheduler), **_noise(EulerAncestralDiscreteScheduler)}
 
 
 def _ancestral_columns(scalars: Scalars, kind: str, sigmas: torch.Tensor) -> dict:
@@ -111,7 +116,7 @@ def _heun(how: How) -> dict:
         self._step_index += 1
         return HeunDiscreteSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
 
-    return {"step": step, **indexed(HeunDiscreteScheduler)}
+    return {"step": step, **indexed(HeunDiscreteScheduler), **_noise(HeunDiscreteScheduler)}
 
 
 def _heun_columns(scalars: Scalars, config, sigmas: torch.Tensor, first: bool) -> dict:

@@ -35,6 +35,21 @@ def test_result_file(tmp_path):
     assert len(found["rows"]) == 6 and all(row["exact"] > 0 and row["backend"] in ("cpu", "reference") for row in found["rows"])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_each_side_in_a_process_of_its_own(tmp_path):
+    """Counted and resident memory are of one kind: a tiny model's call needs next to none of either beside what the process keeps."""
+    pytest.importorskip("diffusers")
+    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "memory.py", "--target", "dit-tiny:bfloat16:1", "--processes", "1", "--json", tmp_path / "memory.json"],
+                   env=os.environ | {"PYTHONPATH": path}, check=True, capture_output=True, timeout=400)
+    found = json.loads((tmp_path / "memory.json").read_text())
+    assert found["unit"] == "MiB" and [row["side"] for row in found["rows"]] == ["eager", "exact", "close"]
+    for row in found["rows"]:
+        assert len(row["tensors"]) == 2 and row["tensors"][0] == row["tensors"][1] > 0 and len(row["resident in a call"]) == 3
+        assert max(row["resident in a call"]) < 2 and row["kept tensors, bytes"] < 1000
+        assert row["peak"] == pytest.approx(row["weights"] + row["tensors"][0] + row["scratch"], abs=0.01)
+
+
 def test_turns(alternating):
     order = []
     times = alternating.samples({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, inner=2, warm=1)

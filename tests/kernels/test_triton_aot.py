@@ -3,6 +3,7 @@
 They are compiled in a process of their own: here Triton may be the interpreter.
 """
 
+import fcntl
 import json
 import os
 import subprocess
@@ -10,8 +11,15 @@ import sys
 
 import pytest
 
+from fusewire.kernels.dispatch import TABLES
+from tests.kernels.test_backends import CALLS
+
 pytest.importorskip("triton")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Of the ops of which the quick cases have none
+OTHERS = ("adaln_modulate_dual 1536 bf16", "attention_varlen 64 bf16", "group_norm_silu 320 bf16 channels last", "layer_norm_2d 320 bf16", "qk_norm_rope 64 bf16",
+          "quick_gelu bias 5120 bf16", "rms_norm 1536 bf16", "solver_step guided bf16", "swiglu gate first bias 5120 bf16")
+WITH_TRITON = [name for name, (*_, counted) in CALLS.items() if any(row.name == "triton" for row in TABLES[counted].rows)]
 
 
 def compiled(*arguments: str) -> list[dict]:
@@ -22,17 +30,45 @@ def compiled(*arguments: str) -> list[dict]:
     return json.loads(run.stdout)
 
 
+def once(tmp_path_factory, name: str, *arguments: str) -> list[dict]:
+    """``compiled``, once for all processes of a test run."""
+    folder = tmp_path_factory.getbasetemp()
+    file = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / f"compiled-{name}.json"
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.is_file():
+            file.write_text(json.dumps(compiled(*arguments)))
+    return json.loads(file.read_text())
+
+
 @pytest.fixture(scope="module")
-def quick():
-    reports = compiled("--quick")
+def quick(tmp_path_factory):
+    reports = once(tmp_path_factory, "quick", "--quick")
     assert {one["target"] for one in reports} == set(TARGETS)
     return reports
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    return once(tmp_path_factory, "others", "--target=sm_90", *(f"--case={case}" for case in OTHERS))
 
 
 def test_within_limits(quick):
     for one in quick:
         assert one["spills"] == 0 and one["shared"] <= one["shared_limit"], one
         assert one["offsets"] == ([] if "hopper" in one["case"] else [64]), one  # bug classes int32-numel, int32-stride
+
+
+@pytest.mark.parametrize("op", WITH_TRITON)
+def test_every_op(quick, others, op):
+    """autotune, int32-numel, int32-stride, misaligned: the configurations that are chosen without a measurement compile, within the machine's limits;
+    no offset of 32 bits; 16 bytes at a time."""
+    found = [one for one in quick + others if one["case"].split()[0].removesuffix("_backward") == CALLS[op][2]]
+    assert found
+    for one in found:
+        assert one["spills"] == 0 and one["shared"] <= one["shared_limit"], one
+        assert one["offsets"] == ([] if "hopper" in one["case"] else [64]), one
+        assert {"16", "32"} & {*one["loads"], *one["stores"]} or "hopper" in one["case"] or one["target"] == "gfx942", one
 
 
 def test_16_byte_loads(quick):

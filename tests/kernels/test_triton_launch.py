@@ -9,7 +9,11 @@ import torch
 
 pytest.importorskip("triton")
 from fusewire.kernels import triton_launch  # noqa: E402
+from fusewire.kernels.dispatch import TABLES, forced  # noqa: E402
+from fusewire.kernels.triton_rows import INTERPRETED  # noqa: E402
 from fusewire.kernels.tuning import cuda_arch  # noqa: E402
+from tests.kernels.test_backends import CALLS  # noqa: E402
+from tests.kernels.test_contract import call_of  # noqa: E402
 
 
 class OnGpu(torch.Tensor):
@@ -147,3 +151,40 @@ def test_every_launcher_names_its_constants():
             if not written_in_gluon(name):
                 call()
     assert len(seen) > 20
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="Triton compiles here")
+@pytest.mark.parametrize("op", [name for name, (*_, counted) in CALLS.items() if any(row.name == "triton" for row in TABLES[counted].rows)])
+def test_every_kernel_starts_here(monkeypatch, op):
+    """device-guard, stream, grid-limit: what the op launches, and its gradients do, is launched by ``launch_anew``, which has the guard, with one number of
+    programs, for a tensor that lies where the call's do. (What that makes of device and stream: the tests above, and tests/gpu.)"""
+    from triton.runtime import interpreter
+
+    anew, run, started, inside = triton_launch.launch_anew, interpreter.GridExecutor.__call__, [], []
+
+    def launch_anew(kernel, programs, tensor, *args, **options):
+        inside.append(kernel)
+        assert tensor.device == call.tensors[0].device and isinstance(programs, int) and programs <= triton_launch.GRID_LIMIT
+        try:
+            return anew(kernel, programs, tensor, *args, **options)
+        finally:
+            inside.pop()
+
+    def execute(executor, *args, **options):
+        assert inside and len(executor.grid) == 1
+        started.append(inside[-1].__name__)
+        return run(executor, *args, **options)
+
+    call = call_of(op, "close", torch.bfloat16)  # (the gradients of a few queries in float32 are left to PyTorch)
+    monkeypatch.setattr(triton_launch, "launch_anew", launch_anew)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", execute)
+    with forced("triton"), torch.no_grad():
+        call.run(*call.tensors)
+    assert started
+    gradients, forwards = TABLES.get(f"{CALLS[op][2]}_backward"), len(started)
+    if gradients is not None and any(row.name == "triton" for row in gradients.rows):
+        leaves = [tensor.clone().requires_grad_() for tensor in call.tensors]
+        with forced("triton"):
+            out = call.run(*leaves)
+            torch.autograd.grad(sum(part.square().sum() for part in out), leaves, allow_unused=True)
+        assert len(started) > 2 * forwards

@@ -4,9 +4,9 @@
 
 Runs the tests that look for a class of bugs and have no entry yet (``--again``: all of them; FILE: those of these files) and writes down, for each test
 function that passes, the ops that it reached: by the counts of ``ops.stats()``, by registered ops that it called itself, and so in the Python processes
-that it started; where one of its parameters is the name of an op, that op alone. What calls none, and what cannot run here, for want of a GPU or as it is
-slow, is read instead, which the file says: the ops that the test, or what it uses of the tests' own functions and tables, names as ``ops.<name>`` or in a
-string.
+that it started; where its parameter ``name`` or ``op`` is that of an op, that op alone. What calls none, and what cannot run here, for want of a GPU or as it is
+slow, is read instead, which the file says: the ops that the test, or what it uses of the tests' own functions and tables, names as ``ops.<name>``, as
+``torch.ops.fusewire.<name>`` or in a string.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ class Recording:
 
 
 def named(item) -> set[str]:
-    """The ops that the test's parameters name."""
-    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    return {value for value in values if isinstance(value, str) and value in OPS}
+    """The op that the test's parameter ``name`` or ``op`` is."""
+    values = item.callspec.params if hasattr(item, "callspec") else {}
+    return {value for value in map(values.get, ("name", "op")) if isinstance(value, str) and value in OPS}
 
 
 class Collecting:
@@ -146,6 +146,8 @@ def read(path: Path, test: str) -> set[str]:
         for node in ast.walk(defined[name]) if name in defined else ():
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ops":
                 found.add(node.attr)
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute) and node.value.attr == "fusewire":
+                found.add(public(node.attr))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.add(public(node.value))
             elif isinstance(node, ast.Name) and node.id in defined:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -123,6 +124,23 @@ def test_what_is_remembered_has_an_end(kernel, monkeypatch):
     assert len(kernel.anew) == 20
     start(kernel, x, None, n=19)
     assert len(kernel.anew) == 20 and kernel.again[-1][11] == 19
+
+
+def test_cache_race_of_threads(kernel, monkeypatch):
+    """cache-race: eight threads that start with nothing remembered, and forget all now and then: each launch is its own thread's, none is lost."""
+    monkeypatch.setattr(triton_launch, "KEPT", 4)
+    tensors = [on_gpu() for _ in range(8)]
+
+    def launches(i):
+        for n in range(50):
+            start(kernel, tensors[i], None, n=10 * n + i)
+            start(kernel, tensors[i], None, n=10 * n + i)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(launches, range(8)))
+    anew = [(args[0].data_ptr(), args[2]) for _, args, _ in kernel.anew]
+    again = [(args[9], args[11]) for args in kernel.again]
+    assert sorted(anew + again) == sorted((x.data_ptr(), 10 * n + i) for i, x in enumerate(tensors) for n in range(50) for _ in range(2))
 
 
 def test_no_program_and_too_many(kernel):

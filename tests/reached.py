@@ -3,22 +3,24 @@
     python -m tests.reached [--again] [FILE ...]
 
 Runs the tests that look for a class of bugs and have no entry yet (``--again``: all of them; FILE: those of these files) and writes down, for each test
-function that passes, the ops that it reached: by the counts of ``ops.stats()``, by registered ops that it called itself, and so in the Python processes
-that it started; where its parameter ``name`` or ``op`` is that of an op, that op alone. What calls none, and what cannot run here, for want of a GPU or as it is
-slow, is read instead, which the file says: the ops that the test, or what it uses of the tests' own functions and tables, names as ``ops.<name>``, as
-``torch.ops.fusewire.<name>`` or in a string.
+function that passes, the ops that it called as ``ops.<name>``; of a test that calls none so, those behind whose names it called registered ops, or whose
+calls ``ops.stats()`` has counted, here or in Python processes that it started. Where its parameter ``name`` or ``op`` is that of an op: that op alone.
+What reaches none, and what cannot run here, for want of a GPU or as it is slow, is read instead, which the file says: the ops that the test, or what it
+uses of the tests' own functions and tables, names as ``ops.<name>``, as ``torch.ops.fusewire.<name>`` or in a string.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import json
 import os
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 FILE = Path(__file__).with_suffix(".json")
@@ -42,7 +44,7 @@ def public(name: str) -> str | None:
 
 
 class Calls:
-    """The registered ops and counted calls since ``clear``. Counts that a test resets are kept."""
+    """Since ``clear``: the public ops that were called as ``ops.<name>``; the registered ops, and the calls that were counted, which a test may reset."""
 
     def __init__(self):
         from torch._ops import OpOverload, OpOverloadPacket
@@ -50,7 +52,10 @@ class Calls:
         from fusewire import ops
         from fusewire.kernels import dispatch
 
+        self.public: set[str] = set()
         self.seen: set[str] = set()
+        for name in OPS:
+            setattr(ops, name, self._noted(getattr(ops, name)))
         self.tables, reset = dispatch.TABLES, dispatch.reset_stats
 
         def reset_stats():
@@ -60,6 +65,19 @@ class Calls:
         dispatch.reset_stats = ops.reset_stats = reset_stats
         for kind, name_of in ((OpOverload, lambda op: op._schema.name), (OpOverloadPacket, lambda op: op._qualified_op_name)):
             self._watch(kind, name_of)
+
+    def _noted(self, op):
+        @functools.wraps(op)
+        def noted(*args, **kwargs):
+            if not torch.compiler.is_compiling():
+                self.public.add(op.__name__)
+            return op(*args, **kwargs)
+
+        return noted
+
+    def clear(self) -> None:
+        self.public.clear()
+        self.seen.clear()
 
     def _watch(self, kind: type, name_of) -> None:
         call = kind.__call__
@@ -84,11 +102,11 @@ class Recording:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_call(self, item):
-        self.calls.seen.clear()
+        self.calls.clear()
         self.in_children()
         result = yield  # (a failing or skipped test ends here)
         self.calls.count()
-        found = {op for name in self.calls.seen | self.in_children() if (op := public(name))}
+        found = set(self.calls.public) or {op for name in self.calls.seen | self.in_children() if (op := public(name))}
         path = item.path.relative_to(ROOT).as_posix()
         self.reached.setdefault(path, {}).setdefault(item.originalname, set()).update(named(item) or found)
         return result

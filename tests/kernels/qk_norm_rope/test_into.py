@@ -104,3 +104,15 @@ def test_batch_coupling(dtype, numerics):
                 assert_exact(got, first)
     finally:
         torch.set_num_threads(threads)
+
+
+@every_numerics
+def test_strided_grad(numerics):
+    """Expanded and transposed gradients of the buffers have the bits of contiguous ones."""
+    q, k, weight = heads().requires_grad_(), heads().requires_grad_(), torch.randn(40, requires_grad=True)
+    out = into(q, k, weight, weight, numerics=numerics)
+    for grads in ([torch.ones(()).expand(x.shape) for x in out], [torch.randn_like(x.transpose(1, 3)).transpose(1, 3) for x in out]):
+        mine, dense = (torch.autograd.grad(out, (q, k, weight), given, retain_graph=True) for given in (grads, [grad.contiguous() for grad in grads]))
+        for got, want in zip(mine, dense, strict=True):
+            assert_exact(got, want)
+            assert got.any()

@@ -45,8 +45,9 @@ kernels-compiled: $(STAMP)
 	env -u TRITON_INTERPRET $(PYTHON) -m fusewire.kernels.compiled --write docs/kernels-compiled.md
 	$(PYTHON) -m fusewire.kernels.compiled_cuda --write docs/kernels-compiled.md
 
-# Which test looks for which known failure of such kernels.
+# Which test looks for which known failure of such kernels, in which op: runs those tests that are new (ARGUMENTS=--again: all of them, ten minutes).
 bug-classes: $(STAMP)
+	$(PYTHON) -m tests.reached $(ARGUMENTS)
 	$(PYTHON) -m tests.bug_classes --write docs/bug-classes.md
 
 # Whether the rooms' tests notice that a source is wrong: one textual edit after another (half an hour on

@@ -59,7 +59,8 @@ inline Heads heads(const Tensor& x) {
 class OnDevice {
  public:
 #if defined(FUSEWIRE_CUDA_ON_CPU)
-  explicit OnDevice(const Tensor&) {}
+  explicit OnDevice(const Tensor&) : stream_(this) { current_stream = stream_; }
+  ~OnDevice() { current_stream = nullptr; }
 #else
   explicit OnDevice(const Tensor& x) : guard_(x.get_device_index()) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));

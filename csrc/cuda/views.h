@@ -22,6 +22,10 @@ struct Heads {
 
 constexpr int64_t kMaxBlocks = 2147483647;  // along x; y and z, with 65,535, are never used
 
+#if defined(FUSEWIRE_CUDA_ON_CPU)
+inline const void* current_stream = nullptr;  // of the tests' machine, where a tensor's device is the current one (OnDevice)
+#endif
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace fusewire::cuda

@@ -52,7 +52,8 @@ def test_forced_without_a_gpu():
 
 @pytest.mark.parametrize("name", CALLS)
 def test_registration(in_cuda, name):
-    """fake-mismatch: schema, fake kernel and registration of the op that graphs see, on contiguous and permuted inputs."""
+    """fake-mismatch, device-guard, stream, grid-limit: schema, fake kernel and registration of the op that graphs see, on contiguous and permuted inputs.
+    The machine that runs the kernels refuses a launch without the guard or on another stream, and a grid that a GPU does not take."""
     for permute in (lambda t: t, lambda t: t.transpose(0, 1).contiguous().transpose(0, 1) if isinstance(t, torch.Tensor) and t.dim() > 1 else t):
         args = tuple(permute(value) for value in CALLS[name])
         opcheck(getattr(torch.ops.fusewire, f"{name}_cuda").default, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,11 @@ import torch
 
 pytest.importorskip("triton")
 from fusewire.kernels import triton_launch  # noqa: E402
+from fusewire.kernels.dispatch import TABLES, forced  # noqa: E402
+from fusewire.kernels.triton_rows import INTERPRETED  # noqa: E402
 from fusewire.kernels.tuning import cuda_arch  # noqa: E402
+from tests.kernels.test_backends import CALLS  # noqa: E402
+from tests.kernels.test_contract import call_of  # noqa: E402
 
 
 class OnGpu(torch.Tensor):
@@ -121,6 +126,23 @@ def test_what_is_remembered_has_an_end(kernel, monkeypatch):
     assert len(kernel.anew) == 20 and kernel.again[-1][11] == 19
 
 
+def test_cache_race_of_threads(kernel, monkeypatch):
+    """cache-race: eight threads that start with nothing remembered, and forget all now and then: each launch is its own thread's, none is lost."""
+    monkeypatch.setattr(triton_launch, "KEPT", 4)
+    tensors = [on_gpu() for _ in range(8)]
+
+    def launches(i):
+        for n in range(50):
+            start(kernel, tensors[i], None, n=10 * n + i)
+            start(kernel, tensors[i], None, n=10 * n + i)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(launches, range(8)))
+    anew = [(args[0].data_ptr(), args[2]) for _, args, _ in kernel.anew]
+    again = [(args[9], args[11]) for args in kernel.again]
+    assert sorted(anew + again) == sorted((x.data_ptr(), 10 * n + i) for i, x in enumerate(tensors) for n in range(50) for _ in range(2))
+
+
 def test_no_program_and_too_many(kernel):
     for x in (on_gpu(), torch.zeros(4)):
         start(kernel, x, None, programs=0)
@@ -147,3 +169,40 @@ def test_every_launcher_names_its_constants():
             if not written_in_gluon(name):
                 call()
     assert len(seen) > 20
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="Triton compiles here")
+@pytest.mark.parametrize("op", [name for name, (*_, counted) in CALLS.items() if any(row.name == "triton" for row in TABLES[counted].rows)])
+def test_every_kernel_starts_here(monkeypatch, op):
+    """device-guard, stream, grid-limit: what the op launches, and its gradients do, is launched by ``launch_anew``, which has the guard, with one number of
+    programs, for a tensor that lies where the call's do. (What that makes of device and stream: the tests above, and tests/gpu.)"""
+    from triton.runtime import interpreter
+
+    anew, run, started, inside = triton_launch.launch_anew, interpreter.GridExecutor.__call__, [], []
+
+    def launch_anew(kernel, programs, tensor, *args, **options):
+        inside.append(kernel)
+        assert tensor.device == call.tensors[0].device and isinstance(programs, int) and programs <= triton_launch.GRID_LIMIT
+        try:
+            return anew(kernel, programs, tensor, *args, **options)
+        finally:
+            inside.pop()
+
+    def execute(executor, *args, **options):
+        assert inside and len(executor.grid) == 1
+        started.append(inside[-1].__name__)
+        return run(executor, *args, **options)
+
+    call = call_of(op, "close", torch.bfloat16)  # (the gradients of a few queries in float32 are left to PyTorch)
+    monkeypatch.setattr(triton_launch, "launch_anew", launch_anew)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", execute)
+    with forced("triton"), torch.no_grad():
+        call.run(*call.tensors)
+    assert started
+    gradients, forwards = TABLES.get(f"{CALLS[op][2]}_backward"), len(started)
+    if gradients is not None and any(row.name == "triton" for row in gradients.rows):
+        leaves = [tensor.clone().requires_grad_() for tensor in call.tensors]
+        with forced("triton"):
+            out = call.run(*leaves)
+            torch.autograd.grad(sum(part.square().sum() for part in out), leaves, allow_unused=True)
+        assert len(started) > 2 * forwards

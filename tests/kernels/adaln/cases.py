@@ -10,6 +10,7 @@ from fusewire.kernels.dispatch import forced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES = ("adaln_modulate", "adaln_modulate_dual", "gate_residual", "gate_residual_adaln", "two_gates")
+NORMED = ("adaln_modulate", "adaln_modulate_dual", "gate_residual_adaln")
 
 
 def inputs(batch: int, tokens: int, channels: int, dtype=torch.float32, kind: str = "chunk") -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from fusewire.kernels.adaln import native
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
 from tests.effort import examples
-from tests.kernels.adaln.cases import DTYPES, NAMES, affine_stock, call, inputs, op_name, served, stock, used, wide
+from tests.kernels.adaln.cases import DTYPES, NAMES, NORMED, affine_stock, call, inputs, op_name, served, stock, used, wide
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact, assert_unbiased
 
@@ -122,36 +122,43 @@ def test_close_affine(dtype, norm):
         assert ops.stats()[name]["reference"] == 0
 
 
+@pytest.mark.parametrize("name", NORMED)
 @pytest.mark.parametrize("outlier", (False, True), ids=("plain", "outlier"))
 @needs_library
-def test_cancellation(outlier):
+def test_cancellation(outlier, name):
     """cancellation: mean 100, standard deviation 0.01; and a row whose first elements lie far from the rest."""
     x = 100 + 0.01 * torch.randn(1, 64, 1536)
     if outlier:
         x[..., :16] = 101
     zero = torch.zeros(1, 1536)
-    got = ops.adaln_modulate(x, zero, zero, eps=1e-12, numerics="close")
+    v = dict.fromkeys(("gate", "shift", "scale", "shift2", "scale2"), zero) | {"x": x, "y": x}
+    *_, got = call(name, v, eps=1e-12, numerics="close")
     want = F.layer_norm(x.double(), (1536,), eps=1e-12)
     assert ((got - want).abs().amax(-1) / want.abs().amax(-1)).max() <= 1e-5
-    assert served("adaln_modulate") == (1, 0)
+    assert served(name) == (1, 0)
 
 
+@pytest.mark.parametrize("name", NORMED)
 @pytest.mark.parametrize("numerics", ("exact", "close"))
-def test_fp16_overflow(numerics):
+def test_fp16_overflow(numerics, name):
     """fp16-overflow: x = +-1000, whose squares and sums do not fit fp16."""
     v = inputs(1, 5, 1536, torch.float16)
     v["x"] = torch.where(torch.rand(1, 5, 1536) > 0.5, 1000.0, -1000.0).half()
     for norm in ("layer", "rms"):
-        assert torch.isfinite(call("adaln_modulate", v, norm=norm, numerics=numerics)[0]).all()
+        assert all(out.isfinite().all() for out in call(name, v, norm=norm, numerics=numerics))
 
 
+@pytest.mark.parametrize("name", NORMED)
 @pytest.mark.parametrize("eps", (1e-5, 1e-6, 1e-2))
-def test_eps(eps):
+def test_eps(eps, name):
     """eps: inside the root; x ~ 1e-4, where it decides the result."""
     v = inputs(2, 3, 100)
     v["x"] *= 1e-4
-    assert_exact(call("adaln_modulate", v, eps=eps)[0], stock("adaln_modulate", v, eps)[0])
-    assert_close(call("adaln_modulate", v, eps=eps, numerics="close")[0], stock("adaln_modulate", wide(v), eps)[0], stock("adaln_modulate", v, eps)[0])
+    v["y"] *= 1e-4
+    plain, want = stock(name, v, eps), stock(name, wide(v), eps)
+    for exact, close, theirs, truth in zip(call(name, v, eps=eps), call(name, v, eps=eps, numerics="close"), plain, want, strict=True):
+        assert_exact(exact, theirs)
+        assert_close(close, truth, theirs)
 
 
 @pytest.mark.parametrize("name", NAMES)

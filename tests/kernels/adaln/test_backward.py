@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
 from tests.effort import examples
-from tests.kernels.adaln.cases import DTYPES, NAMES, affine_stock, call, gradients, inputs, op_name, served, stock, upstream, used, wide, with_affine
+from tests.kernels.adaln.cases import DTYPES, NAMES, NORMED, affine_stock, call, gradients, inputs, op_name, served, stock, upstream, used, wide, with_affine
 from tests.kernels.isa_levels import run_at
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact, assert_unbiased, assert_within
@@ -137,22 +137,25 @@ def test_cancellation(outlier):
         assert ((got[argument] - want[argument]).abs().amax(-1) / want[argument].abs().amax(-1)).max() <= 1e-5, argument
 
 
+@pytest.mark.parametrize("name", NORMED)
 @pytest.mark.parametrize("norm", ("layer", "rms"))
-def test_fp16_overflow(norm):
+def test_fp16_overflow(norm, name):
     """fp16-overflow: x = +-1000, whose squares and sums do not fit fp16."""
     v = inputs(1, 5, 1536, torch.float16)
     v["x"] = torch.where(torch.rand(1, 5, 1536) > 0.5, 1000.0, -1000.0).half()
-    assert all(torch.isfinite(grad).all() for grad in gradients(call, "adaln_modulate", v, numerics="close", norm=norm).values())
+    assert all(torch.isfinite(grad).all() for grad in gradients(call, name, v, numerics="close", norm=norm).values())
 
 
+@pytest.mark.parametrize("name", NORMED)
 @pytest.mark.parametrize("eps", (1e-5, 1e-2))
-def test_eps(eps):
+def test_eps(eps, name):
     """eps: inside the root; x ~ 1e-4, where it decides the result."""
     v = inputs(2, 35, 100)
     v["x"] *= 1e-4
-    grads = upstream(v, "adaln_modulate")
-    got, plain = gradients(call, "adaln_modulate", v, grads, eps=eps, numerics="close"), gradients(stock, "adaln_modulate", v, grads, eps=eps)
-    for argument, want in gradients(stock, "adaln_modulate", wide(v), [grad.double() for grad in grads], eps=eps).items():
+    v["y"] *= 1e-4
+    grads = upstream(v, name)
+    got, plain = gradients(call, name, v, grads, eps=eps, numerics="close"), gradients(stock, name, v, grads, eps=eps)
+    for argument, want in gradients(stock, name, wide(v), [grad.double() for grad in grads], eps=eps).items():
         assert_close(got[argument], want, plain[argument], argument)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from fusewire import ops
 from fusewire.kernels.dispatch import forced
-from tests.kernels.adaln.cases import NAMES, call, far_apart, inputs, op_name, stock, used, wide
+from tests.kernels.adaln.cases import NAMES, NORMED, call, far_apart, inputs, op_name, stock, used, wide
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact, assert_unbiased
 
@@ -120,21 +120,25 @@ def test_cancellation(in_cuda):
     assert ((got - want).abs().amax(-1) / want.abs().amax(-1)).max() <= 1e-5
 
 
-def test_fp16_overflow(in_cuda):
+@pytest.mark.parametrize("name", NORMED)
+def test_fp16_overflow(in_cuda, name):
     v = inputs(1, 2, 1536, torch.float16)
     v["x"] = torch.where(torch.rand(1, 2, 1536) > 0.5, 1000.0, -1000.0).half()
     for norm in ("layer", "rms"):
-        with in_cuda("adaln_modulate"):
-            assert torch.isfinite(call("adaln_modulate", v, norm=norm, numerics="close")[0]).all()
+        with in_cuda(name):
+            assert all(out.isfinite().all() for out in call(name, v, norm=norm, numerics="close"))
 
 
+@pytest.mark.parametrize("name", NORMED)
 @pytest.mark.parametrize("eps", (1e-5, 1e-6, 1e-2))
-def test_eps(in_cuda, eps):
+def test_eps(in_cuda, eps, name):
     v = inputs(1, 3, 100)
     v["x"] *= 1e-4
-    with in_cuda("adaln_modulate"):
-        got = call("adaln_modulate", v, eps=eps, numerics="close")[0]
-    assert_close(got, stock("adaln_modulate", wide(v), eps)[0], stock("adaln_modulate", v, eps)[0])
+    v["y"] *= 1e-4
+    with in_cuda(name):
+        got = call(name, v, eps=eps, numerics="close")
+    for out, want, plain in zip(got, stock(name, wide(v), eps), stock(name, v, eps), strict=True):
+        assert_close(out, want, plain)
 
 
 def test_special_values(in_cuda):

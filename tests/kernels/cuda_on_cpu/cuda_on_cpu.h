@@ -1,7 +1,8 @@
 // CUDA for one CPU thread, as far as csrc/cuda needs it: the kernels are compiled by the C++ compiler and every thread of a block is a fiber.
 //
 // A warp runs until all its lanes wait for one another or for the block; blocks run one after the other. What a GPU would punish with a hang or with
-// garbage is an error here: lanes of a warp that wait at different places, threads that end while others wait, a 16-byte access off its alignment.
+// garbage is an error here: lanes of a warp that wait at different places, threads that end while others wait, a 16-byte access off its alignment; and
+// so is a launch where the tensor's device was not made the current one, or on another stream than its current one.
 // cuda_on_cpu_reverse(1) runs warps and lanes in the opposite order: a missing barrier then shows as another result.
 #pragma once
 #include <setjmp.h>
@@ -15,6 +16,7 @@
 #include <vector>
 
 #include "common/scalar.h"
+#include "cuda/views.h"
 
 #define __device__
 #define __host__
@@ -159,10 +161,11 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes) {
 namespace fusewire::cuda {
 
 template <typename Task>
-const char* launch(void (*kernel)(Task), int64_t blocks, dim3 threads, void*, const Task& task) {
+const char* launch(void (*kernel)(Task), int64_t blocks, dim3 threads, void* stream, const Task& task) {
   auto& machine = cuda_on_cpu::machine;
   const unsigned count = threads.x * threads.y * threads.z;
   if (blocks < 1 || blocks > 2147483647 || count < 1 || count > 1024 || count % 32) return "the grid or the block is not one that a GPU takes";
+  if (stream == nullptr || stream != current_stream) return "not on the current stream of the tensor's device";
   while (machine.fibers.size() < count) machine.fibers.push_back(std::make_unique<cuda_on_cpu::Fiber>());
   machine.body = [&] { kernel(task); };
   machine.error = nullptr;

@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.cuda_on_cpu import build
 
-NEIGHBOURS, NO_BARRIER, SOME_LANES, WARP_ENDS, SHUFFLES, UNALIGNED, SUMS, BAD_BLOCK = range(8)
+NEIGHBOURS, NO_BARRIER, SOME_LANES, WARP_ENDS, SHUFFLES, UNALIGNED, SUMS, BAD_BLOCK, OTHER_STREAM, NO_DEVICE = range(10)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,8 @@ def test_barrier(run):
 
 @pytest.mark.parametrize("kernel, error", [(SOME_LANES, "the lanes of a warp wait at different places"), (SHUFFLES, "the lanes of a warp wait"),
                                            (WARP_ENDS, "some warps wait for others that have ended"), (UNALIGNED, "a vector access that is not aligned"),
-                                           (BAD_BLOCK, "the grid or the block")])
+                                           (BAD_BLOCK, "the grid or the block"), (OTHER_STREAM, "not on the current stream"),
+                                           (NO_DEVICE, "not on the current stream")])
 def test_faults(run, kernel, error):
     assert run(kernel)[1].startswith(error)
     assert run(NEIGHBOURS)[1] is None  # and the machine still works

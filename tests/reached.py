@@ -6,7 +6,7 @@ Runs the tests that look for a class of bugs and have no entry yet (``--again``:
 function that passes, the ops that it called as ``ops.<name>``; of a test that calls none so, those behind whose names it called registered ops, or whose
 calls ``ops.stats()`` has counted, here or in Python processes that it started. Where its parameter ``name`` or ``op`` is that of an op: that op alone.
 What reaches none, and what cannot run here, for want of a GPU or as it is slow, is read instead, which the file says: the ops that the test, or what it
-uses of the tests' own functions and tables, names as ``ops.<name>``, as ``torch.ops.fusewire.<name>`` or in a string.
+uses of the tests' own functions and tables, names as ``ops.<name>``, as ``torch.ops.fusewire.<name>`` or, where it looks ops up by their names, in a string.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _module(path: Path) -> tuple[dict[str, ast.AST], dict[str, tuple[Path, str]]
 
 def read(path: Path, test: str) -> set[str]:
     """The ops that a test's source names, itself or in what it uses."""
-    found, waiting, done = set(), [(path, test)], set()
+    found, strings, by_name, waiting, done = set(), set(), False, [(path, test)], set()
     while waiting:
         file, name = waiting.pop()
         if (file, name) in done or not file.is_file():
@@ -167,12 +167,14 @@ def read(path: Path, test: str) -> set[str]:
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute) and node.value.attr == "fusewire":
                 found.add(public(node.attr))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.add(public(node.value))
+                strings.add(public(node.value))
+            elif isinstance(node, ast.Call) and ast.unparse(node).startswith(("getattr(ops,", "getattr(torch.ops.fusewire,", "ops.backends(")):
+                by_name = True
             elif isinstance(node, ast.Name) and node.id in defined:
                 waiting.append((file, node.id))
             elif isinstance(node, ast.Name) and node.id in imported:
                 waiting.append(imported[node.id])
-    return found & set(OPS)
+    return (found | strings if by_name else found) & set(OPS)
 
 
 def load() -> dict[str, dict[str, list[str]]]:

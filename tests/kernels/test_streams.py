@@ -89,7 +89,7 @@ def test_into_a_view(stream_from):
         assert (found[1][0][:, :4] == 7).all()
 
 
-@pytest.mark.parametrize("level", ("base", "avx2", "avx512"))
+@pytest.mark.parametrize("level", ("base", "avx2", pytest.param("avx512", marks=pytest.mark.slow)))  # no level of these kernels is above it
 def test_isa_levels(level):
     run_at(level, __file__, "test_bits or test_into_a_view")
 

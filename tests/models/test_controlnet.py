@@ -165,7 +165,7 @@ def test_gradients_against_diffusers(variant):
         assert (parameter.grad - want[name].grad).abs().max() <= GRADIENTS_FLOAT64 * want[name].grad.abs().max().clamp_min(1), name
 
 
-@pytest.mark.parametrize("numerics", ["exact", "close"])
+@pytest.mark.parametrize("numerics", ["exact", pytest.param("close", marks=pytest.mark.slow)])
 def test_compiles_without_a_graph_break_and_trains_under_autocast(numerics):
     model, data = ours(stock_model("sd"), numerics), inputs("sd")
     torch._dynamo.reset()

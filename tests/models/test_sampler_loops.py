@@ -99,7 +99,7 @@ def test_nothing_is_asked_of_the_device(name):
     assert torch.equal(loop("cpu", True, name, Watch("cpu")), want) and torch.equal(loop("cpu", False, name, Watch("cpu")), want)
 
 
-@pytest.mark.parametrize("ready", [True, False], ids=["prepared", "plan"])
+@pytest.mark.parametrize("ready", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["prepared", "plan"])  # which are prepared first
 @each_plan
 def test_nothing_is_copied_to_the_device(name, ready):
     loop("meta", ready, name, Watch("meta"))

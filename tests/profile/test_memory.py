@@ -152,6 +152,7 @@ def memory_of(result, variant):
     return next(row for row in result.memory if row.variant == variant), next(v for v in result.verdicts if v.name == f"{variant}: peak memory")
 
 
+@pytest.mark.slow
 def test_a_pipeline(pipe):
     result = profiled(pipe)
     assert [row.variant for row in result.memory] == ["eager", "exact", "close"]

@@ -208,7 +208,7 @@ EXACT_SCRIPT = ("import torch; from tests.kernels.adaln.cases import *; torch.ma
                 "    assert all(torch.equal(a, b) for name in NAMES for a, b in zip(call(name, v), stock(name, v))), (dtype, width)\n")
 
 
-@pytest.mark.parametrize("isa", ("base", "avx2", "avx512"))
+@pytest.mark.parametrize("isa", ("base", "avx2", pytest.param("avx512", marks=pytest.mark.slow)))  # no level of these kernels is above it
 @needs_library
 def test_every_isa_level(isa):
     """The exact bits do not depend on the level that our library runs at. (A level that this processor lacks runs at the one it has.)"""

@@ -211,7 +211,7 @@ def test_special_values(dtype, kind):
     assert got.isnan().tolist() == [True, False, False, False] and got[1] == torch.inf and abs(got[2].item()) < 1e-30 and got[3] > 1
 
 
-@pytest.mark.parametrize("level", ("base", "avx2", "avx512"))
+@pytest.mark.parametrize("level", ("base", "avx2", pytest.param("avx512", marks=pytest.mark.slow)))  # no level of these kernels is above it
 @needs_library
 def test_every_isa_level(level):
     """close keeps its rule at every level that our library can run at."""

@@ -126,6 +126,6 @@ def test_fake_mismatch(of_x, memory_format):
         opcheck(op, (grad, v["x"], 3, None, None, 1e-5, None, None, None, False, of_x))
 
 
-@pytest.mark.parametrize("level", ("base", "avx2", "avx512"))
+@pytest.mark.parametrize("level", ("base", "avx2", pytest.param("avx512", marks=pytest.mark.slow)))  # no level of these kernels is above it
 def test_every_isa_level(level):
     run_at(level, __file__, "test_one_gradient_alone or test_reference_agrees or (test_gradients and 30x9x7 and float32)")

@@ -290,7 +290,7 @@ def test_exact_of_one_long_row(kind, threads):
     assert served(kind) == (0, 2)
 
 
-@pytest.mark.parametrize("level", ("base", "avx2", "avx512"))
+@pytest.mark.parametrize("level", ("base", "avx2", pytest.param("avx512", marks=pytest.mark.slow)))  # no level of these kernels is above it
 @needs_library
 def test_every_isa_level(level):
     """The exact bits do not depend on the level that our library runs at, and close keeps its rule, forward and backward."""

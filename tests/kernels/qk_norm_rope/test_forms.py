@@ -380,7 +380,7 @@ def test_fp16_overflow_and_eps():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("level", ("base", "avx2", "avx512"))
+@pytest.mark.parametrize("level", ("base", "avx2", pytest.param("avx512", marks=pytest.mark.slow)))  # no level of these kernels is above it
 @needs_library
 def test_every_isa_level(level):
     """The rotation alone gives the same bits at every level, and close keeps its rule."""

@@ -261,7 +261,7 @@ def test_reference_is_the_formula():
 
 
 @pytest.mark.on_reference(reason="a process of its own runs the tests")
-@pytest.mark.parametrize("level", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ("base", "avx2", pytest.param("avx512", marks=pytest.mark.slow)))  # no level of these kernels is above it
 def test_isa_levels(level):
     """Of the flow-matching step too, whose tests are in a file of their own."""
     run_at(level, __file__, "bits_of_the_reference or chain_of_calls or leaves_its_term_out or equals_diffusers or as_good_as_eager", "test_sampler_step.py")

@@ -50,21 +50,20 @@ def differ(got: torch.Tensor, want: torch.Tensor) -> bool:
 
 def main() -> int:
     backend, wrong, ran = (sys.argv[1:] or ["cuda"])[0], 0, 0
-    for op, tensors, keywords, learns in cases():
+    for op, given, keywords, learns in cases():
         found = []
         for name in (backend, "reference"):
-            leaves = [x.detach().clone().requires_grad_(learns) if isinstance(x, torch.Tensor) and x.is_floating_point() and op is not ops.sampler_step
-                      and op is not ops.solver_step else x for x in tensors]
+            arguments = [x.clone().requires_grad_(learns) if isinstance(x, torch.Tensor) else x for x in given]
             with forced(name), torch.set_grad_enabled(learns):
-                out = op(*leaves, **keywords, numerics="close")
-                outs = out if isinstance(out, tuple) else (out,)
-                outs = [part for part in outs if part is not None]
-                grads = torch.autograd.grad(sum(part.float().square().sum() for part in outs), leaves[:1] + [x for x in leaves[1:] if isinstance(x, torch.Tensor)]) if learns else ()
-            found.append([*outs, *grads])
+                out = op(*arguments, **keywords, numerics="close")
+                parts = out if isinstance(out, tuple) else (out,)
+                leaves = [x for x in arguments if isinstance(x, torch.Tensor)]
+                grads = torch.autograd.grad(sum(part.float().square().sum() for part in parts), leaves) if learns else ()
+            found.append([*parts, *grads])
         ran += 1
         if any(differ(mine, theirs) for mine, theirs in zip(*found)):
             wrong += 1
-            print(f"{op.__name__} {[list(x.shape) for x in tensors if isinstance(x, torch.Tensor)]} {tensors[0].dtype}: not what the reference gives")
+            print(f"{op.__name__} {[list(x.shape) for x in given if isinstance(x, torch.Tensor)]} {given[0].dtype}: not what the reference gives")
     torch.cuda.synchronize()
     print(f"{ran} calls, {wrong} of them wrong")
     return int(wrong > 0)

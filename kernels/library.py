@@ -186,7 +186,7 @@ def record_schemas(path: str) -> None:
 
 # What the rooms ask the CPU library when they are imported.
 _HELPERS = ("cpu_isa() -> int", "cpu_is_intel() -> bool", "cpu_layer_norm_moments(Tensor x, float eps, int order, Tensor(a!) out) -> ()",
-            "cpu_layer_norm_order(Tensor x, int order) -> ()", "cpu_stream_from(int bytes) -> int", "cpu_group_norm_order(Tensor x, int order, bool fused_offset, int silu_step) -> ()")
+            "cpu_layer_norm_order(Tensor x, int order) -> ()", "cpu_stream_from(int bytes) -> int", "cpu_streamed() -> int", "cpu_group_norm_order(Tensor x, int order, bool fused_offset, int silu_step) -> ()")
 for _schema in _HELPERS:
     LIBRARY.define(_schema)
 

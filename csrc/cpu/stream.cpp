@@ -1,4 +1,4 @@
-// From how many bytes on outputs are written past the caches: fusewire::cpu_stream_from.
+// From how many bytes on outputs are written past the caches: fusewire::cpu_stream_from, fusewire::cpu_streamed.
 #include "cpu/stream.h"
 
 #include <unistd.h>
@@ -32,11 +32,23 @@ static std::atomic<int64_t>& stream_from() {
   return bytes;
 }
 
-bool streams(int64_t bytes) { return bytes >= stream_from().load(std::memory_order_relaxed); }
+static std::atomic<int64_t> streamed{0};
+
+bool streams(int64_t bytes) {
+  const bool large = bytes >= stream_from().load(std::memory_order_relaxed);
+  if (large) streamed.fetch_add(1, std::memory_order_relaxed);
+  return large;
+}
 
 // Sets the bound, in bytes, and returns the one before; less than 0 only asks.
 static int64_t cpu_stream_from(int64_t bytes) { return bytes < 0 ? stream_from().load() : stream_from().exchange(bytes); }
 
+// How often outputs were streamed since the library was loaded.
+static int64_t cpu_streamed() { return streamed.load(); }
+
 }  // namespace fusewire
 
-STABLE_TORCH_LIBRARY_IMPL(fusewire, CompositeExplicitAutograd, m) { m.impl("cpu_stream_from", TORCH_BOX(&fusewire::cpu_stream_from)); }
+STABLE_TORCH_LIBRARY_IMPL(fusewire, CompositeExplicitAutograd, m) {
+  m.impl("cpu_stream_from", TORCH_BOX(&fusewire::cpu_stream_from));
+  m.impl("cpu_streamed", TORCH_BOX(&fusewire::cpu_streamed));
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
+import pytest
 import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -15,6 +16,8 @@ from tests.models import stock_unet
 from tests.models.stock_sd3 import randomise
 from tests.models.stock_text import randomise as randomise_text
 from tests.tolerance import PIPELINE_FLOAT32
+
+CASES = pytest.mark.parametrize("numerics, dtype", [("exact", torch.float32), ("exact", torch.bfloat16), ("close", torch.float32)], ids=str)
 
 
 def served() -> dict[str, int]:
@@ -39,6 +42,11 @@ def check(pipe, generate: Callable[[object], torch.Tensor], numerics: str, left:
         assert 0 < (got - want).abs().max() <= PIPELINE_FLOAT32 * want.abs().max()
     assert torch.equal(generate(pipe), want)
     return handle.report, ran, want
+
+
+def counts(other: torch.Tensor, want: torch.Tensor) -> bool:
+    """Whether what was changed shows, beyond rounding: a prompt or a picture that does not count would hide every fault in what sees it."""
+    return bool((other - want).abs().max() > 10 * PIPELINE_FLOAT32 * want.abs().max())
 
 
 def quiet(pipe):

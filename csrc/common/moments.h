@@ -144,50 +144,104 @@ FUSEWIRE_INLINE C sum_of_lanes(lanes<C, N> v) {
 template <typename C>
 struct Moments { C pivot, offset, variance; };
 
-// Sums of x - pivot and of its squares in one pass, pivot being the mean of the row's first 16 elements: offset^2 is then about a sixteenth of the
-// variance at every ISA level, and subtracting it costs nothing. Where the pivot is more than a standard deviation off, it would cost digits: then once
-// more around the mean just found.
-template <typename X>
-FUSEWIRE_INLINE Moments<compute_t<X>> pivot_moments(const X* x, int64_t n) {
-  using C = compute_t<X>;
-  constexpr int N = kLanes<C>, kSide = 4;
+// Sums of x - pivot and of its squares, vector by vector: kSide of each side by side, to be taken in turn, which hides the latency of each.
+template <typename C>
+class PivotSums {
+  static constexpr int N = kLanes<C>;
   using V = lanes<C, N>;
-  constexpr int kHead = 16;
-  static_assert(kHead % N == 0);
-  C pivot = 0;
-  if (n >= kHead) {
-    V head{};
-    for (int i = 0; i < kHead; i += N) head += load<N>(x + i);
-    pivot = sum_of_lanes<N, C>(head) / static_cast<C>(kHead);
-  } else {
-    for (int64_t i = 0; i < n; ++i) pivot += to_float(x[i]);
-    pivot /= static_cast<C>(n);
+
+ public:
+  static constexpr int kSide = 4;
+  explicit FUSEWIRE_INLINE PivotSums(C pivot) : pivot_(pivot) {}
+
+  FUSEWIRE_INLINE void take(int side, V value) {
+    const V d = value - splat<N>(pivot_);
+    sum_[side] += d;
+    square_[side] = fma<N, C>(d, d, square_[side]);
   }
-  for (int pass = 0;; ++pass) {
-    V sum[kSide]{}, square[kSide]{};
-    const V around = splat<N>(pivot);
-    const auto take = [&](int s, V value) {
-      const V d = value - around;
-      sum[s] += d;
-      square[s] = fma<N, C>(d, d, square[s]);
-    };
+  // Whole vectors of a row that lies in memory.
+  template <typename X>
+  FUSEWIRE_INLINE void take_row(const X* x, int64_t n) {
     int64_t i = 0;
     for (; i + kSide * N <= n; i += kSide * N) {
       for (int s = 0; s < kSide; ++s) take(s, load<N>(x + i + s * N));
     }
     for (; i + N <= n; i += N) take(0, load<N>(x + i));
-    const V sums = (sum[0] + sum[1]) + (sum[2] + sum[3]), squares = (square[0] + square[1]) + (square[2] + square[3]);
+  }
+  // The moments of x, whose whole vectors were taken. The variance may come out below zero.
+  template <typename X>
+  FUSEWIRE_INLINE Moments<C> moments(const X* x, int64_t n) const {
     C rest = 0, rest_square = 0;  // of the elements beyond the last vector, apart: a small sum rounds finely
-    for (; i < n; ++i) {
-      const C d = to_float(x[i]) - pivot;
+    for (int64_t i = n / N * N; i < n; ++i) {
+      const C d = to_float(x[i]) - pivot_;
       rest += d;
       rest_square += d * d;
     }
-    const C total = sum_of_lanes<N, C>(sums) + rest, total_square = sum_of_lanes<N, C>(squares) + rest_square;
-    const C offset = total / static_cast<C>(n), square_offset = offset * offset, variance = total_square / static_cast<C>(n) - square_offset;
-    if (pass == 1 || !(square_offset > variance)) return {pivot, offset, variance > 0 ? variance : (variance == variance ? C(0) : variance)};
-    pivot += offset;
+    const C total = sum_of_lanes<N, C>((sum_[0] + sum_[1]) + (sum_[2] + sum_[3])) + rest;
+    const C squares = sum_of_lanes<N, C>((square_[0] + square_[1]) + (square_[2] + square_[3])) + rest_square;
+    const C offset = total / static_cast<C>(n);
+    return {pivot_, offset, squares / static_cast<C>(n) - offset * offset};
   }
+
+ private:
+  const C pivot_;
+  V sum_[kSide]{}, square_[kSide]{};
+};
+
+// The pivot is the mean of a row's first 16 elements: offset^2 is then about a sixteenth of the variance at every ISA level, and subtracting it costs
+// nothing. Where it is more than a standard deviation off, it would cost digits: then once more around the mean just found.
+constexpr int kPivotOf = 16;
+
+template <typename X>
+FUSEWIRE_INLINE Moments<compute_t<X>> settled(Moments<compute_t<X>> m, const X* x, int64_t n) {
+  using C = compute_t<X>;
+  if (m.offset * m.offset > m.variance) {
+    PivotSums<C> again(m.pivot + m.offset);
+    again.take_row(x, n);
+    m = again.moments(x, n);
+  }
+  if (m.variance < 0) m.variance = 0;  // NaN stays
+  return m;
+}
+
+template <typename X>
+FUSEWIRE_INLINE Moments<compute_t<X>> pivot_moments(const X* x, int64_t n) {
+  using C = compute_t<X>;
+  constexpr int N = kLanes<C>;
+  static_assert(kPivotOf % N == 0);
+  C pivot = 0;
+  if (n >= kPivotOf) {
+    lanes<C, N> head{};
+    for (int i = 0; i < kPivotOf; i += N) head += load<N>(x + i);
+    pivot = sum_of_lanes<N, C>(head) / static_cast<C>(kPivotOf);
+  } else {
+    for (int64_t i = 0; i < n; ++i) pivot += to_float(x[i]);
+    pivot /= static_cast<C>(n);
+  }
+  PivotSums<C> sums(pivot);
+  sums.take_row(x, n);
+  return settled(sums.moments(x, n), x, n);
+}
+
+// The moments of a row that is being made, with the bits of pivot_moments: `value(column)` gives it, `make(column)` too, and writes it to x.
+template <typename X, typename Value, typename Make>
+FUSEWIRE_INLINE Moments<compute_t<X>> moments_on_the_way(const X* x, int64_t n, const Value& value, const Make& make) {
+  using C = compute_t<X>;
+  constexpr int N = kLanes<C>, kSide = PivotSums<C>::kSide;
+  if (n < kPivotOf) {
+    for_columns<N>(0, n, make);
+    return pivot_moments(x, n);
+  }
+  lanes<C, N> head{};
+  for (int i = 0; i < kPivotOf; i += N) head += value(Whole<N>{i});
+  PivotSums<C> sums(sum_of_lanes<N, C>(head) / static_cast<C>(kPivotOf));
+  int64_t i = 0;
+  for (; i + kSide * N <= n; i += kSide * N) {
+    for (int s = 0; s < kSide; ++s) sums.take(s, make(Whole<N>{i + s * N}));
+  }
+  for (; i + N <= n; i += N) sums.take(0, make(Whole<N>{i}));
+  if (i < n) make(Part<N>{i, n - i});
+  return settled(sums.moments(x, n), x, n);
 }
 
 // The mean of the squares of a row of n > 0.

@@ -8,15 +8,19 @@ namespace fusewire::FUSEWIRE_ISA {
 template <typename C>
 struct RowNorm { C a, b, c; };
 
+template <typename C>
+FUSEWIRE_INLINE RowNorm<C> layer_norm_of(const Moments<C>& m, C eps) {
+  const C rstd = 1 / std::sqrt(m.variance + eps);
+  return {m.pivot, rstd, -m.offset * rstd};
+}
+
 // The norm of a row of n > 0.
 template <bool Rms, typename X>
 FUSEWIRE_INLINE RowNorm<compute_t<X>> row_norm(const X* x, int64_t n, compute_t<X> eps) {
   if constexpr (Rms) {
     return {0, 1 / std::sqrt(mean_square(x, n) + eps), 0};
   } else {
-    const auto m = pivot_moments(x, n);
-    const auto rstd = 1 / std::sqrt(m.variance + eps);
-    return {m.pivot, rstd, -m.offset * rstd};
+    return layer_norm_of(pivot_moments(x, n), eps);
   }
 }
 

@@ -179,6 +179,28 @@ FUSEWIRE_INLINE void stream(T* p, lanes<compute_t<T>, N> x) {
   store<N>(p, x);
 }
 
+// 2 N neighbouring elements at a multiple of what they take: of 16-bit types two vectors fill a register, which one shuffle packs.
+template <bool kStreams, int N, typename T>
+FUSEWIRE_INLINE void put_pair(T* p, lanes<compute_t<T>, N> a, lanes<compute_t<T>, N> b) {
+#if defined(__AVX512BW__)
+  if constexpr (N == 16 && sizeof(T) == 2) {
+    __m512i both;
+    if constexpr (std::is_same_v<T, bfloat16>) {
+      const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33,  //
+                                           31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+      both = _mm512_permutex2var_epi16(bits_as<__m512i>(round_to_upper_half<N>(a)), odd, bits_as<__m512i>(round_to_upper_half<N>(b)));
+    } else {
+      constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+      both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(bits_as<__m512>(a), nearest)), _mm512_cvtps_ph(bits_as<__m512>(b), nearest), 1);
+    }
+    if constexpr (kStreams) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), both);
+    return _mm512_storeu_si512(p, both);
+  }
+#endif
+  if constexpr (kStreams) stream<N>(p, a), stream<N>(p + N, b);
+  else store<N>(p, a), store<N>(p + N, b);
+}
+
 // What was streamed is seen by whoever sees what this thread stores next.
 FUSEWIRE_INLINE void end_of_stream() {
 #if defined(__SSE2__)

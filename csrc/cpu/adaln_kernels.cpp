@@ -16,10 +16,12 @@ enum class Mode { close, exact_portable, exact_fused };
 template <typename T, Mode M, bool kStreams>
 class AdalnRows {
   using C = compute_t<T>;
-  static constexpr int N = kLanes<C>, R = 4;
+  static constexpr int N = kLanes<C>;
   static constexpr bool kExact = M != Mode::close, kFused = M == Mode::exact_fused;
   // close keeps the sum x + gate * y in the compute type for the norm; exact rounds it first, as stock does.
   using Sum = std::conditional_t<kExact, T, C>;
+  // Rows of a block. A gated sum's are fewer where they take more of the L1 cache than sharing each load of a modulation saves.
+  static constexpr int R = 4, kGated = !kExact && sizeof(T) >= sizeof(C) ? 1 : R;
   static constexpr bool kKept = kStreams || !std::is_same_v<Sum, T>;  // the norm reads the sum from scratch memory, not from the output
   using V = lanes<C, N>;
 
@@ -87,9 +89,11 @@ class AdalnRows {
     return fma<N, C>(gate, y, x);
   }
 
-  // r = x + gate * y + gate2 * y2 into the residual output, and into `sum` where the norm reads another type.
-  template <bool Second, int K>
-  void residuals(int64_t b, int64_t t, const T* const (&x)[K], const Sum* (&sums)[K]) const {
+  using Coefficients = RowNorm<C>;  // as the branches of `normalised` use them
+
+  // r = x + gate * y + gate2 * y2 into the residual output, and into `sum` where the norm reads another type. Measures: and what LayerNorm needs of it.
+  template <bool Second, bool Measures, int K>
+  void residuals(int64_t b, int64_t t, const T* const (&x)[K], const Sum* (&sums)[K], Coefficients (&row)[K]) const {
     const T *y[K], *y2[K]{};
     gather<K>(k_.y, b, t, gathered_[1], y);
     if constexpr (Second) gather<K>(k_.y2, b, t, gathered_[2], y2);
@@ -100,23 +104,28 @@ class AdalnRows {
       T* const out = static_cast<T*>(k_.residual) + (b * k_.tokens + t + r) * n;
       Sum* const wide = sum_ + r * n;
       const T *const from = x[r], *const added = y[r], *const added2 = y2[r];
-      for_columns<N>(0, n, [&](auto at) __attribute__((always_inline)) {
-        __builtin_prefetch(from + next_x + at.j);  // memory answers while these rows are computed
-        __builtin_prefetch(added + next_y + at.j);
+      const auto value = [&](const auto& at) __attribute__((always_inline)) {
+        V sum = gated(at.load(from), at.load(gate), at.load(added));
+        if constexpr (Second) sum = gated(sum, at.load(gate2), at.load(added2));
+        return sum;
+      };
+      const auto make = [&](const auto& at) __attribute__((always_inline)) {
+        __builtin_prefetch(from + next_x + at.j);  // memory answers while these rows are computed; y's next rows are asked for by `modulate`
+        if (!widen) __builtin_prefetch(added + next_y + at.j);
         if constexpr (!kStreams) __builtin_prefetch(out + K * n + at.j, 1);
-        V value = gated(at.load(from), at.load(gate), at.load(added));
-        if constexpr (Second) value = gated(value, at.load(gate2), at.load(added2));
-        put(at, out, value);
+        const V sum = value(at);
+        put(at, out, sum);
         if constexpr (kKept) {
-          if (widen) at.store(wide, value);
+          if (widen) at.store(wide, sum);
         }
-      });
+        return sum;
+      };
       if constexpr (kKept) sums[r] = wide;
       else sums[r] = out;
+      if constexpr (Measures) row[r] = layer_norm_of(moments_on_the_way(sums[r], n, value, make), static_cast<C>(k_.eps));
+      else for_columns<N>(0, n, make);
     }
   }
-
-  using Coefficients = RowNorm<C>;  // as the branches of `normalised` use them
 
   template <int K, typename X>
   void statistics(const X* const (&x)[K], Coefficients (&row)[K]) const {
@@ -171,23 +180,23 @@ class AdalnRows {
 
   // Columns [begin, n) of row i.
   template <typename X>
-  void modulate_row(int64_t i, int64_t begin, const X* x, const Coefficients& row) const {
+  void modulate_row(int64_t i, int64_t begin, const X* x, const Coefficients& row, const T* ahead) const {
     for_columns<N>(begin, n_, [&](auto at) {
+      __builtin_prefetch(ahead + at.j);
       const V y = normalised<false>(at.load(x), row, at);
       for (int m = 0; m < k_.modulations; ++m) put(at, static_cast<T*>(k_.out[m]) + i * n_, y, at.load(scale_[m]), at.load(shift_[m]));
     });
   }
 
-  // R rows from row i on, plain LayerNorm; the columns beyond the last whole vector are left.
-  template <bool Dual, typename X>
-  void modulate_block(int64_t i, const X* const (&x)[R], const Coefficients (&row)[R]) const {
+  // K rows from row i on, plain LayerNorm; the columns beyond the last whole vector are left.
+  template <bool Dual, int K, typename X>
+  void modulate_block(int64_t i, const X* const (&x)[K], const Coefficients (&row)[K], const T* const (&ahead)[K]) const {
     T *out = static_cast<T*>(k_.out[0]) + i * n_, *out2 = static_cast<T*>(k_.out[1]) + i * n_;
-    const int64_t next = std::is_same_v<X, T> && !k_.y.data ? further<R>(k_.x) : 0;
     for (Whole<N> at{0}; at.j + N <= n_; at.j += N) {
       const V scale = at.load(scale_[0]), shift = at.load(shift_[0]);
-      for (int r = 0; r < R; ++r) {
-        __builtin_prefetch(x[r] + next + at.j);
-        if constexpr (!kStreams) __builtin_prefetch(out + (R + r) * n_ + at.j, 1);
+      for (int r = 0; r < K; ++r) {
+        __builtin_prefetch(ahead[r] + at.j);
+        if constexpr (!kStreams) __builtin_prefetch(out + (K + r) * n_ + at.j, 1);
         const V y = normalised<true>(at.load(x[r]), row[r], at);
         put(at, out + r * n_, y, scale, shift);
         if constexpr (Dual) put(at, out2 + r * n_, y, at.load(scale_[1]), at.load(shift_[1]));
@@ -195,28 +204,50 @@ class AdalnRows {
     }
   }
 
+  // `from`: whose next rows are wanted.
   template <int K, typename X>
-  void modulate(int64_t i, const X* const (&x)[K]) const {
-    Coefficients row[K];
-    statistics<K>(x, row);
+  void modulate(int64_t b, int64_t t, const X* const (&x)[K], const Coefficients (&row)[K], const Rows& from) const {
+    const int64_t i = b * k_.tokens + t;
+    const T* ahead[K];
+    for (int r = 0; r < K; ++r) ahead[r] = from.at<T>(b, t + r) + further<K>(from);
     int64_t done = 0;
-    if constexpr (K == R && M != Mode::exact_portable) {
+    if constexpr ((K == R || K == kGated) && M != Mode::exact_portable) {
       if (!k_.rms && !weight_ && !bias_) {
-        k_.modulations == 2 ? modulate_block<true>(i, x, row) : modulate_block<false>(i, x, row);
+        k_.modulations == 2 ? modulate_block<true>(i, x, row, ahead) : modulate_block<false>(i, x, row, ahead);
         done = n_ / N * N;
       }
     }
-    for (int r = 0; r < K; ++r) modulate_row(i + r, done, x[r], row[r]);
+    for (int r = 0; r < K; ++r) modulate_row(i + r, done, x[r], row[r], ahead[r]);
   }
 
   template <int K>
   void block(int64_t b, int64_t t) const {
     const T* x[K];
+    Coefficients row[K];
     gather<K>(k_.x, b, t, gathered_[0], x);
-    if (!k_.y.data) return modulate<K>(b * k_.tokens + t, x);
+    if (!k_.y.data) {
+      statistics<K>(x, row);
+      return modulate<K>(b, t, x, row, k_.x);
+    }
     const Sum* sums[K];
-    k_.y2.data ? residuals<true, K>(b, t, x, sums) : residuals<false, K>(b, t, x, sums);
-    if (k_.modulations) modulate<K>(b * k_.tokens + t, sums);
+    if constexpr (!kExact) {
+      if (k_.modulations && !k_.rms) {
+        k_.y2.data ? residuals<true, true, K>(b, t, x, sums, row) : residuals<false, true, K>(b, t, x, sums, row);
+        return modulate<K>(b, t, sums, row, k_.y);
+      }
+    }
+    k_.y2.data ? residuals<true, false, K>(b, t, x, sums, row) : residuals<false, false, K>(b, t, x, sums, row);
+    if (!k_.modulations) return;
+    statistics<K>(sums, row);
+    modulate<K>(b, t, sums, row, k_.y);
+  }
+
+  template <int K>
+  bool blocks(int64_t b, int64_t& i, int64_t last) const {
+    if (i + K > last) return false;
+    block<K>(b, i - b * k_.tokens);
+    i += K;
+    return true;
   }
 
  public:
@@ -241,16 +272,10 @@ class AdalnRows {
     for (int64_t i = begin; i < end;) {
       const int64_t b = i / k_.tokens, next = (b + 1) * k_.tokens, last = next < end ? next : end;
       if (!per_token) modulations(b, 0);
+      const bool alone = per_token || M == Mode::exact_portable, gates = k_.y.data && k_.modulations;
       while (i < last) {
-        const int64_t t = i - b * k_.tokens;
-        if (per_token) modulations(b, t);
-        if (M != Mode::exact_portable && !per_token && i + R <= last) {
-          block<R>(b, t);
-          i += R;
-        } else {
-          block<1>(b, t);
-          i += 1;
-        }
+        if (per_token) modulations(b, i - b * k_.tokens);
+        if (alone || !(gates ? blocks<kGated>(b, i, last) : blocks<R>(b, i, last))) blocks<1>(b, i, last);
       }
     }
   }

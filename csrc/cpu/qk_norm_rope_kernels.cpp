@@ -13,11 +13,11 @@ namespace fusewire::FUSEWIRE_ISA {
 
 // What differs between the roundings. S: the type in which squares are summed and the root is taken.
 // kRoundNorm: the normalised value is rounded to T before the weight. kRoundHead: the head is rounded to T, and to float, before the rotation.
-// kNorm: there is a norm; kHalves: an element's partner is half a head away, not beside it.
-template <typename S_, bool kRoundNorm_, bool kRotate_, bool kRoundHead_, bool kNorm_ = true, bool kHalves_ = false>
+// kStockSum: squares are summed in PyTorch's order. kNorm: there is a norm; kHalves: an element's partner is half a head away, not beside it.
+template <typename S_, bool kRoundNorm_, bool kRotate_, bool kRoundHead_, bool kStockSum_ = true, bool kNorm_ = true, bool kHalves_ = false>
 struct Mode {
   using S = S_;
-  static constexpr bool kRoundNorm = kRoundNorm_, kRotate = kRotate_, kRoundHead = kRoundHead_, kNorm = kNorm_, kHalves = kHalves_;
+  static constexpr bool kRoundNorm = kRoundNorm_, kRotate = kRotate_, kRoundHead = kRoundHead_, kStockSum = kStockSum_, kNorm = kNorm_, kHalves = kHalves_;
 };
 
 constexpr int kRows = 16;  // rows whose roots are taken together: one vector of AVX-512
@@ -40,9 +40,50 @@ struct Vectors {
   const float* sin;            // [D], each value twice, the first of them negated; for halves [D/2]
 };
 
+#if defined(__AVX512F__)
+// The sums of 16 vectors' lanes, side by side: half the lanes remain after each of four steps.
+FUSEWIRE_INLINE lanes<float, 16> sums_of_lanes(const __m512 (&v)[16]) {
+  __m512 two[8], four[4], eight[2];
+  for (int i = 0; i < 8; ++i) two[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(two[2 * i]), b = _mm512_castps_pd(two[2 * i + 1]);
+    four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  for (int i = 0; i < 2; ++i) {
+    const __m512 a = four[2 * i], b = four[2 * i + 1];
+    eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  }
+  return bits_as<lanes<float, 16>>(_mm512_add_ps(_mm512_shuffle_f32x4(eight[0], eight[1], 0x88), _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd)));
+}
+
+// As `roots`, in an order of its own. dim is a multiple of 32. All kRows sums stay in registers, whatever rows.count is: stores to memory between those
+// that go past the caches hold them up.
+template <typename T>
+FUSEWIRE_INLINE void close_roots(const HeadRows<T>& rows, int64_t dim, double eps, float* rstd) {
+  using V = lanes<float, 16>;
+  __m512 sum[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    const T* x = rows.x + (r < rows.count ? r : 0) * rows.x_stride;
+    V even{}, odd{};
+    for (int64_t j = 0; j < dim; j += 32) {
+      const V a = load<16>(x + j), b = load<16>(x + j + 16);
+      even = fma<16, float>(a, a, even), odd = fma<16, float>(b, b, odd);
+    }
+    sum[r] = bits_as<__m512>(even + odd);
+  }
+  const V mean = sums_of_lanes(sum) / splat<16>(static_cast<float>(dim)) + splat<16>(static_cast<float>(eps));
+  _mm512_storeu_ps(rstd, _mm512_div_ps(_mm512_set1_ps(1), _mm512_sqrt_ps(bits_as<__m512>(mean))));
+}
+#endif
+
 // rstd_r = 1 / sqrt(mean(x_r^2) + eps)
-template <typename T, typename S>
+template <bool kStockSum, typename T, typename S>
 FUSEWIRE_INLINE void roots(const HeadRows<T>& rows, int64_t dim, double eps, S* rstd) {
+#if defined(__AVX512F__)
+  if constexpr (!kStockSum && sizeof(T) <= sizeof(float) && std::is_same_v<S, float>) {
+    if (dim % 32 == 0) return close_roots(rows, dim, eps, rstd);
+  }
+#endif
   constexpr int W = kSumLanes<S>;
   S sum[kRows], lane[kRows][W];
   for (int64_t r = 0; r < rows.count; ++r) {
@@ -73,7 +114,7 @@ FUSEWIRE_INLINE void apply(const HeadRows<T>& rows, int64_t dim, const typename 
     lanes<C, N> root{};
     if constexpr (M::kNorm) root = splat<N>(static_cast<C>(rstd[r]));
     const int64_t next_x = kRows * rows.x_stride, next_out = kRows * rows.out_stride;
-    for_columns<N>(0, dim, [&](const auto& column) __attribute__((always_inline)) {
+    const auto make = [&](const auto& column) __attribute__((always_inline)) {
       __builtin_prefetch(x + next_x + column.j);  // the next block's rows: memory answers while these are computed
       if constexpr (!kStreams) __builtin_prefetch(out + next_out + column.j, 1);
       lanes<C, N> y = column.load(x);
@@ -87,8 +128,16 @@ FUSEWIRE_INLINE void apply(const HeadRows<T>& rows, int64_t dim, const typename 
         const auto cos = __builtin_convertvector(column.load(v.cos), lanes<R, N>), sin = __builtin_convertvector(column.load(v.sin), lanes<R, N>);
         y = __builtin_convertvector(head * cos + swap_pairs<N, R>(head) * sin, lanes<C, N>);
       }
-      if constexpr (kStreams) column.stream(out, y);
-      else column.store(out, y);
+      return y;
+    };
+    int64_t j = 0;
+    for (; j + 2 * N <= dim; j += 2 * N) {
+      const auto first = make(Whole<N>{j});
+      put_pair<kStreams, N>(out + j, first, make(Whole<N>{j + N}));
+    }
+    for_columns<N>(j, dim, [&](const auto& column) __attribute__((always_inline)) {
+      if constexpr (kStreams) column.stream(out, make(column));
+      else column.store(out, make(column));
     });
   }
 }
@@ -118,7 +167,7 @@ static void block(const HeadRows<T>& rows, int64_t dim, double eps, const Vector
   // The head dimensions of SD3 and Flux as constants: the loops over one row are unrolled
   const auto run = [&](auto d) __attribute__((always_inline)) {
     if constexpr (M::kHalves) return turn_halves<T, M>(rows, d, v);
-    if constexpr (M::kNorm) roots<T, typename M::S>(rows, d, eps, rstd);
+    if constexpr (M::kNorm) roots<M::kStockSum, T, typename M::S>(rows, d, eps, rstd);
     const bool weighted = M::kNorm && v.weight;
     if (rows.streams) {
       weighted ? apply<T, M, true, true>(rows, d, rstd, v) : apply<T, M, false, true>(rows, d, rstd, v);
@@ -201,20 +250,21 @@ template <typename T>
 static void choose(const QkNorm& n, const QkTensor& t, int64_t begin, int64_t end) {
   using C = compute_t<T>;
   if (n.norm == kHalvesRotation) {
-    if (n.exact) return tokens<T, Mode<C, false, true, true, false, true>>(n, t, begin, end);
-    return tokens<T, Mode<C, false, true, false, false, true>>(n, t, begin, end);
+    if (n.exact) return tokens<T, Mode<C, false, true, true, false, false, true>>(n, t, begin, end);
+    return tokens<T, Mode<C, false, true, false, false, false, true>>(n, t, begin, end);
   }
   if (n.norm == kRotation) {
-    if (n.exact) return tokens<T, Mode<C, false, true, true, false>>(n, t, begin, end);
-    return tokens<T, Mode<C, false, true, false, false>>(n, t, begin, end);
+    if (n.exact) return tokens<T, Mode<C, false, true, true, false, false>>(n, t, begin, end);
+    return tokens<T, Mode<C, false, true, false, false, false>>(n, t, begin, end);
   }
   if (n.exact && n.norm == kRms) {
     if (n.cos) return tokens<T, Mode<float, true, true, true>>(n, t, begin, end);
     return tokens<T, Mode<float, true, false, false>>(n, t, begin, end);
   }
-  if (!n.cos) return tokens<T, Mode<C, false, false, false>>(n, t, begin, end);
-  if (n.exact) return tokens<T, Mode<C, false, true, true>>(n, t, begin, end);
-  tokens<T, Mode<C, false, true, false>>(n, t, begin, end);
+  if (n.exact && n.cos) return tokens<T, Mode<C, false, true, true>>(n, t, begin, end);
+  if (n.exact) return tokens<T, Mode<C, false, false, false>>(n, t, begin, end);
+  if (n.cos) return tokens<T, Mode<C, false, true, false, false>>(n, t, begin, end);
+  tokens<T, Mode<C, false, false, false, false>>(n, t, begin, end);
 }
 
 void qk_norm_tokens(const QkNorm& n, const QkTensor& t, int64_t begin, int64_t end, float) { choose<float>(n, t, begin, end); }

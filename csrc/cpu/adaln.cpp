@@ -20,9 +20,9 @@ static void run(AdalnTask& k, ScalarType type) {
   const int64_t total = k.batch * k.tokens, grain = 1 + 32768 / (k.channels + 1);
   if (total == 0 || k.channels == 0) return;
   FUSEWIRE_SWITCH_FLOATS(type, "adaln", {
-    const int64_t row = k.channels * static_cast<int64_t>(sizeof(scalar_t)), outputs = k.modulations + (k.residual ? 1 : 0), inputs = 1 + (k.y.data ? 1 : 0) + (k.y2.data ? 1 : 0);
+    const int64_t row = k.channels * static_cast<int64_t>(sizeof(scalar_t)), outputs = k.modulations + (k.residual ? 1 : 0);
     const bool compiled = sizeof(scalar_t) < sizeof(double) && !(k.exact && k.order == StockOrder::portable);  // adaln_kernels.cpp streams no others
-    k.streams = compiled && row % kLine == 0 && on_lines(k.residual) && on_lines(k.out[0]) && on_lines(k.out[1]) && streams((inputs + outputs) * total * row);
+    k.streams = compiled && row % kLine == 0 && on_lines(k.residual) && on_lines(k.out[0]) && on_lines(k.out[1]) && streams(outputs * total * row);
     const auto range = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const AdalnTask&, int64_t, int64_t, scalar_t), adaln_rows);
     if (total <= grain) return range(k, 0, total, scalar_t{});
     torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) { range(k, begin, end, scalar_t{}); });

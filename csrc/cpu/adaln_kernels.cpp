@@ -20,8 +20,9 @@ class AdalnRows {
   static constexpr bool kExact = M != Mode::close, kFused = M == Mode::exact_fused;
   // close keeps the sum x + gate * y in the compute type for the norm; exact rounds it first, as stock does.
   using Sum = std::conditional_t<kExact, T, C>;
-  // Rows of a block. A gated sum's are fewer where they take more of the L1 cache than sharing each load of a modulation saves.
-  static constexpr int R = 4, kGated = !kExact && sizeof(T) >= sizeof(C) ? 1 : R;
+  // Rows of a block. close takes gated sums one by one: x, y, the sum and the modulations of one row stay in the L1 cache, which is worth more than
+  // sharing the loads of the modulations.
+  static constexpr int R = 4, kGated = kExact ? R : 1;
   static constexpr bool kKept = kStreams || !std::is_same_v<Sum, T>;  // the norm reads the sum from scratch memory, not from the output
   using V = lanes<C, N>;
 

@@ -36,7 +36,7 @@ static void qk_norm_into(const Tensor& q, const Tensor& k, const std::optional<T
     }
   }
   QkTensor parts[2] = {describe(q, q_weight, q_out), describe(k, k_weight, k_out)};
-  for (QkTensor& part : parts) part.streams = part.streams && streams(2 * (q.numel() + k.numel()) * element_size(q));
+  for (QkTensor& part : parts) part.streams = part.streams && streams((q.numel() + k.numel()) * element_size(q));
   const int64_t batch = q.size(0), q_tokens = batch * parts[0].tokens, k_tokens = batch * parts[1].tokens;
   const int64_t grain = 1 + 32768 / (1 + n.dim * parts[0].heads);
   FUSEWIRE_SWITCH_FLOATS(q.scalar_type(), "qk_norm_rope", {

@@ -21,6 +21,7 @@ struct Mode {
 };
 
 constexpr int kRows = 16;  // rows whose roots are taken together: one vector of AVX-512
+constexpr int kAhead = 4;  // blocks of rows: a block takes less time than memory takes to answer
 
 // Up to kRows rows of one tensor that lie at a constant distance, all of one token where there is a rotation.
 template <typename T>
@@ -113,9 +114,9 @@ FUSEWIRE_INLINE void apply(const HeadRows<T>& rows, int64_t dim, const typename 
     T* out = rows.out + r * rows.out_stride;
     lanes<C, N> root{};
     if constexpr (M::kNorm) root = splat<N>(static_cast<C>(rstd[r]));
-    const int64_t next_x = kRows * rows.x_stride, next_out = kRows * rows.out_stride;
+    const int64_t next_x = kAhead * kRows * rows.x_stride, next_out = kAhead * kRows * rows.out_stride;
     const auto make = [&](const auto& column) __attribute__((always_inline)) {
-      __builtin_prefetch(x + next_x + column.j);  // the next block's rows: memory answers while these are computed
+      __builtin_prefetch(x + next_x + column.j);  // memory answers while these rows are computed
       if constexpr (!kStreams) __builtin_prefetch(out + next_out + column.j, 1);
       lanes<C, N> y = column.load(x);
       if constexpr (M::kNorm) y *= root;

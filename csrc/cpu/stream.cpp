@@ -1,4 +1,4 @@
-// From how many bytes on a call writes past the caches: fusewire::cpu_stream_from, fusewire::cpu_streamed.
+// From how many bytes on outputs are written past the caches: fusewire::cpu_stream_from, fusewire::cpu_streamed.
 #include "cpu/stream.h"
 
 #include <unistd.h>

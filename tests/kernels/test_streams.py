@@ -1,4 +1,4 @@
-"""Calls that touch more than the last cache holds write past it: the same bits, at every ISA level, dtype and rounding, and for rows that cannot be streamed."""
+"""Outputs that do not fit the last cache are written past it: the same bits, at every ISA level, dtype and rounding, and for rows that cannot be streamed."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ NEVER = 2**62
 
 @pytest.fixture
 def stream_from():
-    """Sets from how many bytes on outputs are streamed: those that a call reads and writes."""
+    """Sets from how many bytes on outputs are streamed."""
     before = torch.ops.fusewire.cpu_stream_from(-1)
     yield torch.ops.fusewire.cpu_stream_from
     torch.ops.fusewire.cpu_stream_from(before)

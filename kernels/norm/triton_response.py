@@ -109,10 +109,11 @@ def response_means_kernel(sums, weight, weight_c, totals, means, parts, channels
             tl.store(totals + (samples * channels + o_total), b_product, mask=o_c < channels)
             tl.store(totals + (2 * samples * channels + o_total), b_grad, mask=o_c < channels)
             b_through += _vector(weight, o_c, weight_c, channels) * b_product * b_norm
-    scale = tl.div_rn(1.0, _sum_of_all(b_norms, BLOCK_LEVELS) / channels + eps)
+    # `/` errs by up to two units, which all of the sample would have
+    scale = tl.div_rn(1.0, tl.div_rn(_sum_of_all(b_norms, BLOCK_LEVELS), channels * 1.0) + eps)
     tl.store(means + i_b, scale)
     if weight is not None:
-        tl.store(means + (samples + i_b), _sum_of_all(b_through, BLOCK_LEVELS) / channels * scale)
+        tl.store(means + (samples + i_b), tl.div_rn(_sum_of_all(b_through, BLOCK_LEVELS), channels * 1.0) * scale)
 
 
 @triton.jit(do_not_specialize=["width", "samples", "tiles", "blocks"])
@@ -153,9 +154,9 @@ def response_affine_kernel(totals, means, dweight, dbias, samples, channels, ROW
         b_norm, b_scale = tl.load(totals + o_total, mask=mask, other=0.0), tl.load(means + i_b, mask=i_b < samples, other=0.0)
         b_weight += b_norm * b_scale[:, None] * tl.load(totals + (kind + o_total), mask=mask, other=0.0)
         b_bias += tl.load(totals + (2 * kind + o_total), mask=mask, other=0.0)
-    p_out = o_c.to(tl.int64)
-    tl.store(dweight + p_out, narrow(_sum_of_rows(b_weight, LEVELS, BLOCK), dweight.dtype.element_ty), mask=o_c < channels)
-    tl.store(dbias + p_out, narrow(_sum_of_rows(b_bias, LEVELS, BLOCK), dbias.dtype.element_ty), mask=o_c < channels)
+    o_out = o_c.to(tl.int64)
+    tl.store(dweight + o_out, narrow(_sum_of_rows(b_weight, LEVELS, BLOCK), dweight.dtype.element_ty), mask=o_c < channels)
+    tl.store(dbias + o_out, narrow(_sum_of_rows(b_bias, LEVELS, BLOCK), dbias.dtype.element_ty), mask=o_c < channels)
 
 
 def _pixels(x: torch.Tensor) -> tuple[int, int, torch.Tensor]:

@@ -14,6 +14,7 @@ from fusewire.kernels.gated_mlp import triton_kernel as gated_mlp
 from fusewire.kernels.group_norm_silu import triton_kernel as group_norm_silu
 from fusewire.kernels.linear import triton_kernel as linear
 from fusewire.kernels.norm import triton_kernel as norm
+from fusewire.kernels.norm import triton_response as response
 from fusewire.kernels.qk_norm_rope import triton_kernel as qk_norm_rope
 from fusewire.kernels.qk_norm_rope.reference import RMS
 from fusewire.kernels.sampler_step import triton_kernel as sampler_step
@@ -148,6 +149,17 @@ for (_channels, _side), _dtype, _format in itertools.product(((320, 16), (1536, 
         x, w = meta(2, channels, side, side, dtype=dtype), meta(channels, dtype=dtype)
         x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
         norm.layer_norm_2d_backward(x, x, w, 1e-6, True, True, True)
+
+for (_channels, _side), _dtype, _format in itertools.product(((320, 16), (6144, 24), (63, 24), (40, 15)), SHORT, ("", " channels first")):
+    @case(f"global_response_norm {_channels} {SHORT[_dtype]}{_format}")
+    def _(channels=_channels, side=_side, dtype=_dtype, first=_format):
+        x, w = meta(2, side, side, channels, dtype=dtype), meta(channels, dtype=dtype)
+        response.global_response_norm(meta(2, channels, side, side, dtype=dtype).permute(0, 2, 3, 1) if first else x, w, w, 1e-6)
+
+    @case(f"global_response_norm_backward {_channels} {SHORT[_dtype]}{_format}")
+    def _(channels=_channels, side=_side, dtype=_dtype, first=_format):
+        x, w = meta(2, side, side, channels, dtype=dtype), meta(channels, dtype=dtype)
+        response.global_response_norm_backward(x, meta(2, channels, side, side, dtype=dtype).permute(0, 2, 3, 1) if first else x, w, 1e-6, True)
 
 for _width, _dtype in itertools.product((63, 6144), SHORT):
     @case(f"bias_activation_backward gelu_tanh {_width} {SHORT[_dtype]}")
@@ -361,7 +373,8 @@ QUICK = ("adaln_modulate 1536 bf16", "gate_residual_adaln two gates 3072 f32", "
          "gate_residual_backward 1536 bf16", "gate_residual_adaln_backward two gates 1536 bf16", "qk_norm_rope_backward 64 bf16")
 DOCUMENTED = (*QUICK, "adaln_modulate_backward 1536 bf16", "adaln_modulate_backward affine 3072 f32", "adaln_modulate 3072 bf16", "adaln_modulate_dual 1536 bf16", "gate_residual_adaln two gates 1536 bf16",
               "gate_residual_adaln two gates 16384 f32", "adaln_modulate exact 1536 bf16", "linear bias gelu_tanh 1536 bf16", "qk_norm_rope 64 bf16",
-              "qk_norm_rope 128 f32", "qk_norm_rope_backward 128 f32", "layer_norm_2d 1536 bf16", "layer_norm_2d_backward 1536 bf16", "bias_activation_backward gelu_tanh 6144 bf16",
+              "qk_norm_rope 128 f32", "qk_norm_rope_backward 128 f32", "layer_norm_2d 1536 bf16", "layer_norm_2d_backward 1536 bf16",
+              "global_response_norm 6144 bf16", "global_response_norm_backward 6144 bf16", "bias_activation_backward gelu_tanh 6144 bf16",
               "attention 64 f32", "attention 128 bf16", "attention 128 bf16 additive", "attention 128 f32",
               "attention 256 bf16", "attention 512 bf16", "joint_attention 64 bf16", "attention_varlen 64 bf16", "attention_varlen 128 bf16 causal", "attention 64 bf16 pattern",
               "attention 128 bf16 pattern", "attention_backward 64 bf16", "attention_backward 128 bf16 causal", "attention_backward 64 bf16 pattern", "attention_backward 128 f32",

@@ -74,7 +74,6 @@ HOLES = [
     (("fp16-overflow",), ("gate_residual", *STEPS), "it adds and multiplies element by element: nothing is squared, summed or exponentiated"),
     (("cancellation",), but(*WITH_VARIANCE, "attention", "linear", "rms_norm"), "it subtracts no mean"),
     (("eps",), but(*WITH_EPS), "it has no eps"),
-    (("int32-numel", "grid-limit", "device-guard", "stream", "graph-capture", "autotune"), ("global_response_norm",), "it has no kernel for GPUs"),
 ]
 
 # Tests whose names do not say it. path: {test: classes}

@@ -67,8 +67,11 @@ _layer_backward = _backward_table("layer_norm_backward", reference.layer_norm_ba
 
 _response_backward_op = define("global_response_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, bool of_x) -> "
                                "(Tensor, Tensor, Tensor)", fallback=reference.global_response_norm_backward, fake=_fake_response_backward)
-_response_backward = Table("global_response_norm_backward", [Backend("cpu", native.why_not_response_backward, _response_backward_op),
-                                                             Backend("reference", always, reference.global_response_norm_backward)])
+_response_backward = Table("global_response_norm_backward", [
+    Backend("cpu", native.why_not_response_backward, _response_backward_op),
+    triton_row(_response_backward_op, triton_limits.why_not_response_backward, "norm.triton_response.global_response_norm_backward"),
+    Backend("reference", always, reference.global_response_norm_backward),
+])
 
 
 def _wanted(needed, *found):
@@ -123,7 +126,9 @@ _layer = Table("layer_norm", [Backend("cpu", native.why_not_layer, _layer_op), t
 _layer_2d = Table("layer_norm_2d", [Backend("cpu", native.why_not_layer_2d, _layer_2d_op),
                                     triton_row(_layer_2d_op, triton_limits.why_not_picture, "norm.layer_norm_2d"),
                                     Backend("reference", always, reference.layer_norm_2d)])
+_response_triton = triton_row(_response_op, triton_limits.why_not_response, "norm.triton_response.global_response_norm")
 _response = Table("global_response_norm", [Backend("cpu", native.why_not_response, lambda *args: _response_op(*args[:4])),
+                                           _response_triton._replace(run=lambda *args: _response_triton.run(*args[:4])),
                                            Backend("reference", always, reference.global_response_norm)])
 native.compare_with_stock(_rms_op, _layer_op)
 

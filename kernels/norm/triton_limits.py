@@ -43,3 +43,11 @@ def why_not_picture(x, weight, bias, eps, exact) -> str:
 
 def why_not_picture_backward(grad, x, weight, eps, of_x, of_weight, of_bias) -> str:
     return _why_not_picture(x, grad, weight)
+
+
+def why_not_response(x, weight, bias, eps, exact) -> str:
+    return "numerics='exact' keeps PyTorch's own norm" if exact else _why_not(MAX_ROWS, MAX_BACKWARD_ROWS, x, weight, bias)
+
+
+def why_not_response_backward(grad, x, weight, eps, of_x) -> str:
+    return _why_not(MAX_ROWS, MAX_BACKWARD_ROWS, x, grad, weight)

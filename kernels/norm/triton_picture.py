@@ -25,7 +25,7 @@ def _load(x, o_c, x_c, o_pixels, mask):
 
 
 @triton.jit
-def _offsets(i_b, i_pixel, width, x_b, x_h, x_w, MERGED: tl.constexpr):
+def pixel_offsets(i_b, i_pixel, width, x_b, x_h, x_w, MERGED: tl.constexpr):
     """Of pixels of one picture. MERGED: its rows follow one another."""
     if MERGED:
         o = i_pixel.to(tl.int64) * x_w
@@ -65,7 +65,7 @@ def layer_norm_2d_kernel(x, x_b, x_c, x_h, x_w, weight, weight_c, bias, bias_c, 
                          MERGED: tl.constexpr, ROWS: tl.constexpr, LEVELS: tl.constexpr, PIXELS: tl.constexpr):
     i_b, i_pixel = tl.program_id(0) // tiles, tl.program_id(0) % tiles * PIXELS + tl.arange(0, PIXELS)
     m_pixel = i_pixel < pixels
-    o_x, o_out = _offsets(i_b, i_pixel, width, x_b, x_h, x_w, MERGED), _offsets(i_b, i_pixel, width, out_b, 0, out_w, True)
+    o_x, o_out = pixel_offsets(i_b, i_pixel, width, x_b, x_h, x_w, MERGED), pixel_offsets(i_b, i_pixel, width, out_b, 0, out_w, True)
     b_mean, b_rest, b_rstd = _statistics(x, x_c, o_x, m_pixel, channels, eps, ROWS, LEVELS, PIXELS)
     for i_first in range(0, channels, ROWS):
         o_c = i_first + tl.arange(0, ROWS)
@@ -86,7 +86,7 @@ def layer_norm_2d_backward_kernel(grad, g_b, g_c, g_h, g_w, x, x_b, x_c, x_h, x_
     i_program = tl.program_id(0)
     i_b, i_pixel = i_program // tiles, i_program % tiles * PIXELS + tl.arange(0, PIXELS)
     m_pixel = i_pixel < pixels
-    o_x, o_grad = _offsets(i_b, i_pixel, width, x_b, x_h, x_w, MERGED), _offsets(i_b, i_pixel, width, g_b, g_h, g_w, GRAD_MERGED)
+    o_x, o_grad = pixel_offsets(i_b, i_pixel, width, x_b, x_h, x_w, MERGED), pixel_offsets(i_b, i_pixel, width, g_b, g_h, g_w, GRAD_MERGED)
     b_mean, b_rest, b_rstd = _statistics(x, x_c, o_x, m_pixel, channels, eps, ROWS, LEVELS, PIXELS)
     b_plain, b_by_xhat = tl.zeros([ROWS, PIXELS], tl.float32), tl.zeros([ROWS, PIXELS], tl.float32)
     for i_first in range(0, channels, ROWS):
@@ -104,7 +104,7 @@ def layer_norm_2d_backward_kernel(grad, g_b, g_c, g_h, g_w, x, x_b, x_c, x_h, x_
         b_by_xhat += b_g * b_xhat
     if dx is not None:
         # dx = (g - mean(g) - xhat * mean(g * xhat)) * rstd, g = grad * weight
-        o_dx = _offsets(i_b, i_pixel, width, dx_b, 0, dx_w, True)
+        o_dx = pixel_offsets(i_b, i_pixel, width, dx_b, 0, dx_w, True)
         b_of_g, b_of_product = sum_of_rows(b_plain, LEVELS, PIXELS) / channels, sum_of_rows(b_by_xhat, LEVELS, PIXELS) / channels
         for i_first in range(0, channels, ROWS):
             o_c = i_first + tl.arange(0, ROWS)
@@ -117,12 +117,12 @@ def layer_norm_2d_backward_kernel(grad, g_b, g_c, g_h, g_w, x, x_b, x_c, x_h, x_
             tl.store(dx + o_c.to(tl.int64)[:, None] * dx_c + o_dx[None, :], narrow(b_dx, dx.dtype.element_ty), mask=mask)
 
 
-def _merged(x: torch.Tensor) -> bool:
+def merged(x: torch.Tensor) -> bool:
     """Whether the rows of each picture of x [B, C, H, W] follow one another, so that its pixels are one run."""
     return x.shape[2] == 1 or x.shape[3] == 1 or x.stride(2) == x.shape[3] * x.stride(3)
 
 
-def _picture(x: torch.Tensor) -> tuple:
+def picture(x: torch.Tensor) -> tuple:
     """x and its strides over samples, channels, rows and pixels; of merged ones the last is that over all pixels."""
     x, b, c, h, w = strided(x, 4)
     return x, b, c, h, h if x.shape[3] == 1 else w
@@ -132,7 +132,7 @@ def _result(out: torch.Tensor | None) -> tuple:
     """``out`` is dense, contiguous or channels last: its pixels are one run."""
     if out is None:
         return None, 0, 0, 0
-    x, b, c, _, w = _picture(out)
+    x, b, c, _, w = picture(out)
     return x, b, c, w
 
 
@@ -147,8 +147,8 @@ def layer_norm_2d(x, weight, bias, eps: float, exact: bool) -> torch.Tensor:
     batch, channels, height, width = x.shape
     rows, pixels, warps = _tile(x, False)
     tiles = cdiv(height * width, pixels)
-    launch(layer_norm_2d_kernel, batch * tiles if channels else 0, x, *_picture(x), *strided(weight, 1), *strided(bias, 1), *_result(out), height * width,
-           width, tiles, channels, eps, MERGED=_merged(x), ROWS=rows, LEVELS=rows.bit_length() - 1, PIXELS=pixels, num_warps=warps, num_stages=1,
+    launch(layer_norm_2d_kernel, batch * tiles if channels else 0, x, *picture(x), *strided(weight, 1), *strided(bias, 1), *_result(out), height * width,
+           width, tiles, channels, eps, MERGED=merged(x), ROWS=rows, LEVELS=rows.bit_length() - 1, PIXELS=pixels, num_warps=warps, num_stages=1,
            enable_fp_fusion=False)
     return out
 
@@ -159,8 +159,8 @@ def layer_norm_2d_backward(grad, x, weight, eps: float, of_x: bool, of_weight: b
     rows, pixels, warps = _tile(x, True)
     tiles = cdiv(height * width, pixels)
     sums = x.new_empty((1, batch * tiles, 2 * channels), dtype=torch.float32) if of_weight or of_bias else None
-    launch(layer_norm_2d_backward_kernel, batch * tiles if channels else 0, x, *_picture(grad), *_picture(x), *strided(weight, 1), *_result(dx), sums,
-           height * width, width, tiles, channels, eps, MERGED=_merged(x), GRAD_MERGED=_merged(grad), ROWS=rows, LEVELS=rows.bit_length() - 1,
+    launch(layer_norm_2d_backward_kernel, batch * tiles if channels else 0, x, *picture(grad), *picture(x), *strided(weight, 1), *_result(dx), sums,
+           height * width, width, tiles, channels, eps, MERGED=merged(x), GRAD_MERGED=merged(grad), ROWS=rows, LEVELS=rows.bit_length() - 1,
            PIXELS=pixels, PIXEL_LEVELS=pixels.bit_length() - 1, num_warps=warps, num_stages=1, enable_fp_fusion=False)
     dx = x.new_empty(0) if dx is None else dx
     if sums is None:

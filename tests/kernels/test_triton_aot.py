@@ -17,8 +17,8 @@ from tests.kernels.test_backends import CALLS
 pytest.importorskip("triton")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Of the ops of which the quick cases have none
-OTHERS = ("adaln_modulate_dual 1536 bf16", "attention_varlen 64 bf16", "group_norm_silu 320 bf16", "layer_norm_2d 320 bf16", "qk_norm_rope 64 bf16",
-          "quick_gelu bias 5120 bf16", "rms_norm 1536 bf16", "solver_step guided bf16", "swiglu gate first bias 5120 bf16")
+OTHERS = ("adaln_modulate_dual 1536 bf16", "attention_varlen 64 bf16", "global_response_norm 320 bf16", "group_norm_silu 320 bf16", "layer_norm_2d 320 bf16",
+          "qk_norm_rope 64 bf16", "quick_gelu bias 5120 bf16", "rms_norm 1536 bf16", "solver_step guided bf16", "swiglu gate first bias 5120 bf16")
 WITH_TRITON = [name for name, (*_, counted) in CALLS.items() if any(row.name == "triton" for row in TABLES[counted].rows)]
 
 

@@ -14,6 +14,7 @@ from fusewire.kernels.library import CPU
 from tests.effort import examples
 from tests.kernels.isa_levels import run_at
 from tests.kernels.norm.cases import DTYPES, leaves, wide
+from tests.kernels.norm.response_cases import call, gradients, inputs, stock
 from tests.kernels.on_reference import EXACT, MIXED_DTYPES
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact, assert_unbiased, assert_within
@@ -23,29 +24,6 @@ BACKENDS = [pytest.param("cpu", marks=needs_library), "reference"]
 NUMERICS = ("exact", "close")
 # (B, H, W, C). Odd first; rows and channels around the kernel's 4 rows, its groups of 16 and its vectors; blocks of rows; Stable Cascade's width
 SHAPES = ((1, 1, 1, 1), (2, 3, 5, 7), (1, 4, 4, 16), (2, 1, 17, 33), (2, 5, 13, 65), (1, 33, 32, 40), (1, 4, 4, 8192))
-
-
-def inputs(shape=(2, 5, 7, 35), dtype=torch.float32) -> dict:
-    weight, bias = (torch.randn(shape[-1]).to(dtype) for _ in range(2))
-    return {"x": (torch.randn(shape) * torch.rand(shape[-1]) + 0.1).to(dtype), "weight": weight, "bias": bias}
-
-
-def call(v: dict, **keywords) -> torch.Tensor:
-    return ops.global_response_norm(v["x"], v["weight"], v["bias"], **keywords)
-
-
-def stock(v: dict, eps: float = 1e-6) -> torch.Tensor:
-    """diffusers' GlobalResponseNorm, written out."""
-    response = torch.norm(v["x"], p=2, dim=(1, 2), keepdim=True)
-    response = response / (response.mean(dim=-1, keepdim=True) + eps)
-    return v["weight"] * (v["x"] * response) + v["bias"] + v["x"]
-
-
-def gradients(v: dict, grad=None, function=call, backward=None, **keywords) -> tuple[torch.Tensor, ...]:
-    these, wanted = leaves(v)
-    out = function(these, **keywords)
-    with forced(backward):
-        return torch.autograd.grad(out, wanted, torch.ones_like(out) if grad is None else grad)
 
 
 def served(suffix: str = "") -> tuple[int, int]:

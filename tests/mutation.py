@@ -1,6 +1,7 @@
 """Mutation testing: does a room's test suite notice when its sources are wrong?
 
-    python -m tests.mutation [--room R] [--mutant TEXT] [--limit N] [--seconds S] [--json FILE] [--native] [--again] [--write docs/mutation.md]
+    python -m tests.mutation [--room R] [--mutant TEXT] [--limit N] [--seconds S] [--json FILE] [--native] [--tree FOLDER] [--again]
+        [--write docs/mutation.md]
 
 Each mutant of ``tests/mutants/`` is applied to a copy of the checkout's tracked files, whose tests then run with ``-x``. A mutant counts as killed
 only where a test fails (or the interpreter dies, or the time runs out) and that very test passes without the mutant. Results are
@@ -52,11 +53,14 @@ def mutated(mutant: Mutant, root: Path = ROOT) -> str:
 
 
 def copy_of_the_checkout(folder: Path) -> Path:
+    """Files that are there as they should be stay, with their times: a build goes by these."""
     tracked = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True)
     for name in filter(None, tracked.stdout.split("\0")):
-        if not name.startswith(tuple(f"{left}/" for left in LEFT_OUT)) and (ROOT / name).is_file():
+        if name.startswith(tuple(f"{left}/" for left in LEFT_OUT)) or not (ROOT / name).is_file():
+            continue
+        if not (folder / name).is_file() or (folder / name).read_bytes() != (ROOT / name).read_bytes():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
+            shutil.copyfile(ROOT / name, folder / name)
     return folder
 
 
@@ -175,6 +179,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no mutant later than this")
     parser.add_argument("--json", type=Path, help="where results are kept, and found again by the next run")
     parser.add_argument("--native", action="store_true", help="also those of csrc, each of which takes a build")
+    parser.add_argument("--tree", type=Path, help="where the copy and its build are kept, so that the next run compiles only what differs")
     parser.add_argument("--again", action="store_true", help="run those that were not killed again")
     parser.add_argument("--write", type=Path, help="the page to write from the results")
     arguments = parser.parse_args()
@@ -189,7 +194,7 @@ def main() -> int:
     bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
         with tempfile.TemporaryDirectory(prefix="mutation-") as folder, bar:
-            tree = Tree(Path(folder), arguments.native)
+            tree = Tree((arguments.tree or Path(folder)).resolve(), arguments.native)
             if arguments.native and not tree.build():
                 print("the library does not build: cmake, ninja and a C++ compiler are needed", file=sys.stderr)
                 return 3

@@ -63,4 +63,13 @@ MUTANTS = (
     mutant("Triton: the total stays in base 2", "triton_kernel.py", "b_max.to(tl.float64) * tl.full(b_max.shape, LN2, tl.float64)", "b_max.to(tl.float64)",
            "test_triton.py"),
     mutant("Triton: grouped heads read the next head", "triton_kernel.py", "i_kv = i_h // group", "i_kv = i_h % group", "test_triton.py"),
+    mutant("C++: causal lets the next key through", "csrc/cpu/attention_kernels.cpp", "std::clamp<int64_t>(query + r - key + 1, 0, keys) : keys;",
+           "std::clamp<int64_t>(query + r - key + 2, 0, keys) : keys;", "test_attention.py"),
+    mutant("C++: the first query's mask is everyone's", "csrc/cpu/attention_kernels.cpp", "(r == 0 || call_.mask.query != 0)", "r == 0", "test_attention.py"),
+    mutant("C++: the columns behind the last key count", "csrc/cpu/attention_kernels.cpp", "for (int64_t j = visible; j < vectors * kLanes; ++j)", "for (int64_t j = visible; j < keys; ++j)",
+           "test_attention.py"),
+    mutant("C++: NaN that is seen is not added", "csrc/cpu/attention_kernels.cpp", "if (bad_) add_poisoned(", "if (false) add_poisoned(", "test_attention.py"),
+    mutant("C++: a pattern's mixed blocks are full", "csrc/cpu/attention_kernels.cpp", "if (call_.pattern.blocks && r < rows) hide_by_pattern(", "if (false) hide_by_pattern(", "test_patterns.py"),
+    mutant("C++: delta lacks the log-sum-exp's gradient", "csrc/cpu/attention_backward_task.h", "sum -= call_.lse_grad[at + t];", "", "test_backward.py"),
+    mutant("C++: the cast to float16 truncates", "csrc/cpu/attention_simd.h", "_mm512_maskz_cvtps_ph(0xffff, vload(x), 0)", "_mm512_maskz_cvtps_ph(0xffff, vload(x), 3)", "test_attention.py"),
 )

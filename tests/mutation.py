@@ -53,14 +53,18 @@ def mutated(mutant: Mutant, root: Path = ROOT) -> str:
 
 
 def copy_of_the_checkout(folder: Path) -> Path:
-    """Files that are there as they should be stay, with their times: a build goes by these."""
+    """What is there already, as it should be, stays with its times, which a build goes by; what is gone from the checkout goes."""
     tracked = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True)
-    for name in filter(None, tracked.stdout.split("\0")):
-        if name.startswith(tuple(f"{left}/" for left in LEFT_OUT)) or not (ROOT / name).is_file():
-            continue
+    left_out = tuple(f"{left}/" for left in LEFT_OUT)
+    names = {name for name in tracked.stdout.split("\0") if name and not name.startswith(left_out) and (ROOT / name).is_file()}
+    for name in names:
         if not (folder / name).is_file() or (folder / name).read_bytes() != (ROOT / name).read_bytes():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
+    for top in {name.partition("/")[0] for name in names if "/" in name}:
+        for path in (folder / top).rglob("*"):
+            if path.is_file() and path.relative_to(folder).as_posix() not in names:
+                path.unlink()
     return folder
 
 

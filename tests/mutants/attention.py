@@ -72,4 +72,7 @@ MUTANTS = (
     mutant("C++: a pattern's mixed blocks are full", "csrc/cpu/attention_kernels.cpp", "if (call_.pattern.blocks && r < rows) hide_by_pattern(", "if (false) hide_by_pattern(", "test_patterns.py"),
     mutant("C++: delta lacks the log-sum-exp's gradient", "csrc/cpu/attention_backward_task.h", "sum -= call_.lse_grad[at + t];", "", "test_backward.py"),
     mutant("C++: the cast to float16 truncates", "csrc/cpu/attention_simd.h", "_mm512_maskz_cvtps_ph(0xffff, vload(x), 0)", "_mm512_maskz_cvtps_ph(0xffff, vload(x), 3)", "test_attention.py"),
+    mutant("C++: the log-sum-exp of every sequence is the first one's", "csrc/cpu/attention_varlen.cpp",
+           "call.highest = whole.highest + one.query, call.total = whole.total + one.query;", "call.highest = whole.highest, call.total = whole.total;", "test_varlen.py"),
+    mutant("C++: keys that no query sees keep a gradient", "csrc/cpu/attention_varlen.cpp", "causal ? std::min(one.keys, one.queries) : one.keys;", "one.keys;", "test_varlen.py"),
 )

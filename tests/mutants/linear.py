@@ -45,4 +45,5 @@ MUTANTS = (
     mutant("C++: the rows that fill no tile are forgotten", "csrc/cpu/linear_few_kernels.cpp", "for (; r < b.rows; ++r) row_tile<1>", "for (; r + kFewTile <= b.rows; ++r) row_tile<1>",
            "test_linear.py"),
     mutant("C++: all samples share the first one's gate", "csrc/cpu/linear_epilogue.h", "if (row != last) {", "if (!last) {", "test_linear.py"),
+    mutant("C++: the last row of a picture is beyond its edge", "csrc/cpu/patches.cpp", "h >= 0 && h < k.height", "h >= 0 && h < k.height - 1", "test_patches.py"),
 )

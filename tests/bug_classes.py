@@ -33,7 +33,7 @@ CLASSES = {
     "head-dim": "an unusual head dimension is wrong or unsupported",
     "tail": "rows or columns that do not fill a block",
     "empty": "a dimension of size zero",
-    "fp16-overflow": "squares, logits or exponentials leave float16",
+    "fp16-overflow": "squares, products, logits or exponentials leave float16",
     "cancellation": "variance as the difference of two large means",
     "eps": "eps outside the root, or ignored",
     "biased-cast": "casts that truncate",
@@ -71,7 +71,6 @@ HOLES = [
     (("masked-row", "nan-under-mask"), but("attention", "attention_varlen"), "it has no keys that could be hidden"),
     (("mask-ignored",), but("attention", "attention_varlen", "solver_step"), "it takes no mask"),
     (("head-dim",), but(*ATTENTION, *QK), "it knows no heads"),
-    (("fp16-overflow",), ("gate_residual", *STEPS), "it adds and multiplies element by element: nothing is squared, summed or exponentiated"),
     (("cancellation",), but(*WITH_VARIANCE, "attention", "linear", "rms_norm"), "it subtracts no mean"),
     (("eps",), but(*WITH_EPS), "it has no eps"),
 ]

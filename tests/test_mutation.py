@@ -1,5 +1,8 @@
 """The mutants of tests/mutants can still be applied, and docs/mutation.md is about them. (That tests kill them is `make mutation`.)"""
 
+import os
+import subprocess
+
 import pytest
 
 from tests import mutation
@@ -43,3 +46,22 @@ def test_a_text_that_is_gone_is_an_error():
         mutation.mutated(mutant._replace(old="what is not there"))
     with pytest.raises(ValueError, match="times"):
         mutation.mutated(mutant._replace(old="import"))
+
+
+def test_a_copy_that_is_kept(tmp_path, monkeypatch):
+    """Only what differs is written again, so that a build there compiles no more than that."""
+    checkout, copy = tmp_path / "checkout", tmp_path / "copy"
+    subprocess.run(["git", "init", "-q", str(checkout)], check=True)
+    for name in ("same.cpp", "mutated.cpp", "edited.cpp", "gone.cpp"):
+        (checkout / "csrc").mkdir(exist_ok=True)
+        (checkout / "csrc" / name).write_text(name)
+    monkeypatch.setattr(mutation, "ROOT", checkout)
+    mutation.copy_of_the_checkout(copy)
+    (copy / "csrc" / "mutated.cpp").write_text("a mutant")
+    for path in copy.rglob("*.cpp"):
+        os.utime(path, (1, 1))
+    (checkout / "csrc" / "edited.cpp").write_text("edited")
+    (checkout / "csrc" / "gone.cpp").unlink()
+    mutation.copy_of_the_checkout(copy)
+    assert {path.name: path.read_text() for path in copy.rglob("*.cpp")} == {"same.cpp": "same.cpp", "mutated.cpp": "mutated.cpp", "edited.cpp": "edited"}
+    assert [path.name for path in copy.rglob("*.cpp") if path.stat().st_mtime == 1] == ["same.cpp"]

@@ -76,14 +76,14 @@ def assert_within(got: torch.Tensor, want: torch.Tensor, units: float, context: 
     assert errors(got, want)[0] <= bound, f"{context}: error {errors(got, want)[0]:.3e} > {bound:.3e}"
 
 
-def assert_unbiased(got: torch.Tensor, want: torch.Tensor, context: str = "", least: float = 0.0) -> None:
+def assert_unbiased(got: torch.Tensor, want: torch.Tensor, context: str = "", least: float = 0.0, unit: torch.dtype | None = None) -> None:
     """The mean signed error of ``got`` against the float64 result, in units of the last place of each element: away from zero (where truncation shows),
     and upwards (where rounding up or down shows). Ties that do not go to the even neighbour show where there are ties. Elements of less than ``least``
     times the mean magnitude are measured in the units of that: where terms are rounded before they are summed, as attention's weights in 16 bits are,
-    a sum near zero has their errors, many of its own units."""
+    a sum near zero has their errors, many of its own units. ``unit``: the dtype to which terms were rounded that are summed and stored in a wider one."""
     assert got.shape == want.shape, f"{context}: shape {list(got.shape)}, expected {list(want.shape)}"
     assert got.numel() >= ENOUGH, f"{context}: {got.numel()} elements are too few to tell a bias from chance"
-    info, want = torch.finfo(got.dtype), want.to(got.device, torch.float64)
+    info, want = torch.finfo(unit or got.dtype), want.to(got.device, torch.float64)
     assert 4 * (want.to(got.dtype) != want).sum() >= got.numel(), f"{context}: results that {got.dtype} holds exactly are not rounded"
     mantissa, exponent = torch.frexp(want.abs().clamp_min(max(info.smallest_normal, least * want.abs().mean().item())))
     error = (got.to(torch.float64) - want) / torch.ldexp(torch.full_like(mantissa, info.eps), exponent - 1)

@@ -31,7 +31,8 @@ def flow_euler_step(sample, model_output, uncond, table, step: int, counter, exa
         wide = compute_dtype(torch.promote_types(sample.dtype, cond.dtype))
         velocity = cond.to(wide)
         if uncond is not None:
-            velocity = uncond.to(wide) + row[1].to(wide) * (velocity - uncond.to(wide))
+            uncond = uncond.to(wide)  # once: its gradient is summed before it is rounded
+            velocity = uncond + row[1].to(wide) * (velocity - uncond)
         return (sample.to(wide) + row[0].to(wide) * velocity).to(cond.dtype).contiguous()
     if uncond is not None:
         difference = cond - uncond

@@ -1,5 +1,7 @@
 """Outputs that do not fit the last cache are written past it: the same bits, at every ISA level, dtype and rounding, and for rows that cannot be streamed."""
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,46 @@ def test_default(stream_from):
     if not size.is_file():
         pytest.skip("the system does not say how large the last cache is")
     assert stream_from(-1) == int(size.read_text().strip().removesuffix("K")) * 1024 // 4 * 3
+
+
+def fenceless(listing: str) -> set[str]:
+    """Of the lines of ``objdump -d`` that matter: the functions that store past the caches without a fence, which some of those that call them lack too."""
+    fenced, streaming, callers, function = set(), set(), {}, ""
+    for line in listing.splitlines():
+        if line.endswith(">:"):
+            function = line[line.index("<") + 1:-2]
+        elif "sfence" in line:
+            fenced.add(function)
+        elif "movnt" in line:
+            streaming.add(function)
+        else:
+            callers.setdefault(line[line.rindex("<") + 1:-1], set()).add(function)
+
+    def ends(function: str, below: frozenset) -> bool:
+        above = callers.get(function, set()) - below - {function}
+        return function in fenced or bool(above) and all(ends(caller, below | {function}) for caller in above)
+
+    assert streaming
+    return {function for function in streaming if not ends(function, frozenset())}
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
+def test_fences():
+    """No result shows that a fence lacks, so the compiled code is searched: where a function streams, it or each that calls it has one."""
+    lines = r"""objdump -d --no-show-raw-insn "$0" | grep -E '>:$|sfence|movnt|(call|jmp) .*<[^+]*>$'"""
+    listing = subprocess.run(["sh", "-c", lines, str(CPU.path)], check=True, capture_output=True, text=True).stdout
+    if listing.count(">:") < 100:
+        pytest.skip("the library is stripped")
+    assert not fenceless(listing)
+
+
+def test_a_fence_that_lacks_is_found():
+    def function(name, *instructions):
+        return f"0000000000001000 <{name}>:\n" + "".join(f"    1000:\t{line}\n" for line in instructions)
+
+    called = function("inner", "vmovntdq %zmm0,(%rax)")
+    by_one, by_other = function("outer", "call   20 <inner>", "sfence"), function("other", "jmp    20 <inner>")
+    assert fenceless(called + by_one) == set()
+    assert fenceless(called) == fenceless(called + by_one + by_other) == {"inner"}
+    assert fenceless(function("alone", "movntps %xmm0,(%rax)")) == {"alone"}
+    assert fenceless(called + by_other + function("top", "call   20 <other>", "sfence")) == set()

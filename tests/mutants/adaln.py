@@ -51,4 +51,5 @@ MUTANTS = (
            "contiguous(k_.scale[i], b, t, n_, scale_room_[i], false)", "test_adaln.py"),
     mutant("C++: the residual is written a row too early", "csrc/cpu/adaln_kernels.cpp", "static_cast<T*>(k_.residual) + (b * k_.tokens + t + r) * n;",
            "static_cast<T*>(k_.residual) + (b * k_.tokens + t) * n;", "test_adaln.py"),
+    mutant("C++: what is streamed has no fence behind it", "csrc/cpu/adaln_kernels.cpp", "if constexpr (kStreams) end_of_stream();", "", "../test_streams.py"),
 )

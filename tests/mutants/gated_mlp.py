@@ -32,4 +32,8 @@ MUTANTS = (
     mutant("Triton: only the last row's bias gradient stays", "triton_kernel.py", "b_gate_sum += b_dgate", "b_gate_sum = b_dgate", "test_triton.py"),
     mutant("Triton: the bias's halves are swapped", "triton_kernel.py", "hidden_at, gate_at = (width, 0) if gate_first or hidden is None else (0, width)", "hidden_at, gate_at = (0, width)",
            "test_triton.py"),
+    mutant("C++: the other half's bias is left out", "csrc/cpu/gated_mlp_kernels.cpp", "(Bias ? at.load(hidden[r]) + at.load(hidden_bias) : at.load(hidden[r])) * y",
+           "at.load(hidden[r]) * y", "test_gated_mlp.py"),
+    mutant("C++: the rows that fill no block are forgotten", "csrc/cpu/gated_mlp_kernels.cpp", "for (int64_t i = begin; i < end; i += kBlock)", "for (int64_t i = begin; i + kBlock <= end; i += kBlock)",
+           "test_gated_mlp.py"),
 )

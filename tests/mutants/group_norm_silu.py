@@ -42,4 +42,10 @@ MUTANTS = (
     mutant("CUDA: a part has tiles without end", "cuda.py", "min(-(-tiles // FEW[channels_last]), MOST[channels_last])", "-(-tiles // FEW[channels_last])",
            "test_cuda.py"),
     mutant("CUDA: tiles of 16-bit pictures are counted as float32's", "cuda.py", "chunk = 16 // itemsize", "chunk = 4", "test_cuda.py"),
+    mutant("C++: the last block of pixels is a full one", "csrc/cpu/group_norm_silu_kernels.cpp", "last = first + kPixelBlock < k.spatial ? first + kPixelBlock : k.spatial;",
+           "last = k.spatial < kPixelBlock ? k.spatial : first + kPixelBlock;", "test_group_norm_silu.py"),
+    mutant("C++: the pixels that fill no tile are forgotten", "csrc/cpu/group_norm_silu_rows.h", "for (; p < count; ++p) {", "for (; p + kTile <= count; ++p) {", "test_group_norm_silu.py"),
+    mutant("C++: eps stands outside the root", "csrc/cpu/group_norm_silu_rows.h", "1 / std::sqrt((variance < 0 ? 0 : variance) + eps)}", "1 / (std::sqrt(variance < 0 ? 0 : variance) + eps)}",
+           "test_group_norm_silu.py"),
+    mutant("C++: a mean that was guessed wrong stays", "csrc/cpu/group_norm_silu_rows.h", "return !(offset * offset > variance);", "return true;", "test_group_norm_silu.py"),
 )

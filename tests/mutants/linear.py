@@ -40,4 +40,10 @@ MUTANTS = (
     mutant("Triton: the last block of a row is left out", "triton_kernel.py", "blocks = cdiv(sizes[3], block)", "blocks = max(sizes[3] // block, 1)", "test_triton.py"),
     mutant("Triton: two middle dimensions are swapped", "kernels/triton_base.py", "(i_outer // n_2 % n_1).to(tl.int64), (i_outer % n_2).to(tl.int64)",
            "(i_outer // n_1 % n_1).to(tl.int64), (i_outer % n_2).to(tl.int64)", "test_triton.py"),
+    mutant("C++: the second slice replaces the first", "csrc/cpu/linear_kernels.cpp", "store(block, first ? sum[r][0] : add(load(block), sum[r][0]));", "store(block, sum[r][0]);",
+           "test_linear.py"),
+    mutant("C++: the rows that fill no tile are forgotten", "csrc/cpu/linear_few_kernels.cpp", "for (; r < b.rows; ++r) row_tile<1>", "for (; r + kFewTile <= b.rows; ++r) row_tile<1>",
+           "test_linear.py"),
+    mutant("C++: all samples share the first one's gate", "csrc/cpu/linear_epilogue.h", "if (row != last) {", "if (!last) {", "test_linear.py"),
+    mutant("C++: the last row of a picture is beyond its edge", "csrc/cpu/patches.cpp", "h >= 0 && h < k.height", "h >= 0 && h < k.height - 1", "test_patches.py"),
 )

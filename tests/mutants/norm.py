@@ -69,4 +69,6 @@ MUTANTS = (
     mutant("C++: the weight is left out of dx", "csrc/cpu/norm_backward_kernels.cpp", "row_gradient<Rms, N, C>(Weight ? dy * weight : dy, xhat",
            "row_gradient<Rms, N, C>(dy, xhat", "test_norm.py"),
     mutant("C++: the bias's gradient is the weight's", "csrc/cpu/norm_backward_kernels.cpp", "plain += dy;", "plain += dy * xhat;", "test_norm.py"),
+    mutant("C++: eps stands outside the root", "csrc/cpu/norm_kernels.cpp", "1 / std::sqrt(mean + static_cast<S>(k_.eps))", "1 / (std::sqrt(mean) + static_cast<S>(k_.eps))", "test_norm.py"),
+    mutant("C++: no rounding before the weight", "csrc/cpu/norm_kernels.cpp", "(Kind == NormKind::rms_diffusers ? rounded<T, N>(y) : y) * weight", "y * weight", "test_norm.py"),
 )

@@ -39,4 +39,13 @@ MUTANTS = (
     mutant("Triton: heads and tokens are swapped", "triton_kernel.py", "(i_b * x_b + i_t * x_t + i_h * x_h)", "(i_b * x_b + i_t * x_h + i_h * x_t)", "test_triton.py"),
     mutant("Triton: k's heads are counted as q's", "triton_kernel.py", "k_rows, k.shape[1], k.shape[2],", "k_rows, k.shape[1], q.shape[2],", "test_triton.py"),
     mutant("Triton: the last tile of q is k's", "triton_kernel.py", "q_tiles = cdiv(q_rows, tile.rows)", "q_tiles = q_rows // tile.rows", "test_triton.py"),
+    mutant("C++: eps stands outside the root", "csrc/cpu/qk_norm_rope_kernels.cpp", "1 / std::sqrt(sum[r] / static_cast<S>(dim) + static_cast<S>(eps));",
+           "1 / (std::sqrt(sum[r] / static_cast<S>(dim)) + static_cast<S>(eps));", "test_qk_norm_rope.py"),
+    mutant("C++: the heads that fill no block are forgotten", "csrc/cpu/qk_norm_rope_kernels.cpp", "row < run * t.heads; row += kRows", "row + kRows <= run * t.heads; row += kRows",
+           "test_qk_norm_rope.py"),
+    mutant("C++: the sine's strides are swapped", "csrc/cpu/qk_norm_rope_kernels.cpp", "table[dim + 2 * j + 1] = n.sin[token * n.sin_stride[0] + j * n.sin_stride[1]];",
+           "table[dim + 2 * j + 1] = n.sin[token * n.sin_stride[1] + j * n.sin_stride[0]];", "test_qk_norm_rope.py"),
+    mutant("C++: what is streamed has no fence behind it", "csrc/cpu/qk_norm_rope_kernels.cpp", "if (t.streams) end_of_stream();", "", "../test_streams.py"),
+    mutant("C++: results are 0.04 units of bfloat16 too large", "csrc/cpu/qk_norm_rope_kernels.cpp", "root = splat<N>(static_cast<C>(rstd[r]));",
+           "root = splat<N>(static_cast<C>(rstd[r] * 1.0002f));", "../test_bias.py"),
 )

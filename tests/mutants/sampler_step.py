@@ -37,4 +37,9 @@ MUTANTS = (
            "test_solver_kernels.py"),
     mutant("Triton solver: the tail is not written", "solver_triton.py", "tl.store(x0 + o, narrow(b_x0, x0.dtype.element_ty), mask=m_n)",
            "tl.store(x0 + o, narrow(b_x0, x0.dtype.element_ty), mask=o < n - 1)", "test_solver_kernels.py"),
+    mutant("C++: the last block of strided rows is a full one's", "csrc/cpu/sampler_step_kernels.cpp", "i < s.count; i += block", "i + block <= s.count; i += block", "test_sampler_step.py"),
+    mutant("C++: the guided difference is not rounded", "csrc/cpu/sampler_step_kernels.cpp", "v = round(u + round(round(v - u) * splat<N>(guidance)));",
+           "v = round(u + round((v - u) * splat<N>(guidance)));", "test_sampler_step.py"),
+    mutant("C++: the mask is dropped", "csrc/cpu/solver_step_kernels.cpp", "out = of_m(of_m(of_m(1 - mask) * known) + of_m(mask * of_m(out)));", "out = of_m(out);", "test_solver.py"),
+    mutant("C++: a wide x0 is rounded", "csrc/cpu/solver_step_kernels.cpp", "return kRound && !kWideX0 ? rounded<T, N>(v) : v;", "return kRound ? rounded<T, N>(v) : v;", "test_solver.py"),
 )

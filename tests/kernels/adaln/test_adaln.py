@@ -148,6 +148,20 @@ def test_fp16_overflow(numerics, name):
         assert all(out.isfinite().all() for out in call(name, v, norm=norm, numerics=numerics))
 
 
+@needs_library
+def test_fp16_overflow_of_products():
+    """fp16-overflow: gate * y = 9e4 and the gate's sum over 256 tokens leave float16, what is added to them brings them back; exact has stock's infinity."""
+    sign = torch.where(torch.arange(512) < 256, 1.0, -1.0).half()[None, :, None]
+    v = {"x": -4e4 * sign.expand(1, 512, 40), "y": 300 * sign.expand(1, 512, 40), "gate": torch.full((1, 40), 300.0, dtype=torch.float16)}
+    v = {name: tensor.contiguous().requires_grad_() for name, tensor in v.items()}
+    got, want = call("gate_residual", v, numerics="close")[0], 5e4 * sign.double().expand(1, 512, 40)
+    assert_close(got, want, want.half())
+    assert_exact(call("gate_residual", v)[0], v["x"] + v["gate"][:, None] * v["y"])
+    of_gate = torch.autograd.grad(got, v["gate"], torch.ones_like(got))[0]
+    assert_exact(of_gate, torch.zeros_like(of_gate))
+    assert served("gate_residual") == (2, 0) and served("gate_residual_backward") == (1, 0)
+
+
 @pytest.mark.parametrize("name", NORMED)
 @pytest.mark.parametrize("eps", (1e-5, 1e-6, 1e-2))
 def test_eps(eps, name):

@@ -215,6 +215,31 @@ def test_log_sum_exp(dtype, backend):
     assert (lse[:, :, seen] - want[:, :, seen]).abs().max() < allowed
 
 
+@pytest.mark.parametrize("keys", (90, 300))  # in float32 all of them in one block, and not
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_the_log_sum_exp(dtype, keys):
+    """silent-off: alone, and together with that of the output."""
+    q, k, v = qkv(2, 64, keys, 4, 24, dtype)
+
+    def plain(q, k, v):
+        logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * 24**-0.5
+        return torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), v), torch.logsumexp(logits, -1)
+
+    for weight in (0.0, 1.0):  # of the output
+        grads = weight * torch.randn(2, 64, 4, 24).to(dtype), torch.randn(2, 4, 64)
+
+        def found(call, *inputs):
+            inputs = [x.detach().clone().requires_grad_() for x in inputs]
+            out = call(*inputs)
+            return torch.autograd.grad(out, inputs, [grad.to(one.dtype) for grad, one in zip(grads, out)])
+
+        want = found(plain, *(x.double() for x in (q, k, v)))
+        for name, one, true, stock_one in zip("qkv", found(lambda *x: ops.attention(*x, return_lse=True), q, k, v), want, found(plain, q, k, v), strict=True):
+            assert_close(one, true, stock_one, f"d{name}, output's {weight}")
+    counts = ops.stats()["attention_backward"]
+    assert counts["cpu" if CPU.loaded and dtype is not torch.float64 else "reference"] == 2
+
+
 def test_parts_of_a_sequence_put_together():
     """What the log-sum-exp is for: attention over two parts of the keys, weighted, is attention over all; and it has a gradient."""
     q, k, v = (x.requires_grad_() for x in qkv(1, 20, 50, 2, 16))

@@ -78,6 +78,33 @@ def test_nondeterminism(dtype):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_log_sum_exp(dtype):
+    """strided-input, misaligned, batch-coupling, nondeterminism, alias, autocast: of the second result too."""
+    q, k, v = qkv(4, 51, 67, 3, 40, dtype)
+    def lse_of(q, k, v):
+        return ops.attention(q, k, v, return_lse=True)[1]
+
+    want, threads = lse_of(q, k, v), torch.get_num_threads()
+    assert want.is_contiguous() and want.untyped_storage().data_ptr() not in {x.untyped_storage().data_ptr() for x in (q, k, v)}
+    for layout in LAYOUTS:
+        if layout.__name__ != "expanded":
+            assert_exact(lse_of(layout(q), layout(k), layout(v)), want, layout.__name__)
+    assert_exact(lse_of(q[2:3], k[2:3], v[2:3]), want[2:3])
+    assert_exact(lse_of(q[:, :48], k, v), want[:, :, :48])
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            assert_exact(lse_of(q, k, v), want, f"{n} threads")
+    finally:
+        torch.set_num_threads(threads)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = lse_of(q, k, v)
+    assert_exact(under, want if dtype is torch.float64 else lse_of(*(x.to(torch.bfloat16) for x in (q, k, v))))
+    assert (lse_of(q, k[:, :0], v[:, :0]) == -torch.inf).all() and lse_of(q[:, :0], k, v).shape == (4, 3, 0)
+    assert not CPU.loaded or ops.stats()["attention_softmax"]["cpu"] > 0
+
+
 @pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_library), "reference"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(0, 4, 4, 2, 8), (2, 0, 4, 2, 8), (2, 4, 0, 2, 8), (2, 4, 4, 0, 8)], ids=str)

@@ -24,15 +24,16 @@ def layer(rows, k, n, dtype):
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_int32_stride(dtype):
-    """Three rows of x, then of the weight, 2^30 elements apart (memory that is never touched in between)."""
+    """Three rows of x, then of the weight, of the gate and of the residual, 2^30 elements apart (memory that is never touched in between)."""
     far = torch.as_strided(torch.empty(2**31 + 64, dtype=dtype), (3, 40), (2**30, 1))
     x, weight, bias = layer(3, 40, 3, dtype)
-    for name, near in (("x", x), ("weight", weight)):
-        far.copy_(near)
-        given = {"x": x, "weight": weight, "bias": bias, "residual": torch.ones(3, 3, dtype=dtype), "gate": torch.ones(3, dtype=dtype)}
-        want = close(**given)
-        assert_exact(close(**{**given, name: far}), want, name)
-    assert ops.stats()["linear"]["cpu"] == 4
+    given = {"x": x, "weight": weight, "bias": bias, "residual": torch.randn(3, 3).to(dtype), "gate": torch.randn(3, 3).to(dtype)}
+    want = close(**given)
+    for name in ("x", "weight", "gate", "residual"):
+        laid = far[:, :given[name].shape[1]]
+        laid.copy_(given[name])
+        assert_exact(close(**{**given, name: laid}), want, name)
+    assert ops.stats()["linear"]["cpu"] == 5
 
 
 @needs_native

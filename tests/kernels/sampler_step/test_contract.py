@@ -8,7 +8,7 @@ import torch
 from fusewire import ops
 from fusewire.kernels.library import CPU
 from fusewire.kernels.sampler_step import reference
-from tests.tolerance import assert_exact, assert_unbiased
+from tests.tolerance import assert_close, assert_exact, assert_unbiased
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 needs_library = pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
@@ -39,6 +39,19 @@ def test_biased_cast(dtype):
     want = sample.double() + table[0, 0] * output.double()
     assert 1 < want.abs().min() and want.abs().max() < 2
     assert_unbiased(got, want)
+
+
+def test_fp16_overflow():
+    """Guidance makes 1.8e5 of a difference of 4e4, the step's 0.3 of that is a float16 again; exact has stock's infinity."""
+    cond, uncond, sample = (torch.full((1, 33), value, dtype=torch.float16) for value in (2e4, -2e4, 1e4))
+    got = ops.sampler_step(sample, cond, TABLE, 0, uncond=uncond, numerics="close")
+    want = sample.double() + TABLE[0, 0] * (uncond.double() + TABLE[0, 1] * (cond.double() - uncond.double()))
+    assert want.abs().max() < 6e4 and got.isfinite().all()
+    assert_close(got, want, want.half())
+    exact = ops.sampler_step(sample, cond, TABLE, 0, uncond=uncond)
+    assert exact.isinf().all()
+    assert_exact(exact, reference.flow_euler_step(sample, cond, uncond, TABLE, 0, None, True))
+    assert ops.stats()["flow_euler_step"]["cpu" if CPU.loaded else "reference"] == 2
 
 
 @pytest.mark.parametrize("numerics", ["exact", "close"])

@@ -9,7 +9,7 @@ from fusewire import ops
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
 from tests.kernels.sampler_step.solver_cases import OPERANDS, operands, table
-from tests.tolerance import assert_exact
+from tests.tolerance import assert_close, assert_exact
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 needs_library = pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
@@ -48,6 +48,24 @@ def test_int32_stride(numerics):
         far.copy_(near)
         same(ops.solver_step(**given | {name: far}, **options), want, name)
     assert ops.stats()["solver_step"]["cpu"] == 1 + len(given)
+
+
+@needs_library
+def test_fp16_overflow():
+    """Guidance makes 1.8e5 of a difference of 4e4, the step's 0.3 of that is a float16 again; exact has the reference's infinity."""
+    cond, uncond, sample = (torch.full((1, 33), value, dtype=torch.float16) for value in (2e4, -2e4, 1e4))
+    given = dict(sample=sample, model_output=cond, uncond=uncond, step=0, keep_slope=True,
+                 table=ops.solver_table(1, x=1.0, e=-0.3, e_m=1.0, guidance=4.5).to(sample.device))
+    out, _, e = ops.solver_step(**given, numerics="close")
+    want = -2e4 + 4.5 * 4e4
+    assert_close(out, torch.full((1, 33), 1e4 - 0.3 * want, dtype=torch.float64), torch.full_like(out, 1e4 - 0.3 * want))
+    assert_exact(e, torch.full((1, 33), want))
+    with forced("reference"):
+        theirs = ops.solver_step(**given)
+    ours = ops.solver_step(**given)
+    assert ours[0].isinf().all()
+    same(ours, theirs)
+    assert ops.stats()["solver_step"] == {**dict.fromkeys(ops.stats()["solver_step"], 0), "cpu": 2, "reference": 1}
 
 
 @every_numerics

@@ -73,7 +73,7 @@ compatibility: $(STAMP)
 	$(PYTHON) -m pytest -q tests/compat --matrix README.md
 
 # The test suites of diffusers and transformers with everything swapped: TESTS is a folder with the tests folder of either, SOURCE says which version
-# it is. An hour and a half on two cores; it can be interrupted, and goes on where it was.
+# it is. Two hours on two cores; it can be interrupted, and goes on where it was.
 own-suites: $(STAMP)
-	$(PYTHON) -m pip install -q parameterized requests-mock
+	$(PYTHON) -m pip install -q parameterized requests-mock torchsde
 	$(PYTHON) tests/own_suites.py $(TESTS) --source "$(SOURCE)" --write docs/own-suites.md

@@ -31,8 +31,8 @@ def test_step():
 """
 
 
-def outcome(result="passed", fused=0):
-    return dict(outcome=result, fused=fused)
+def outcome(result="passed", fused=0, message=""):
+    return dict(outcome=result, fused=fused, message=message)
 
 
 def test_a_small_suite(tmp_path):
@@ -62,6 +62,28 @@ def test_a_test_that_was_not_run_stock_is_not_passed_over():
     assert "| a.py | 2 | 1 | 1 | – | 1 | 0 | 0 | – |" in text and "`a.py::c`, close" in text and "the suite" in text and "Not run: " in text
     outcomes["tests/a.py::b"]["close"] = outcome()
     assert "| a.py | 2 | 1 | 1 | 1 | 1 | 0 | 0 | 1 |" in own_suites.page(outcomes, {})
+
+
+@pytest.mark.parametrize("swapped, stock, row", [("failed", "skipped", "0 | 1 | 1"), ("skipped", "failed", "1 | 0 | 1"), ("failed", "failed", "1 | 0 | 0")])
+def test_what_fails_swapped_fails_stock(swapped, stock, row):
+    text = own_suites.page({"tests/a.py::b": {"exact": outcome(swapped), "stock": outcome(stock)}}, {})
+    assert f"| a.py | 1 | 0 | 0 | – | {row} | – |" in text and ("`a.py::b`, exact" in text) is (swapped != stock)
+
+
+@pytest.mark.parametrize("exact, listed", [("at 0x7f01: 0.25", False), ("at 0x7f02: 0.26", True), ("ImportError", True)])
+def test_in_exact_it_fails_with_the_same_message(exact, listed):
+    """A test that fails stock cannot hide that it fails otherwise swapped; what differs from process to process does not count."""
+    text = own_suites.page({"tests/a.py::b": {"exact": outcome("failed", 0, exact), "stock": outcome("failed", 0, "at 0x7f00: 0.25")}}, {})
+    assert ("but for:\n\n- `a.py::b`: **not explained**" in text) is listed
+
+
+def test_tokenizers_stand_in_alike_in_each_process(tmp_path):
+    """Otherwise a picture that a prompt makes differs between the run stock and the run swapped."""
+    command = [sys.executable, "-c", "import sys; from pathlib import Path; from tests.own_suites import stand_ins; stand_ins(Path(sys.argv[1]))"]
+    subprocess.run([*command, str(tmp_path / "one")], check=True, capture_output=True, cwd=own_suites.ROOT)
+    own_suites.stand_ins(tmp_path / "two")
+    one, two = ({file.relative_to(tmp_path / name): file.read_bytes() for file in (tmp_path / name).rglob("*") if file.is_file()} for name in ("one", "two"))
+    assert len(one) >= 10 and one == two
 
 
 def test_the_page_has_nothing_unexplained():

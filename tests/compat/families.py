@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers import (AutoencoderKL, DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler,
@@ -16,12 +17,12 @@ from tests.swap import tiny
 
 @dataclass(frozen=True)
 class Family:
-    """``model(dtype)``; ``inputs(batch, large, dtype)`` of one call of it; ``pipe(dtype)`` and ``generate(pipe, batch, **keywords) -> latents``.
+    """``model(dtype, **changes)``; ``inputs(batch, large, dtype)`` of one call of it; ``pipe(dtype)`` and ``generate(pipe, batch, **keywords) -> latents``.
 
     Both sizes have 48 tokens and more everywhere: below, `close` leaves linears to PyTorch. ``linears``: names that LoRA targets. ``block``: the class name of a repeated block. ``latents``: dimensions of what a call returns.
     """
 
-    model: Callable[[torch.dtype], nn.Module]
+    model: Callable[..., nn.Module]
     inputs: Callable[..., dict]
     linears: tuple[str, ...]
     block: str
@@ -131,18 +132,21 @@ def _pixart_generate(pipe, batch=1, seed=0, **more):
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FAMILIES = {
-    "SD3.5": Family(lambda dtype: stock_sd3.stock_model("sd3.5", dtype), _sd3_inputs, (*ATTENTION, "add_q_proj", "norm1.linear", "net.0.proj", "net.2"),
+    "SD3.5": Family(partial(stock_sd3.stock_model, "sd3.5"), _sd3_inputs, (*ATTENTION, "add_q_proj", "norm1.linear", "net.0.proj", "net.2"),
                     "JointTransformerBlock", lambda dtype: tiny.tiny_pipeline("sd3.5", dtype),
                     lambda pipe, batch=1, seed=0, **more: tiny.generate(pipe, 3, batch, seed, **more)),
-    "Flux.1": Family(lambda dtype: stock_flux.stock_model("dev", dtype), _flux_inputs, (*ATTENTION, "add_q_proj", "norm.linear", "proj_mlp", "proj_out",
+    "Flux.1": Family(partial(stock_flux.stock_model, "dev"), _flux_inputs, (*ATTENTION, "add_q_proj", "norm.linear", "proj_mlp", "proj_out",
                                                                                        "net.0.proj", "net.2"),
                      "FluxTransformerBlock", _flux_pipe, _flux_generate),
-    "SD1.5": Family(lambda dtype: stock_unet.unet("sd", dtype), _unet_inputs("sd"), (*ATTENTION, "net.0.proj", "net.2", "time_emb_proj", "conv1", "proj_in"),
+    "SD1.5": Family(partial(stock_unet.unet, "sd"), _unet_inputs("sd"), (*ATTENTION, "net.0.proj", "net.2", "time_emb_proj", "conv1", "proj_in"),
                     "BasicTransformerBlock", _sd_pipe, _sd_generate),
-    "SDXL": Family(lambda dtype: stock_unet.unet("sdxl", dtype), _unet_inputs("sdxl"), (*ATTENTION, "net.0.proj", "net.2", "time_emb_proj", "conv2",
+    "SDXL": Family(partial(stock_unet.unet, "sdxl"), _unet_inputs("sdxl"), (*ATTENTION, "net.0.proj", "net.2", "time_emb_proj", "conv2",
                                                                                         "proj_in"),
                    "BasicTransformerBlock", _sdxl_pipe, _sdxl_generate),
     "DiT": Family(stock_unet.dit, _dit_inputs, (*ATTENTION, "norm1.linear", "net.0.proj", "net.2"), "BasicTransformerBlock", _dit_pipe, _dit_generate),
     "PixArt": Family(stock_unet.pixart, _pixart_inputs, (*ATTENTION, "net.0.proj", "net.2", "proj_out"), "BasicTransformerBlock", _pixart_pipe,
                      _pixart_generate),
 }
+# Changes to a model that leave one block of each kind, for whole graphs: tracing takes as long as there are blocks.
+SMALL = {"SD3.5": dict(num_layers=2), "Flux.1": dict(num_layers=1, num_single_layers=1), "SD1.5": dict(mid_block_type=None),
+         "SDXL": dict(mid_block_type=None, transformer_layers_per_block=1), "DiT": dict(num_layers=1), "PixArt": dict(num_layers=1)}

@@ -14,7 +14,7 @@ from torch import nn
 
 import fusewire
 from fusewire import ops
-from tests.compat.families import FAMILIES, call
+from tests.compat.families import FAMILIES, SMALL, call
 from tests.models import stock_sd3
 from tests.tolerance import PIPELINE_FLOAT32
 
@@ -40,9 +40,9 @@ def calls() -> int:
     return sum(sum(served.values()) for served in ops.stats().values())
 
 
-def tiny(family, dtype=torch.float32):
+def tiny(family, dtype=torch.float32, **changes):
     made = FAMILIES[family]
-    return made.model(dtype), made.inputs(dtype=dtype)
+    return made.model(dtype, **changes), made.inputs(dtype=dtype)
 
 
 @column("`exact`: torch.equal, one call, float32, bfloat16, float16")
@@ -206,7 +206,7 @@ def test_layerwise_casting(family, numerics):
 @column("`torch.compile`, fullgraph")
 @BOTH
 def test_compile(family, numerics):
-    model, inputs = tiny(family)
+    model, inputs = tiny(family, **SMALL[family])
     want = run(model, inputs)
     with fusewire.swapped(model, numerics):
         got = run(torch.compile(model, fullgraph=True, backend="aot_eager"), inputs)
@@ -228,7 +228,7 @@ def test_compile_repeated_blocks(family, numerics):
 @column("two resolutions, no recompilation")
 @BOTH
 def test_two_resolutions(family, numerics):
-    model = FAMILIES[family].model(torch.float32)
+    model = FAMILIES[family].model(torch.float32, **SMALL[family])
     sizes = [FAMILIES[family].inputs(large=large) for large in (False, True, False)]
     want = [run(model, inputs) for inputs in sizes]
     with fusewire.swapped(model, numerics):

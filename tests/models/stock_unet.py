@@ -41,8 +41,8 @@ def in_float64(model: nn.Module) -> nn.Module:
     return model
 
 
-def unet(variant: str = "sd", dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-    return randomise(UNet2DConditionModel(**UNETS[variant])).eval().to(dtype)
+def unet(variant: str = "sd", dtype: torch.dtype = torch.float32, **changes) -> UNet2DConditionModel:
+    return randomise(UNet2DConditionModel(**dict(UNETS[variant], **changes))).eval().to(dtype)
 
 
 def unet_inputs(variant: str = "sd", batch: int = 2, height: int = 8, width: int = 12, tokens: int = 5, dtype: torch.dtype = torch.float32) -> dict:
@@ -54,16 +54,16 @@ def unet_inputs(variant: str = "sd", batch: int = 2, height: int = 8, width: int
     return given
 
 
-def dit(dtype: torch.dtype = torch.float32) -> DiTTransformer2DModel:
-    return randomise(DiTTransformer2DModel(**DIT)).eval().to(dtype)
+def dit(dtype: torch.dtype = torch.float32, **changes) -> DiTTransformer2DModel:
+    return randomise(DiTTransformer2DModel(**dict(DIT, **changes))).eval().to(dtype)
 
 
 def dit_inputs(batch: int = 2, dtype: torch.dtype = torch.float32, size: int = 8) -> dict:
     return dict(hidden_states=torch.randn(batch, 4, size, size).to(dtype), timestep=torch.randint(0, 1000, (batch,)), class_labels=torch.randint(0, 8, (batch,)))
 
 
-def pixart(dtype: torch.dtype = torch.float32) -> PixArtTransformer2DModel:
-    return randomise(PixArtTransformer2DModel(**PIXART)).eval().to(dtype)
+def pixart(dtype: torch.dtype = torch.float32, **changes) -> PixArtTransformer2DModel:
+    return randomise(PixArtTransformer2DModel(**dict(PIXART, **changes))).eval().to(dtype)
 
 
 def pixart_inputs(batch: int = 2, tokens: int = 5, dtype: torch.dtype = torch.float32) -> dict:

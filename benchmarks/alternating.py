@@ -10,6 +10,7 @@ import argparse
 import datetime
 import json
 import os
+import random
 import shlex
 import statistics
 import sys
@@ -29,10 +30,13 @@ WARM_ROUNDS = 3
 
 
 def samples(functions: dict[str, Callable], rounds: int, inner: int = 1, warm: int = WARM_ROUNDS) -> dict[str, list[float]]:
-    """Microseconds per call of each function, one figure for each of ``rounds`` rounds of ``inner`` calls, after ``warm`` rounds that do not count."""
+    """Microseconds per call of each function, one figure for each of ``rounds`` rounds of ``inner`` calls, after ``warm`` rounds that do not count.
+    Each round goes through them in an order of its own: what a function finds in the caches is what the one before it left there."""
     times: dict[str, list[float]] = {name: [] for name in functions}
+    order, shuffle = list(functions.items()), random.Random(0).shuffle
     for i in range(rounds + warm):
-        for name, function in functions.items():
+        shuffle(order)
+        for name, function in order:
             start = time.perf_counter()
             for _ in range(inner):
                 function()

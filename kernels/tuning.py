@@ -183,7 +183,7 @@ def attention_tile(dim: int, itemsize: int, masked: bool, causal: bool, arch: Ar
         if arch.name == "sm_90" and not (masked or causal):
             queries, keys, warps, stages = 64, 64, 4, 3  # measured on an H100: 512 TFLOP/s, the above 446
     else:
-        queries, keys, warps, stages = (128, 32, 8, 2) if arch.name == "sm_90" and not masked and whole else (64, 32, 8, 2) if large else (64, 16, 8, 2)
+        queries, keys, warps, stages = (128, 32, 8, 2) if arch.name == "sm_90" and whole and not (masked or causal) else (64, 32, 8, 2) if large else (64, 16, 8, 2)
     return AttentionTile(queries, keys, padded, warps, stages, "ieee")
 
 

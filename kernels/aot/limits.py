@@ -28,12 +28,17 @@ class Waiver(NamedTuple):
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 WAIVERS = (
-    Waiver(r"(joint_)?attention.* f32.*", 1000, "float32: three TF32 products keep both halves of a block of queries in registers; these are the smallest tiles", NVIDIA),
-    Waiver(r"attention(_backward)? (20|100) bf16", 1112, "rows that start anywhere are read element by element, each with an address of its own; the tile must not "
+    Waiver(r"(joint_)?attention.* f32.*", 4048, "float32: three TF32 products keep both halves of a block of queries in registers; worst beside a mask "
+           "where heads have more than 128 channels"),
+    Waiver(r"attention (384|512) bf16 (bool|additive|pattern)", 56, "blocks of 512 channels beside the numbers of a mask"),
+    Waiver(r"joint_attention 256 bf16", 56, "the tile is chosen for one segment; no model has joint heads of more than 128 channels", ("sm_90",)),
+    Waiver(r"layer_norm (8191|16383) .*", 40, "rows of more than 4096 channels, read element by element: no model has such", NVIDIA),
+    Waiver(r"layer_norm_backward 8191 .*", 256, "rows of more than 4096 channels, read element by element, with two sums beside them: no model has such", NVIDIA),
+    Waiver(r"attention(_backward)? (20|100) bf16|layout of attention 64: (reversed|step two)", 1112, "rows that start anywhere are read element by element, each with an address of its own; the tile must not "
            "follow the layout, as equal values in another would give other bits", NVIDIA),
-    Waiver(r"(adaln_modulate|gate_residual_adaln)( .*| dual.*)? 16383 .*|adaln_modulate float32 modulation 16384 bf16", 2600, "rows of more than 8192 channels, "
+    Waiver(r"(adaln_modulate|gate_residual_adaln).* 16383 .*|adaln_modulate float32 modulation 16384 bf16", 1072, "rows of more than 8192 channels, "
            "read element by element: no model has such; a multiprocessor's registers do not hold them", NVIDIA),
-    Waiver(r"attention(_varlen)?_backward 128 bf16", 24, "the tile without a spill is a tenth slower (benchmarks/results/gpu-gradient-tiles.json)", ("sm_90",), ("3.6",)),
+    Waiver(r"attention(_varlen)?_backward 128 (bf16|f16)", 24, "the tile without a spill is a tenth slower (benchmarks/results/gpu-gradient-tiles.json)", ("sm_90",), ("3.6",)),
 )
 
 # Kernels that read or write some of their numbers less than 16 bytes at a time where rows are aligned: loads and stores of so many bytes, and why
@@ -43,6 +48,7 @@ NARROW: dict[str, tuple[set[int], set[int], str]] = {
     "norm_backward_kernel": ({2, 4, 8}, {4, 8}, f"weights of short rows; {_SUMS}"),
     "norm_kernel": ({2, 4, 8}, set(), "weights of short rows, which every row of a program shares"),
     "qk_norm_rope_backward_kernel": ({2, 4, 8}, {4, 8}, f"weights; {_SUMS}"),
+    "qk_norm_rope_kernel": ({2, 4, 8}, set(), "weights of short rows, which every row of a program shares"),
     "column_sums_kernel": (set(), {2, 4}, "one value for each column: it reads the partial sums of 32 columns 16 bytes at a time"),
     "attention_kernel": ({1, 2, 4, 8}, {8}, "a mask's values and a pattern's words lie as the matrix instructions want them; norm weights; bounds of packed "
                          "sequences; heads of 16 channels; what the softmax leaves to the gradients"),
@@ -61,7 +67,7 @@ NARROW: dict[str, tuple[set[int], set[int], str]] = {
 }
 LISTS = ("pattern_tiles_kernel",)  # which read nothing else
 # Rows, or runs, of fewer elements than 16 bytes for each thread; and layouts that are there for the order of the sums
-SHORT_ROWS = r".* 16 (bf16|f32).*|group_norm_silu pixels 256 .*|group_norm_silu(_backward)? 512 .*|layout of .*"
+SHORT_ROWS = r".* 16 (bf16|f32).*|attention_(varlen_)?backward 32 f32.*|group_norm_silu pixels 256 .*|group_norm_silu(_backward)? 512 .*|layout of .*"
 
 
 def spills_waived(one: Compiled) -> bool:

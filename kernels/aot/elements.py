@@ -11,6 +11,7 @@ from fusewire.kernels.gated_mlp import triton_kernel as gated_mlp
 from fusewire.kernels.group_norm_silu import triton_kernel as group_norm_silu
 from fusewire.kernels.linear import triton_kernel as linear
 from fusewire.kernels.norm import triton_kernel as norm
+from fusewire.kernels.norm import triton_response as response
 from fusewire.kernels.sampler_step import triton_kernel as sampler_step
 
 MOST = 16384  # from there on no size chooses another tile
@@ -75,6 +76,38 @@ def _(_, dtype):
     norm.layer_norm_2d(x, None, None, 1e-6, False)
     norm.layer_norm_2d_backward(x, x, None, 1e-6, True, False, False)
     norm.layer_norm_2d_backward(x, x, w, 1e-6, False, True, True)
+
+
+def _response(dtype, channels: int, height: int, width: int, first: bool = False) -> None:
+    """Both directions; ``first``: what is read lies with its channels first."""
+    x, w = meta(2, height, width, channels, dtype=dtype), meta(channels, dtype=dtype)
+    y = meta(2, channels, height, width, dtype=dtype).permute(0, 2, 3, 1) if first else x
+    response.global_response_norm(y, w, w, 1e-6)
+    response.global_response_norm_backward(x, y, w, 1e-6, True)
+
+
+for _format in ("", " channels first"):
+    @cases(f"global_response_norm {{}} {{}}{_format}", (320, 6144, 63, 40))
+    def _(channels, dtype, first=bool(_format)):
+        side = {320: 16, 40: 15}.get(channels, 24)
+        _response(dtype, channels, side, side, first)
+
+
+@cases("global_response_norm channels {} {}", (16, 32, 64, 128, 256, 512, 1024, 2048, 16384), most=MOST)
+def _(channels, dtype):
+    _response(dtype, channels, 24, 24)
+
+
+@cases("global_response_norm pixels {} {}", (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192), most=MOST)
+def _(pixels, dtype):
+    _response(dtype, 320, pixels, 1)
+
+
+@cases("global_response_norm cropped 320 {1}")
+def _(_, dtype):
+    x, w = meta(2, 32, 64, 320, dtype=dtype)[:, :, :32], meta(320, dtype=dtype)
+    response.global_response_norm(x, w, w, 1e-6)
+    response.global_response_norm_backward(x, x, w, 1e-6, True)
 
 
 @cases("geglu {} {}", (5120, 10240, 63, 100, 250, 500, 2039), most=MOST)

@@ -62,6 +62,10 @@ NARROW: dict[str, tuple[set[int], set[int], str]] = {
     "group_norm_dx_kernel": ({2, 4}, set(), "a group's parts and means, a channel's parameters"),
     "layer_norm_2d_kernel": ({2, 4}, set(), "a channel's weight and bias, for pixels that lie side by side"),
     "layer_norm_2d_backward_kernel": ({2, 4}, {4}, "a channel's weight, for pixels that lie side by side; its two sums"),
+    "response_sums_kernel": (set(), {4}, "a part's sums, one for each channel"),
+    "response_means_kernel": ({2, 4, 8}, {4, 8}, "channels' weights, norms and sums, few for a thread"),
+    "response_apply_kernel": ({2, 4, 8}, set(), "channels' norms, sums and parameters, which every pixel of a program shares"),
+    "response_affine_kernel": ({4, 8}, {2, 4}, "samples' scales, channels' sums and gradients: one value for a thread"),
     "flow_euler_kernel": ({4, 8}, set(), "a step's scalars"),
     "solver_kernel": ({4, 8}, set(), "a step's scalars"),
 }

@@ -25,7 +25,7 @@ from fusewire.kernels.attention.hopper_limits import DIMS  # noqa: E402
 from fusewire.kernels.triton_launch import launches_go_to  # noqa: E402
 
 ROOMS = Path(tuning.__file__).parent
-TILE = ("BLOCK", "ROWS", "LEVELS", "ALIGNED", "BLOCK_M", "BLOCK_N", "BLOCK_D", "PIXELS", "PIXEL_LEVELS", "PRECISION", "num_warps", "num_stages", "maxnreg")
+TILE = ("BLOCK", "ROWS", "LEVELS", "BLOCK_LEVELS", "ALIGNED", "BLOCK_M", "BLOCK_N", "BLOCK_D", "PIXELS", "PIXEL_LEVELS", "PRECISION", "num_warps", "num_stages", "maxnreg")
 SIZES = ("DIM", "PARTS", "COLUMNS", "TILES")  # given by the tensors
 TYPES = ("GATED", "SUM", "GATED2", "SCALED", "SCALED2", "PRODUCT", "Q_NORMED", "K_NORMED")  # given by the tensors' dtypes
 BOTH, THREE = {False, True}, {0, 1, 2}

@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= $(VENV)/bin/python
 SYSTEM_PYTHON ?= python3
 STAMP = $(VENV)/.installed
+OLDEST = build/triton-oldest
 
 .PHONY: demo test test-all sanitize sanitize-ci lib wheel clean kernels-compiled bug-classes mutation cases compatibility own-suites
 demo: $(STAMP)
@@ -40,10 +41,16 @@ sanitize-ci:
 	$(MAKE) sanitize SANITIZED=build/sanitize-ci SANITIZERS=address,signed-integer-overflow,shift,bounds,integer-divide-by-zero \
 	  SANITIZED_TESTS="(strided_input or empty) and not triton and not isa and not cuda"
 
-# What the Triton and the CUDA kernels compile to, without a GPU (a few minutes on two cores; nvcc is needed).
-kernels-compiled: $(STAMP)
-	env -u TRITON_INTERPRET $(PYTHON) -m fusewire.kernels.compiled --write docs/kernels-compiled.md
+# What the Triton and the CUDA kernels compile to, without a GPU: by the pinned Triton and by the oldest that pyproject.toml allows (two hours on two
+# cores; it can be interrupted, and goes on where it was; nvcc is needed).
+kernels-compiled: $(STAMP) $(OLDEST)/.installed
+	env -u TRITON_INTERPRET $(PYTHON) -m fusewire.kernels.compiled --keep build/compiled --oldest $(OLDEST) --write docs/kernels-compiled.md
 	$(PYTHON) -m fusewire.kernels.compiled_cuda --write docs/kernels-compiled.md
+
+$(OLDEST)/.installed: pyproject.toml | $(STAMP)
+	rm -rf $(OLDEST)
+	$(PYTHON) -m pip install -q --target $(OLDEST) --no-deps "triton==$(shell sed -n 's/.*"triton>=\([0-9.]*\)".*/\1/p' pyproject.toml)"
+	touch $@
 
 # Which test looks for which known failure of such kernels, in which op: runs those tests that are new (ARGUMENTS=--again: all of them, ten minutes).
 bug-classes: $(STAMP)

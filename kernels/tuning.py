@@ -41,6 +41,12 @@ def power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def all_registers(warps: int, arch: Arch) -> dict[str, int]:
+    """Triton's option for a kernel whose programs may have all of a multiprocessor's 65,536 registers: ptxas would rather spill a few bytes than have room for
+    a program less, until it is told."""
+    return {"maxnreg": min(65536 // (32 * warps), 255)} if arch.kind == "cuda" else {}
+
+
 class RowTile(NamedTuple):
     """``rows`` rows of ``block`` columns in one program of ``warps`` warps."""
 
@@ -153,6 +159,7 @@ class AttentionTile(NamedTuple):
 def attention_tile(dim: int, itemsize: int, masked: bool, causal: bool, arch: Arch) -> AttentionTile:
     """``dim``: the head dimension; ``itemsize``: bytes of an element. The key blocks in flight and the queries must fit into shared memory."""
     padded = max(power_of_2(dim), 16)
+    whole = dim == padded  # what is beyond is masked, which takes registers
     large = arch.shared >= 160 * KIB
     hopper = arch.kind == "cuda" and arch.shared >= 227 * KIB  # wgmma reads its operands from shared memory: more registers are left
     if itemsize == 4:
@@ -161,7 +168,7 @@ def attention_tile(dim: int, itemsize: int, masked: bool, causal: bool, arch: Ar
         warps, stages = 8, 2 if large and padded <= 128 else 1
         return AttentionTile(queries, keys, padded, warps, stages, "ieee" if arch.kind == "hip" else "tf32x3")
     if padded > 256:
-        queries, keys, warps, stages = (32, 32, 8, 2) if large else (32, 16, 8, 1)
+        queries, keys, warps, stages = (32, 32, 8, 1 if arch.name == "sm_90" and masked else 2) if large else (32, 16, 8, 1)
     elif arch.kind == "hip":
         queries, keys, warps, stages = (128, 64, 4, 1) if padded <= 64 else (64, 32, 4, 1)
     elif padded <= 64:
@@ -172,11 +179,11 @@ def attention_tile(dim: int, itemsize: int, masked: bool, causal: bool, arch: Ar
     elif padded <= 128:
         queries, keys, warps, stages = (64, 32, 8, 3) if large else (64, 32, 4, 2)
         if large and (hopper or not (masked or causal)):
-            queries, keys, warps, stages = (128, 32 if masked else 64, 8, 3)
+            queries, keys, warps, stages = (128, 32 if masked or not (hopper or whole) else 64, 8, 3)
         if arch.name == "sm_90" and not (masked or causal):
             queries, keys, warps, stages = 64, 64, 4, 3  # measured on an H100: 512 TFLOP/s, the above 446
     else:
-        queries, keys, warps, stages = (128, 32, 8, 2) if arch.name == "sm_90" and not masked else (64, 32, 8, 2) if large else (64, 16, 8, 2)
+        queries, keys, warps, stages = (128, 32, 8, 2) if arch.name == "sm_90" and whole and not (masked or causal) else (64, 32, 8, 2) if large else (64, 16, 8, 2)
     return AttentionTile(queries, keys, padded, warps, stages, "ieee")
 
 

@@ -15,7 +15,7 @@ from fusewire.kernels.adaln.backward_calls import MODULATIONS, ROWWISE, VECTORS,
 from fusewire.kernels.triton_base import inner_contiguous, load_rows, narrow, over_tokens, strided
 from fusewire.kernels.triton_launch import arch_of, launch
 from fusewire.kernels.triton_sums import add_up, sum_of_rows
-from fusewire.kernels.tuning import Arch, RowTile, aligned, cdiv, row_tile
+from fusewire.kernels.tuning import Arch, RowTile, aligned, all_registers, cdiv, row_tile
 
 PARTS = 256  # of a sample's tokens: one program and one row of partial sums each
 
@@ -131,11 +131,11 @@ def adaln_backward_kernel(
 
 
 def _tile(channels: int, sums: int, arch: Arch) -> RowTile:
-    """8 elements a thread for short rows, 16 for long ones, 32 where there are at most three sums (an H200: a third of the time less with a gate), 8 again
-    where each has an address of its own: the sums leave no more registers."""
+    """8 elements a thread for short rows, 16 for long ones, 32 where there are at most three sums (an H200: a third of the time less with a gate), half of
+    the former where each has an address of its own: the sums leave no more registers."""
     block, rows, warps = row_tile(channels, arch)
     if rows > 1:
-        return RowTile(block, rows // 2, warps)
+        return RowTile(block, rows // 2, 2 * warps if channels % 16 else warps)
     return RowTile(block, rows, min(2 * warps, 16) if channels % 16 else warps if sums > 3 else max(warps // 2, 1))
 
 
@@ -143,7 +143,9 @@ def _backward(wanted: int, norm: int, eps: float, grad, grad1, grad2, arguments:
     """As ``calls`` says."""
     like = next(iter(arguments.values()))
     batch, tokens, channels = like.shape
-    tile = _tile(channels, sum(tensor is not None for name, tensor in arguments.items() if name not in ROWWISE), arch_of(like.device))
+    arch = arch_of(like.device)
+    tile = _tile(channels, sum(tensor is not None for name, tensor in arguments.items() if name not in ROWWISE), arch)
+    registers = all_registers(tile.warps, arch) if tile.block <= 1024 else {}
     asked = {name: tensor for i, (name, tensor) in enumerate(arguments.items()) if tensor is not None and wanted >> i & 1}
     if not asked:
         return tuple(like.new_empty(0) for _ in arguments)
@@ -165,7 +167,7 @@ def _backward(wanted: int, norm: int, eps: float, grad, grad1, grad2, arguments:
         *map(written.get, (*ROWWISE, *MODULATIONS, *VECTORS)), tokens, parts, steps, channels, eps, 0,
         NORM=norm, SUMMED=sum(1 << i for i, name in enumerate((*MODULATIONS, *VECTORS)) if name in partial), ROWS=tile.rows,
         LEVELS=tile.rows.bit_length() - 1, BLOCK=tile.block,
-        ALIGNED=aligned(channels, [like.dtype], [like.dtype]), num_warps=tile.warps, num_stages=1, enable_fp_fusion=False)
+        ALIGNED=aligned(channels, [like.dtype], [like.dtype]), num_warps=tile.warps, num_stages=1, enable_fp_fusion=False, **registers)
     add_up([(sums.view(1, batch * parts, channels), found[name]) for name, sums in partial.items() if name in VECTORS])
     add_up([(sums, found[name]) for name, sums in partial.items() if name in MODULATIONS])
     return tuple(found[name] if name in found else like.new_empty(0) for name in arguments)

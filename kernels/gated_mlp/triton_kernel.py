@@ -139,8 +139,8 @@ def _backward(activation: int, grad, x, gate, bias, gate_first: bool, of_bias: b
     chunks = cdiv(rows, steps)
     sums = x.new_empty((chunks, width if hidden is None else 2 * width), dtype=torch.float32) if of_bias else None
     block, warps = flat_tile(width, arch_of(x.device))
-    if hidden is None and of_bias:
-        warps *= 2  # with 8 elements a thread ptxas spills 8 bytes of a float32 row for sm_100, of 40 registers
+    if of_bias and (hidden is None or width % 16):
+        warps *= 2  # with 8 elements a thread ptxas spills 8 bytes of a float32 row for sm_100, of 40 registers, and of one that is read element by element
     blocks = cdiv(width, block)
     grad = as_tokens(grad)
     launch(gated_backward_kernel, chunks * blocks, x, *strided(grad, 3), *strided(hidden, 3), *strided(gate_rows, 3), *strided(biases[0], 1),

@@ -15,7 +15,7 @@ from fusewire.kernels.group_norm_silu.reference import over_pixels, suggest_memo
 from fusewire.kernels.rounding import promoted
 from fusewire.kernels.triton_base import fused, narrow, strided
 from fusewire.kernels.triton_launch import arch_of, launch
-from fusewire.kernels.tuning import cdiv, group_tile, power_of_2
+from fusewire.kernels.tuning import all_registers, cdiv, group_tile, power_of_2
 
 
 @triton.jit
@@ -264,7 +264,7 @@ def group_norm_silu_backward(grad, x, groups: int, weight, bias, eps: float, shi
     sums = x.new_empty((programs, p.batch, p.channels, 3), dtype=torch.float32)
     launch(group_norm_sums_kernel, programs * p.batch * p.channels, x, *given, sums, *p.sizes, tile.steps, programs, eps, 0, SILU=silu,
            PARTS=power_of_2(p.part_count), BLOCK=tile.block, ALIGNED=p.planes and p.pixels % 16 == 0,
-           **(p.options | dict(num_warps=tile.warps)))
+           **(p.options | dict(num_warps=tile.warps)), **all_registers(tile.warps, arch_of(x.device)))
     of_h, of_factor, of_xhat = sums.sum(0).unbind(-1)  # [B, C] each
     one_scale = 1.0 if scale is None else 1.0 + over_pixels(scale, x).float().flatten(1)
     wide_weight = 1.0 if weight is None else weight.float()

@@ -14,7 +14,7 @@ from fusewire.kernels.norm.reference import rms_dtype
 from fusewire.kernels.norm.triton_picture import layer_norm_2d, layer_norm_2d_backward  # noqa: F401 (the rows look for their launchers here)
 from fusewire.kernels.triton_base import as_tokens, inner_contiguous, load_rows, narrow, strided
 from fusewire.kernels.triton_launch import arch_of, launch
-from fusewire.kernels.tuning import aligned, cdiv, row_tile
+from fusewire.kernels.tuning import aligned, all_registers, cdiv, row_tile
 
 PROGRAMS = 512  # of the backward: one row of sums each
 
@@ -90,9 +90,10 @@ def _norm(x, weight, bias, eps: float, rms: bool, out) -> torch.Tensor:
     x, weight, bias = inner_contiguous(as_tokens(x)), inner_contiguous(weight), inner_contiguous(bias)
     rows = x.shape[0] * x.shape[1]
     read = [tensor.dtype for tensor in (x, weight, bias) if tensor is not None]
+    vectors = aligned(channels, read, [out.dtype])
     launch(norm_kernel, cdiv(rows, tile.rows) if channels else 0, x, *strided(x, 3), *strided(weight, 1), *strided(bias, 1), out, rows, x.shape[1],
-           channels, eps, 0, RMS=rms, ROWS=tile.rows, BLOCK=tile.block, ALIGNED=aligned(channels, read, [out.dtype]),
-           num_warps=tile.warps, num_stages=1, enable_fp_fusion=False)
+           channels, eps, 0, RMS=rms, ROWS=tile.rows, BLOCK=tile.block, ALIGNED=vectors,
+           num_warps=tile.warps, num_stages=1, enable_fp_fusion=False, **(all_registers(tile.warps, arch_of(x.device)) if vectors and tile.warps == 16 else {}))
     return out
 
 

@@ -15,7 +15,7 @@ from fusewire.kernels.norm.reference import picture_layout
 from fusewire.kernels.triton_base import narrow, strided
 from fusewire.kernels.triton_launch import arch_of, launch
 from fusewire.kernels.triton_sums import add_up, sum_of_rows
-from fusewire.kernels.tuning import PictureTile, cdiv, picture_tile
+from fusewire.kernels.tuning import PictureTile, all_registers, cdiv, picture_tile
 
 
 @triton.jit
@@ -161,7 +161,8 @@ def layer_norm_2d_backward(grad, x, weight, eps: float, of_x: bool, of_weight: b
     sums = x.new_empty((1, batch * tiles, 2 * channels), dtype=torch.float32) if of_weight or of_bias else None
     launch(layer_norm_2d_backward_kernel, batch * tiles if channels else 0, x, *picture(grad), *picture(x), *strided(weight, 1), *_result(dx), sums,
            height * width, width, tiles, channels, eps, MERGED=merged(x), GRAD_MERGED=merged(grad), ROWS=rows, LEVELS=rows.bit_length() - 1,
-           PIXELS=pixels, PIXEL_LEVELS=pixels.bit_length() - 1, num_warps=warps, num_stages=1, enable_fp_fusion=False)
+           PIXELS=pixels, PIXEL_LEVELS=pixels.bit_length() - 1, num_warps=warps, num_stages=1, enable_fp_fusion=False,
+           **(all_registers(warps, arch_of(x.device)) if warps == 16 else {}))
     dx = x.new_empty(0) if dx is None else dx
     if sums is None:
         return dx, x.new_empty(0), x.new_empty(0)

@@ -38,7 +38,7 @@ def _norm_rope(
 
     b_x = tl.load(x + (i_b * x_b + i_t * x_t + i_h * x_h)[:, None] + o_d.to(tl.int64)[None, :] * x_d, mask=mask, other=0.0).to(tl.float32)
     if ROOT == 1:
-        b_x *= tl.load(rstd + i_row, mask=m_row, other=0.0)[:, None]
+        b_x *= tl.load(rstd + i_row.to(tl.int64), mask=m_row, other=0.0)[:, None]
     if ROOT == 2:
         b_x *= tl.rsqrt(tl.sum(b_x * b_x, 1) / dim + eps)[:, None]
     if EXACT:

@@ -153,8 +153,8 @@ def test_no_program_and_too_many(kernel):
 
 def test_every_launcher_names_its_constants():
     """What follows the arguments given by place is given by name: only so can a launch be repeated without asking Triton. They can be looked up, too."""
-    from fusewire.kernels.compiled import written_in_gluon
-    from fusewire.kernels.compiled_cases import CASES
+    from fusewire.kernels.aot.report import written_in_gluon
+    from fusewire.kernels.aot.cases import CASES
 
     seen = set()
 

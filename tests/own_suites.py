@@ -101,7 +101,7 @@ def stand_ins(folder: Path) -> None:
     for name, parts in (("hf-internal-testing/tiny-random-clip", {"": (clip,)}), ("hf-internal-testing/tiny-random-t5", {"": (t5, encoder)}),
                         ("peft-internal-testing/tiny-clip-text-2", {"": (clip, text)}), ("hf-internal-testing/tiny-sd3-text_encoder", {"": (text,)}),
                         ("hf-internal-testing/tiny-sd3-text_encoder-2", {"": (text,)}),
-                        ("hf-internal-testing/tiny-random-DPTForDepthEstimation", {"": (DPTImageProcessor(),)}),
+                        ("hf-internal-testing/tiny-random-DPTForDepthEstimation", {"": (DPTImageProcessor(size=dict(height=32, width=32)),)}),
                         ("diffusers/consistency-models-test", {"test_unet": (UNet2DModel(**unet),),
                                                                "test_unet_class_cond": (UNet2DModel(**unet, num_class_embeds=1000),)})):
         repository = folder / "hub" / f"models--{name.replace('/', '--')}"

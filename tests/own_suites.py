@@ -5,7 +5,7 @@
 SUITE is a folder with the ``tests`` folder of either project. Every model and scheduler that a test makes is swapped as soon as it has been made or
 loaded; what does not pass then is run stock. A test that passes stock alone is an error of ours. Outcomes are kept in FILE as they come and a test that
 has one is not run again, so that a run can be interrupted, or be cut by ``--seconds``, and go on; delete FILE to begin anew. diffusers' tests need the
-packages parameterized, requests-mock and torchsde.
+packages parameterized, requests-mock and torchsde, transformers' parameterized and httpx.
 """
 
 from __future__ import annotations

@@ -84,5 +84,5 @@ compatibility: $(STAMP)
 # The test suites of diffusers and transformers with everything swapped: TESTS is a folder with the tests folder of either, SOURCE says which version
 # it is. Two hours on two cores; it can be interrupted, and goes on where it was.
 own-suites: $(STAMP)
-	$(PYTHON) -m pip install -q parameterized requests-mock torchsde
+	$(PYTHON) -m pip install -q parameterized requests-mock torchsde httpx
 	$(PYTHON) tests/own_suites.py $(TESTS) --source "$(SOURCE)" --write docs/own-suites.md

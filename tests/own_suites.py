@@ -5,7 +5,7 @@
 SUITE is a folder with the ``tests`` folder of either project. Every model and scheduler that a test makes is swapped as soon as it has been made or
 loaded; what does not pass then is run stock. A test that passes stock alone is an error of ours. Outcomes are kept in FILE as they come and a test that
 has one is not run again, so that a run can be interrupted, or be cut by ``--seconds``, and go on; delete FILE to begin anew. diffusers' tests need the
-packages parameterized, requests-mock and torchsde.
+packages parameterized, requests-mock and torchsde, transformers' parameterized and httpx.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def stand_ins(folder: Path) -> None:
     for name, parts in (("hf-internal-testing/tiny-random-clip", {"": (clip,)}), ("hf-internal-testing/tiny-random-t5", {"": (t5, encoder)}),
                         ("peft-internal-testing/tiny-clip-text-2", {"": (clip, text)}), ("hf-internal-testing/tiny-sd3-text_encoder", {"": (text,)}),
                         ("hf-internal-testing/tiny-sd3-text_encoder-2", {"": (text,)}),
-                        ("hf-internal-testing/tiny-random-DPTForDepthEstimation", {"": (DPTImageProcessor(),)}),
+                        ("hf-internal-testing/tiny-random-DPTForDepthEstimation", {"": (DPTImageProcessor(size=dict(height=32, width=32)),)}),
                         ("diffusers/consistency-models-test", {"test_unet": (UNet2DModel(**unet),),
                                                                "test_unet_class_cond": (UNet2DModel(**unet, num_class_embeds=1000),)})):
         repository = folder / "hub" / f"models--{name.replace('/', '--')}"

@@ -7,7 +7,9 @@ own specialisation. The cases are in aot/, what must not be in aot/limits.py. ``
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
+import inspect
 import json
 import os
 import subprocess
@@ -57,13 +59,29 @@ def _described(value, constant: bool, specialised: bool) -> str:
     return f"int{32 if -2**31 <= value < 2**31 else 64}" + (f" {value == 1} {value % 16 == 0}" if specialised else "")
 
 
+@functools.cache
+def _source(kernel) -> str:
+    """Of the kernel and of what it calls, with the constants that these name. (Triton's own hash of a kernel depends on which was asked for first.)"""
+    found, waiting = {}, [kernel]
+    while waiting:
+        function = waiting.pop().fn
+        found[function.__qualname__, function.__module__] = inspect.getsource(function)
+        for name in function.__code__.co_names:  # of attributes, too
+            value = function.__globals__.get(name)
+            if type(value).__name__ == "constexpr":
+                found[name, function.__module__] = str(value)
+            elif hasattr(value, "fn") and (value.fn.__qualname__, value.fn.__module__) not in found:
+                waiting.append(value)
+    return str(sorted(found.items()))
+
+
 def digest(target: str, kernel, args, options: dict) -> str:
     """Of all that the report of a launch depends on: Triton's version, the kernel's source and what it calls, what it is specialised by, how it is
     read."""
     import triton
 
     given = [_described(value, parameter.is_constexpr, not parameter.do_not_specialize) for parameter, value in zip(kernel.params, args)]
-    parts = [triton.__version__, target, kernel.cache_key, *given, *(f"{name}={value}" for name, value in options.items())]
+    parts = [triton.__version__, target, _source(kernel), *given, *(f"{name}={value}" for name, value in options.items())]
     return hashlib.sha256("\n".join(parts).encode() + Path(reading.__file__).read_bytes()).hexdigest()
 
 

@@ -52,8 +52,9 @@ def test_memory_of_each_side_in_a_process_of_its_own(tmp_path):
 
 def test_turns(alternating):
     order = []
-    times = alternating.samples({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, inner=2, warm=1)
-    assert order == list("aabb") * 3 and all(len(taken) == 2 for taken in times.values())
+    times = alternating.samples({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=20, inner=2, warm=1)
+    rounds = ["".join(order[i:i + 4]) for i in range(0, len(order), 4)]
+    assert len(rounds) == 21 and set(rounds) == {"aabb", "bbaa"} and all(len(taken) == 20 for taken in times.values())
 
 
 def test_a_row_is_about_one_backend(alternating):

@@ -113,15 +113,19 @@ def page(reports: list[Compiled]) -> list[str]:
                       "| case | kernel | warps | stages | registers | spills | shared | loads | stores | matrix instructions |", "|---" * 10 + "|"]
         lines.append(f"| {case} {row}")
     for version in older:
-        lines += ["", f"## Triton {version}, where it differs", "",
-                  f"In spills, in registers by more than a tenth, in shared memory, or in the widths of its accesses; not: what {newest} has.", "",
-                  "| case | target | kernel | |", "|---|---|---|---|"]
-        before, seen = _kernels(versions[version]), set()
+        before, seen, rows, counts = _kernels(versions[version]), set(), [], dict.fromkeys(("spilled", "registers", "shared", "loads", "stores"), 0)
         for (case, kernel, number), ones in _kernels(versions[newest]).items():
+            found = []
             for new in ones:
                 old = next((one for one in before.get((case, kernel, number), ()) if one.target == new.target), None)
                 what = "; ".join(_differences(new, old)) if old else "not compiled"
                 if what and not case.startswith("layout of") and (kernel not in HELPERS or (kernel, new.target, what) not in seen):
                     seen.add((kernel, new.target, what))
-                    lines.append(f"| {case} | {new.target} | {kernel} | {what} |")
+                    found.append(f"{new.target}: {what}")
+                    counts = {name: count + (name in what) for name, count in counts.items()}
+            if found:
+                rows.append(f"| {case} | {kernel} | {'. '.join(found)} |")
+        lines += ["", f"## Triton {version}, where it differs", "",
+                  f"In spills ({counts['spilled']} kernels), in registers by more than a tenth ({counts['registers']}), in shared memory ({counts['shared']}), or in the "
+                  f"widths of its loads ({counts['loads']}) and stores ({counts['stores']}); not: what {newest} has.", "", "| case | kernel | |", "|---|---|---|", *rows]
     return lines

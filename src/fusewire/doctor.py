@@ -23,7 +23,7 @@ SUPPORTED = {
     "diffusers": (">=0.40", "0.42.1", "swap, parity and profile of pipelines"),
     "transformers": (">=5.0", "5.23.0", "pipelines' text encoders"),
     "peft": ("", "0.21.2", "LoRA on a swapped pipeline"),
-    "triton": ("", "3.7.1", "Triton kernels on a GPU"),
+    "triton": (">=3.6.0", "3.7.1", "Triton kernels on a GPU"),
     "matplotlib": ("", "3.11.2", "fusewire demo's page"),
 }
 

@@ -35,6 +35,7 @@ def outcome(result="passed", fused=0, message=""):
     return dict(outcome=result, fused=fused, message=message)
 
 
+@pytest.mark.slow  # two runs of a suite, each in processes of its own
 def test_a_small_suite(tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_small.py").write_text(SUITE)

@@ -35,6 +35,7 @@ def test_result_file(tmp_path):
     assert len(found["rows"]) == 6 and all(row["exact"] > 0 and row["backend"] in ("cpu", "reference") for row in found["rows"])
 
 
+@pytest.mark.slow  # three processes
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_each_side_in_a_process_of_its_own(tmp_path):
     """Counted and resident memory are of one kind: a tiny model's call needs next to none of either beside what the process keeps."""

@@ -109,14 +109,12 @@ def picture_tile(pixels: int, run: int, itemsize: int, backward: bool, arch: Arc
 
 
 class ResponseTile(NamedTuple):
-    """``pixels`` pixels of ``channels`` channels in one program of ``warps`` warps; sums over a picture take ``steps`` such tiles one after another.
-    ``registers``: as in ``BackwardPart``."""
+    """``pixels`` pixels of ``channels`` channels in one program of ``warps`` warps; sums over a picture take ``steps`` such tiles one after another."""
 
     pixels: int
     channels: int
     warps: int
     steps: int
-    registers: int
 
 
 def response_tile(pixels: int, channels: int, arch: Arch) -> ResponseTile:
@@ -124,25 +122,24 @@ def response_tile(pixels: int, channels: int, arch: Arch) -> ResponseTile:
     block = min(max(power_of_2(channels), 16), 64)
     rows = 2048 // block
     steps = min(max(cdiv(pixels, rows) * cdiv(channels, block) // 512, 1), 64)
-    return ResponseTile(rows, block, 128 // arch.warp, steps, 255 if arch.kind == "cuda" else 0)
+    return ResponseTile(rows, block, 128 // arch.warp, steps)
 
 
 class PartsTile(NamedTuple):
-    """``parts`` rows of ``channels`` numbers at once in one program of ``warps`` warps. ``registers``: as in ``BackwardPart``."""
+    """``parts`` rows of ``channels`` numbers at once in one program of ``warps`` warps."""
 
     parts: int
     channels: int
     warps: int
-    registers: int
 
 
 def parts_tile(parts: int, channels: int, arch: Arch) -> PartsTile:
     """For the one program that adds up the ``parts`` of a sample and goes through all of its channels: 16 numbers a thread and, as it waits for each load,
-    as many at once as a program can hold, 32 a thread. Nothing else runs beside it: all registers are its own."""
+    as many at once as a program can hold, 32 a thread."""
     block = min(max(power_of_2(channels), 16), 2048)
     rows = min(power_of_2(parts), 16384 // block, 256)
     threads = min(max(rows * block // 16, arch.warp), 512)
-    return PartsTile(rows, block, threads // arch.warp, min(65536 // threads, 255) if arch.kind == "cuda" else 0)
+    return PartsTile(rows, block, threads // arch.warp)
 
 
 class AttentionTile(NamedTuple):

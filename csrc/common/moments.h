@@ -147,11 +147,10 @@ struct Moments { C pivot, offset, variance; };
 // Sums of x - pivot and of its squares, vector by vector: kSide of each side by side, to be taken in turn, which hides the latency of each.
 template <typename C>
 class PivotSums {
-  static constexpr int N = kLanes<C>;
+  static constexpr int N = kLanes<C>, kSide = 4;
   using V = lanes<C, N>;
 
  public:
-  static constexpr int kSide = 4;
   explicit FUSEWIRE_INLINE PivotSums(C pivot) : pivot_(pivot) {}
 
   FUSEWIRE_INLINE void take(int side, V value) {
@@ -159,14 +158,14 @@ class PivotSums {
     sum_[side] += d;
     square_[side] = fma<N, C>(d, d, square_[side]);
   }
-  // Whole vectors of a row that lies in memory.
-  template <typename X>
-  FUSEWIRE_INLINE void take_row(const X* x, int64_t n) {
+  // The whole vectors of a row, which `value(column)` gives.
+  template <typename Value>
+  FUSEWIRE_INLINE void take_row(int64_t n, const Value& value) {
     int64_t i = 0;
     for (; i + kSide * N <= n; i += kSide * N) {
-      for (int s = 0; s < kSide; ++s) take(s, load<N>(x + i + s * N));
+      for (int s = 0; s < kSide; ++s) take(s, value(Whole<N>{i + s * N}));
     }
-    for (; i + N <= n; i += N) take(0, load<N>(x + i));
+    for (; i + N <= n; i += N) take(0, value(Whole<N>{i}));
   }
   // The moments of x, whose whole vectors were taken. The variance may come out below zero.
   template <typename X>
@@ -188,60 +187,42 @@ class PivotSums {
   V sum_[kSide]{}, square_[kSide]{};
 };
 
-// The pivot is the mean of a row's first 16 elements: offset^2 is then about a sixteenth of the variance at every ISA level, and subtracting it costs
-// nothing. Where it is more than a standard deviation off, it would cost digits: then once more around the mean just found.
-constexpr int kPivotOf = 16;
-
-template <typename X>
-FUSEWIRE_INLINE Moments<compute_t<X>> settled(Moments<compute_t<X>> m, const X* x, int64_t n) {
+// The moments of a row that is being made: `value(column)` gives it, `make(column)` too, and writes it to x. The pivot is the mean of its first 16 elements:
+// offset^2 is then about a sixteenth of the variance at every ISA level, and subtracting it costs nothing. Where it is more than a standard deviation off,
+// it would cost digits: then once more around the mean just found.
+template <typename X, typename Value, typename Make>
+FUSEWIRE_INLINE Moments<compute_t<X>> moments_on_the_way(const X* x, int64_t n, const Value& value, const Make& make) {
   using C = compute_t<X>;
+  constexpr int N = kLanes<C>, kHead = 16;
+  static_assert(kHead % N == 0);
+  C pivot = 0;
+  if (n >= kHead) {
+    lanes<C, N> head{};
+    for (int i = 0; i < kHead; i += N) head += value(Whole<N>{i});
+    pivot = sum_of_lanes<N, C>(head) / static_cast<C>(kHead);
+  } else {
+    for_columns<N>(0, n, make);
+    for (int64_t i = 0; i < n; ++i) pivot += to_float(x[i]);
+    pivot /= static_cast<C>(n);
+  }
+  PivotSums<C> sums(pivot);
+  sums.take_row(n, make);
+  for_columns<N>(n / N * N, n, make);
+  Moments<C> m = sums.moments(x, n);
   if (m.offset * m.offset > m.variance) {
-    PivotSums<C> again(m.pivot + m.offset);
-    again.take_row(x, n);
+    PivotSums<C> again(pivot + m.offset);
+    again.take_row(n, [&](const auto& at) __attribute__((always_inline)) { return at.load(x); });
     m = again.moments(x, n);
   }
   if (m.variance < 0) m.variance = 0;  // NaN stays
   return m;
 }
 
+// The moments of a row of n > 0 that lies in memory.
 template <typename X>
 FUSEWIRE_INLINE Moments<compute_t<X>> pivot_moments(const X* x, int64_t n) {
-  using C = compute_t<X>;
-  constexpr int N = kLanes<C>;
-  static_assert(kPivotOf % N == 0);
-  C pivot = 0;
-  if (n >= kPivotOf) {
-    lanes<C, N> head{};
-    for (int i = 0; i < kPivotOf; i += N) head += load<N>(x + i);
-    pivot = sum_of_lanes<N, C>(head) / static_cast<C>(kPivotOf);
-  } else {
-    for (int64_t i = 0; i < n; ++i) pivot += to_float(x[i]);
-    pivot /= static_cast<C>(n);
-  }
-  PivotSums<C> sums(pivot);
-  sums.take_row(x, n);
-  return settled(sums.moments(x, n), x, n);
-}
-
-// The moments of a row that is being made, with the bits of pivot_moments: `value(column)` gives it, `make(column)` too, and writes it to x.
-template <typename X, typename Value, typename Make>
-FUSEWIRE_INLINE Moments<compute_t<X>> moments_on_the_way(const X* x, int64_t n, const Value& value, const Make& make) {
-  using C = compute_t<X>;
-  constexpr int N = kLanes<C>, kSide = PivotSums<C>::kSide;
-  if (n < kPivotOf) {
-    for_columns<N>(0, n, make);
-    return pivot_moments(x, n);
-  }
-  lanes<C, N> head{};
-  for (int i = 0; i < kPivotOf; i += N) head += value(Whole<N>{i});
-  PivotSums<C> sums(sum_of_lanes<N, C>(head) / static_cast<C>(kPivotOf));
-  int64_t i = 0;
-  for (; i + kSide * N <= n; i += kSide * N) {
-    for (int s = 0; s < kSide; ++s) sums.take(s, make(Whole<N>{i + s * N}));
-  }
-  for (; i + N <= n; i += N) sums.take(0, make(Whole<N>{i}));
-  if (i < n) make(Part<N>{i, n - i});
-  return settled(sums.moments(x, n), x, n);
+  const auto load = [&](const auto& at) __attribute__((always_inline)) { return at.load(x); };
+  return moments_on_the_way(x, n, load, load);
 }
 
 // The mean of the squares of a row of n > 0.

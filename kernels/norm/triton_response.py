@@ -15,7 +15,7 @@ from fusewire.kernels.norm.triton_picture import merged, picture, pixel_offsets
 from fusewire.kernels.rounding import promoted
 from fusewire.kernels.triton_base import narrow, strided
 from fusewire.kernels.triton_launch import arch_of, launch
-from fusewire.kernels.tuning import cdiv, parts_tile, response_tile
+from fusewire.kernels.tuning import all_registers, cdiv, parts_tile, response_tile
 
 AT_ONCE = 16  # samples that a program of the sums over the batch adds up in one step
 
@@ -164,28 +164,24 @@ def _pixels(x: torch.Tensor) -> tuple[int, int, torch.Tensor]:
     return x.shape[1] * x.shape[2], x.shape[2], x.permute(0, 3, 1, 2)
 
 
-def _limit(registers: int) -> dict[str, int]:
-    """Triton's option for that many registers of a thread at most."""
-    return {"maxnreg": registers} if registers else {}
-
-
 def _totals(grad: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """``response_means_kernel``'s totals and means; of forwards alone where there is neither a gradient nor a weight."""
     batch, channels = x.shape[0], x.shape[3]
     pixels, width, seen = _pixels(x)
     of_grad = None if grad is None else _pixels(grad)[2]
     kinds = 1 if grad is None else 3
-    tile = response_tile(pixels, channels, arch_of(x.device))
+    arch = arch_of(x.device)
+    tile = response_tile(pixels, channels, arch)
     parts, blocks = cdiv(pixels, tile.pixels * tile.steps), cdiv(channels, tile.channels)
     sums = x.new_empty((kinds, batch, parts, channels), dtype=torch.float32)
     launch(response_sums_kernel, batch * parts * blocks, x, *picture(seen), *(strided(None, 4) if grad is None else picture(of_grad)), sums, pixels, width,
            channels, parts, blocks, tile.steps, MERGED=merged(seen), GRAD_MERGED=grad is None or merged(of_grad), ROWS=tile.pixels,
-           LEVELS=tile.pixels.bit_length() - 1, BLOCK=tile.channels, num_warps=tile.warps, num_stages=1, enable_fp_fusion=False, **_limit(tile.registers))
-    at_once = parts_tile(parts, channels, arch_of(x.device))
+           LEVELS=tile.pixels.bit_length() - 1, BLOCK=tile.channels, num_warps=tile.warps, num_stages=1, enable_fp_fusion=False, **all_registers(tile.warps, arch))
+    at_once = parts_tile(parts, channels, arch)
     totals, means = x.new_empty((kinds, batch, channels), dtype=torch.float32), x.new_empty((2, batch), dtype=torch.float32)
     launch(response_means_kernel, batch if channels else 0, x, sums, *strided(weight, 1), totals, means, parts, channels, eps, ROWS=at_once.parts,
            LEVELS=at_once.parts.bit_length() - 1, BLOCK=at_once.channels, BLOCK_LEVELS=at_once.channels.bit_length() - 1, num_warps=at_once.warps,
-           num_stages=1, enable_fp_fusion=False, **_limit(at_once.registers))
+           num_stages=1, enable_fp_fusion=False, **all_registers(at_once.warps, arch))
     return totals, means
 
 

@@ -147,6 +147,8 @@ FAMILIES = {
     "PixArt": Family(stock_unet.pixart, _pixart_inputs, (*ATTENTION, "net.0.proj", "net.2", "proj_out"), "BasicTransformerBlock", _pixart_pipe,
                      _pixart_generate),
 }
-# Changes to a model that leave one block of each kind, for whole graphs: tracing takes as long as there are blocks.
-SMALL = {"SD3.5": dict(num_layers=2), "Flux.1": dict(num_layers=1, num_single_layers=1), "SD1.5": dict(mid_block_type=None),
-         "SDXL": dict(mid_block_type=None, transformer_layers_per_block=1), "DiT": dict(num_layers=1), "PixArt": dict(num_layers=1)}
+# Changes to a model that leave one block of each kind, for whole graphs: tracing takes as long as there are blocks. Of U-Nets that are traced with dynamic
+# shapes or shared out the middle block goes too: it is made of what the others are made of.
+SMALL = {"SD3.5": dict(num_layers=2), "Flux.1": dict(num_layers=1, num_single_layers=1), "SD1.5": {}, "SDXL": dict(transformer_layers_per_block=1),
+         "DiT": dict(num_layers=1), "PixArt": dict(num_layers=1)}
+SMALLEST = {family: small | (dict(mid_block_type=None) if family in ("SD1.5", "SDXL") else {}) for family, small in SMALL.items()}

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fusewire
-from tests.compat.families import FAMILIES, SMALL, call
+from tests.compat.families import FAMILIES, SMALLEST, call
 from tests.models import stock_flux
 
 RANKS = 2
@@ -27,7 +27,7 @@ BATCH = 4
 def example(family: str):
     """(model, inputs): the same ones in every process."""
     torch.manual_seed(0)
-    model = FAMILIES[family].model(torch.float32, **SMALL[family])
+    model = FAMILIES[family].model(torch.float32, **SMALLEST[family])
     return model, FAMILIES[family].inputs(batch=BATCH)
 
 

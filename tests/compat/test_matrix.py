@@ -14,7 +14,7 @@ from torch import nn
 
 import fusewire
 from fusewire import ops
-from tests.compat.families import FAMILIES, SMALL, call
+from tests.compat.families import FAMILIES, SMALL, SMALLEST, call
 from tests.models import stock_sd3
 from tests.tolerance import PIPELINE_FLOAT32
 
@@ -228,7 +228,7 @@ def test_compile_repeated_blocks(family, numerics):
 @column("two resolutions, no recompilation")
 @BOTH
 def test_two_resolutions(family, numerics):
-    model = FAMILIES[family].model(torch.float32, **SMALL[family])
+    model = FAMILIES[family].model(torch.float32, **SMALLEST[family])
     sizes = [FAMILIES[family].inputs(large=large) for large in (False, True, False)]
     want = [run(model, inputs) for inputs in sizes]
     with fusewire.swapped(model, numerics):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fusewire import ops
 from fusewire.kernels import dispatch
 from fusewire.kernels.norm import reference, triton_limits, triton_response
-from fusewire.kernels.tuning import PartsTile, ResponseTile, cuda_arch, hip_arch, parts_tile, response_tile
+from fusewire.kernels.tuning import PartsTile, ResponseTile, all_registers, cuda_arch, hip_arch, parts_tile, response_tile
 from tests.effort import examples
 from tests.kernels.interpreted import DTYPES, check_registered, in_triton, needs_interpreter, unchanged
 from tests.kernels.norm import response_cases
@@ -42,14 +42,18 @@ def from_stock(v: dict, grad: torch.Tensor, **keywords) -> dict[str, torch.Tenso
     return dict(zip(NAMES, (stock(v, **keywords), *response_cases.gradients(v, grad.to(v["x"].dtype), lambda v: stock(v, **keywords))), strict=True))
 
 
+def terms(v: dict, grad: torch.Tensor, **keywords) -> dict[str, torch.Tensor]:
+    """What the gradients of weight and bias are sums of, in float64."""
+    response = stock({"x": v["x"].double(), "weight": 1, "bias": 0}, **keywords) - v["x"].double()
+    return {"weight": (grad.double() * response).flatten(0, -2), "bias": grad.double().flatten(0, -2)}
+
+
 def keeps_the_rule(got: dict, v: dict, grad: torch.Tensor, **keywords) -> None:
     """Result and gradient of x by the rule of ``close``; sums over all pixels in proportion to their terms."""
-    want, plain = from_stock(wide(v), grad, **keywords), from_stock(v, grad, **keywords)
-    response = stock({"x": v["x"].double(), "weight": 1, "bias": 0}, **keywords) - v["x"].double()
-    terms = {"weight": (grad.double() * response).flatten(0, -2), "bias": grad.double().flatten(0, -2)}
+    want, plain, summed = from_stock(wide(v), grad, **keywords), from_stock(v, grad, **keywords), terms(v, grad, **keywords)
     for name in NAMES:
-        if name in terms:
-            assert_within(got[name], want[name], 4, name, plain[name], terms[name])
+        if name in summed:
+            assert_within(got[name], want[name], 4, name, plain[name], summed[name])
         else:
             assert_close(got[name], want[name], plain[name], name)
 
@@ -77,8 +81,8 @@ def test_values(shape, dtype, layout):
 def test_parts_of_several_steps(monkeypatch, steps, layout):
     """tail: as of large pictures: programs that walk over several tiles of pixels, the last ones over fewer, over several blocks of parts, of channels
     and of samples."""
-    monkeypatch.setattr(triton_response, "response_tile", lambda pixels, channels, arch: ResponseTile(8, 16, 1, steps, 0))
-    monkeypatch.setattr(triton_response, "parts_tile", lambda parts, channels, arch: PartsTile(2, 16, 1, 0))
+    monkeypatch.setattr(triton_response, "response_tile", lambda pixels, channels, arch: ResponseTile(8, 16, 1, steps))
+    monkeypatch.setattr(triton_response, "parts_tile", lambda parts, channels, arch: PartsTile(2, 16, 1))
     monkeypatch.setattr(triton_response, "AT_ONCE", 2)
     v, grad = inputs((3, 7, 11, 37)), torch.randn(3, 7, 11, 37)
     keeps_the_rule(in_both(v | {"x": layout(v["x"])}, layout(grad)), v, grad)
@@ -107,10 +111,9 @@ def test_property(batch, height, width, channels, dtype, eps, layouts, seed):
     v, grad = inputs(shape, dtype), torch.randn(shape).to(dtype)
     got, want, plain = in_both(v, grad, eps=eps), from_stock(wide(v), grad, eps=eps), from_stock(v, grad, eps=eps)
     again = in_both(v | {"x": layouts[0](v["x"])}, layouts[1](grad), eps=eps)
-    response = stock({"x": v["x"].double(), "weight": 1, "bias": 0}, eps) - v["x"].double()
-    terms = {"weight": (grad.double() * response).flatten(0, -2), "bias": grad.double().flatten(0, -2)}
+    summed = terms(v, grad, eps=eps)
     for name in NAMES:
-        assert_within(got[name], want[name], 8, name, plain[name], terms.get(name))
+        assert_within(got[name], want[name], 8, name, plain[name], summed.get(name))
         assert_exact(again[name], got[name], name)
 
 
@@ -272,4 +275,5 @@ def test_tiles(pixels, arch):
         at_once = parts_tile(parts, channels, arch)
         threads, held = at_once.warps * arch.warp, at_once.parts * at_once.channels
         assert held <= 32 * threads and threads <= 512 and at_once.parts <= 256 and 16 <= at_once.channels <= 2048 and threads % arch.warp == 0
-        assert at_once.registers * threads <= 65536 and (at_once.registers > 0) is (arch.kind == "cuda")
+        registers = all_registers(at_once.warps, arch)
+        assert registers.get("maxnreg", 0) * threads <= 65536 and bool(registers) is (arch.kind == "cuda")

@@ -28,7 +28,7 @@ def _random(model: torch.nn.Module) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * 0.1)
     return model.eval().requires_grad_(False)
 
 
@@ -46,7 +46,7 @@ def tiny_unet(numerics: str = "close") -> UNet:
 
 def conditioning(batch: int, dtype: torch.dtype, device) -> Conditioning:
     generator = torch.Generator().manual_seed(batch)
-    return Conditioning(*(torch.randn(shape, generator=generator).to(device, dtype) for shape in ((batch, 7, 32), (batch, 16))))
+    return Conditioning(*(torch.randn(shape, generator=generator, device="cpu").to(device, dtype) for shape in ((batch, 7, 32), (batch, 16))))
 
 
 def guided(unet: UNet, text: torch.Tensor):

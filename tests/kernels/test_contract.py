@@ -251,7 +251,7 @@ def test_vmap_of_an_op_that_writes():
     with pytest.raises(RuntimeError, match=r"fusewire.qk_norm_into\w*.default under vmap: q_out is one tensor for all samples; it should be batched"):
         torch.vmap(lambda q, k: (write(q, k, joint_q[0], joint_k[0]), q)[1])(q, k)
     with pytest.raises(ValueError, match=r"fusewire.rms_norm\w*.default is under a vmap over no samples"):
-        torch.vmap(ops.rms_norm)(torch.ones(0, 2, 8))
+        torch.vmap(lambda x: ops.rms_norm(x, numerics="close"))(torch.ones(0, 2, 8))
 
 
 def test_functionalisation_of_an_op_that_writes():

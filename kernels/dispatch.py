@@ -33,6 +33,9 @@ def recording() -> bool:
     return bool(torch.is_grad_enabled() or is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
 
 
+LAUNCHERS: dict[torch._ops.OpOverload, Callable] = {}  # a registered op of a row -> what it calls
+
+
 def launched(name: str, op: torch._ops.OpOverload, why_not: Callable[..., str], launch: Callable) -> Backend:
     """The row ``name`` of ``op``, where kernels are launched from Python: ``launch`` takes the op's arguments.
 
@@ -40,6 +43,7 @@ def launched(name: str, op: torch._ops.OpOverload, why_not: Callable[..., str], 
     serves the rest, at less overhead. An op that changes its arguments is always called as an op, so that their version counters move.
     """
     registered = variant(op, name, launch)
+    LAUNCHERS[registered] = launch
     if op._schema.is_mutable:
         return Backend(name, why_not, registered)
 

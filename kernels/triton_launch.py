@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 from triton import knobs
 
+from fusewire.kernels.plans import watching
 from fusewire.kernels.tuning import Arch, cuda_arch, hip_arch
 
 GRID_LIMIT = 2**31 - 1  # programs along x; y and z, with 65,535, are never used
@@ -45,6 +48,11 @@ class _Compiled(NamedTuple):
     metadata: object
     constants: tuple
 
+    def start(self, device: int, programs: int, values: list) -> None:
+        with nullcontext() if torch.cuda.current_device() == device else torch.cuda.device(device):
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            self.run(programs, 1, 1, stream, self.function, self.metadata, None, None, None, *values, *self.constants)
+
 
 _compiled: dict[tuple, _Compiled] = {}
 
@@ -57,6 +65,8 @@ def launch(kernel, programs: int, tensor: torch.Tensor, *args, **options) -> Non
     """
     if not tensor.is_cuda or _elsewhere is not None or torch.version.hip is not None or _hooked() or not 0 < programs <= GRID_LIMIT:
         launch_anew(kernel, programs, tensor, *args, **options)
+        if (watch := watching()) is not None:
+            watch.called(launch_anew, kernel, programs, tensor, *args, **options)
         return
     device = tensor.get_device()
     values, key = list(args), [id(kernel), device]
@@ -75,11 +85,16 @@ def launch(kernel, programs: int, tensor: torch.Tensor, *args, **options) -> Non
         if len(_compiled) >= KEPT:
             _compiled.clear()
         constants = tuple(options[name] for name in kernel.arg_names[len(args):])
-        _compiled[key] = _Compiled(compiled.run, compiled.function, compiled.packed_metadata, constants)
-        return
-    with nullcontext() if torch.cuda.current_device() == device else torch.cuda.device(device):
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        known.run(programs, 1, 1, stream, known.function, known.metadata, None, None, None, *values, *known.constants)
+        _compiled[key] = known = _Compiled(compiled.run, compiled.function, compiled.packed_metadata, constants)
+    else:
+        known.start(device, programs, values)
+    if (watch := watching()) is not None:
+        watch.started(partial(known.start, device), programs, args, values)
+
+
+def visible() -> bool:
+    """Whether someone looks at launches: a profiler, or who compiles them for another GPU."""
+    return _elsewhere is not None or _hooked()
 
 
 def _hooked() -> bool:
@@ -97,7 +112,8 @@ def launch_anew(kernel, programs: int, tensor: torch.Tensor, *args, **options):
     if _elsewhere is not None:
         _elsewhere[1](kernel, programs, args, options)
         return None
-    with torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext():
+    # What Triton's interpreter does with tensors is not the launcher's doing
+    with torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext(), nullcontext() if watching() is None else _disable_current_modes():
         return kernel[(programs,)](*args, **options)
 
 
@@ -107,9 +123,11 @@ def relaunch(compiled, programs: int, tensor: torch.Tensor, *args) -> None:
     with torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext():
         if not tensor.is_cuda or _hooked():
             compiled[programs, 1, 1](*args)
-            return
-        stream = torch._C._cuda_getCurrentRawStream(tensor.get_device())
-        compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+        else:
+            stream = torch._C._cuda_getCurrentRawStream(tensor.get_device())
+            compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+    if (watch := watching()) is not None:
+        watch.called(relaunch, compiled, programs, tensor, *args)
 
 
 @contextmanager

@@ -180,7 +180,8 @@ def attention_tile(dim: int, itemsize: int, masked: bool, causal: bool, arch: Ar
         if arch.name == "sm_90" and not (masked or causal):
             queries, keys, warps, stages = 64, 64, 4, 3  # measured on an H100: 512 TFLOP/s, the above 446
     else:
-        queries, keys, warps, stages = (128, 32, 8, 2) if arch.name == "sm_90" and whole and not (masked or causal) else (64, 32, 8, 2) if large else (64, 16, 8, 2)
+        # measured on an H200, 256 channels: 310 us; (128, 32) 455, (64, 32) 945
+        queries, keys, warps, stages = (128, 64, 8, 2) if arch.name == "sm_90" and not masked else (64, 32, 8, 2) if large else (64, 16, 8, 2)
     return AttentionTile(queries, keys, padded, warps, stages, "ieee")
 
 
@@ -240,12 +241,13 @@ def attention_backward_tile(dim: int, itemsize: int, masked: bool, arch: Arch) -
 def attention_library(dim: int, queries: int, keys: int, arch: str) -> str:
     """Which library serves attention in 16 bits without a mask before our own kernel: "cudnn", "flash", or "" for neither. Set by what is known of the
     kernels, not yet by measurements here: cuDNN's is the only one of them that is written for sm_90 and sm_100; fewer tokens than one of its tiles are
-    ours, as FlashAttention's wide heads are on GPUs with little shared memory."""
-    if dim > 256 or min(queries, keys) < 64:
-        return ""
-    if dim <= 128 and arch in ("sm_90", "sm_100", "sm_103"):
+    ours, as FlashAttention's wide heads are on GPUs with little shared memory. cuDNN's wide heads are for sm_90 alone, and forwards."""
+    if 128 < dim <= 256 and min(queries, keys) >= 64 and arch == "sm_90":
         return "cudnn"
-    return "flash" if dim <= 128 or arch in ("sm_80", "sm_90", "sm_100", "sm_103") else ""
+    return attention_library_backward(dim, queries, keys, arch)
+
+
+CUDNN_WIDE = 91100  # the version from which PyTorch gives cuDNN heads of more than 128 on sm_90, forwards
 
 
 # A sample's queries times keys times channels from which on the 3 to 10 percent that our kernel for Hopper gains outweigh what its launch takes the
@@ -261,4 +263,13 @@ def attention_ours(dim: int, queries: int, keys: int, causal: bool, arch: str) -
 
 def attention_library_backward(dim: int, queries: int, keys: int, arch: str) -> str:
     """The same for the gradients of q, k and v."""
-    return attention_library(dim, queries, keys, arch)
+    if dim > 256 or min(queries, keys) < 64:
+        return ""
+    if dim <= 128 and arch in ("sm_90", "sm_100", "sm_103"):
+        return "cudnn"
+    return "flash" if dim <= 128 or arch in ("sm_80", "sm_90", "sm_100", "sm_103") else ""
+
+
+def attention_library_softmax(dim: int, queries: int, keys: int, arch: str) -> str:
+    """The same forwards, where the gradients will want each query's log-sum-exp: what serves them."""
+    return attention_library_backward(dim, queries, keys, arch)

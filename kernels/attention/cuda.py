@@ -20,7 +20,7 @@ from fusewire.kernels.dispatch import forced_backend, recording
 from fusewire.kernels.qk_norm_rope import op as qk_norm
 from fusewire.kernels.qk_norm_rope.reference import RMS
 from fusewire.kernels.triton_rows import capability, too_old
-from fusewire.kernels.tuning import OURS_FROM, attention_library, attention_library_backward, attention_ours
+from fusewire.kernels.tuning import CUDNN_WIDE, OURS_FROM, attention_library, attention_library_backward, attention_library_softmax, attention_ours
 
 DEVICE = "cuda"  # the tests, which have no GPU, make it "cpu", and put functions for the CPU into the two tables below
 NONDETERMINISTIC = os.environ.get("FUSEWIRE_NONDETERMINISTIC") == "1"
@@ -116,6 +116,18 @@ def _library(name: str) -> str:
 _library._dynamo_marked_constant = True
 
 
+def _cudnn_is_wide() -> bool:
+    return (torch.backends.cudnn.version() or 0) >= CUDNN_WIDE
+
+
+_cudnn_is_wide._dynamo_marked_constant = True  # as too_old
+
+
+def _forward_library(dim: int, queries: int, keys: int, arch: str) -> str:
+    library = attention_library(dim, queries, keys, arch)
+    return "flash" if library == "cudnn" and dim > 128 and not _cudnn_is_wide() else library
+
+
 def _splits(heads: int, dim: int, queries: int, keys: int) -> bool:
     """Whether FlashAttention may share out a query's keys among programs: by a rule that counts the samples, so that a sample's bits would depend on its
     batch. It does not where one sample gives every multiprocessor (of up to 160) two of the rule's blocks of 64 queries."""
@@ -156,7 +168,7 @@ def _choice(q, k, queries: int, keys: int, causal: bool, scale, choose, read: tu
         return "", f"our own kernel is preferred for heads of {dim}, {queries} queries and {keys} keys on {arch}"
     if reason := _library(library):
         return "", reason
-    if library == "flash" and choose is attention_library and _splits(heads, dim, queries, keys):
+    if library == "flash" and choose is not attention_library_backward and _splits(heads, dim, queries, keys):
         return "", "so few queries that FlashAttention would split the keys, by a rule that counts the samples of the batch"
     if not all(map(_loads, read)):
         return "", "a tensor's rows are not whole multiples of 16 bytes apart, or share memory"
@@ -188,20 +200,20 @@ def why_not_attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps, blo
     return "" if queries * keys * q.shape[2] * q.shape[3] < OURS_FROM else _ours(q, queries, keys, causal)
 
 
-def _why_not(q, k, v, mask, q_weight, k_weight, causal, scale, blocks) -> str:
+def _why_not(q, k, v, mask, q_weight, k_weight, causal, scale, blocks, choose=_forward_library) -> str:
     if reason := _hides(mask, blocks):
         return f"there is a {reason}"
     read = (q, k, v) if q_weight is k_weight is None else tuple(x for x, weight in ((q, q_weight), (k, k_weight), (v, None)) if weight is None)
-    return _choice(q, k, q.shape[1], k.shape[1], causal, scale, attention_library, read)[1] or _weights_differ(q, q_weight, k_weight)
+    return _choice(q, k, q.shape[1], k.shape[1], causal, scale, choose, read)[1] or _weights_differ(q, q_weight, k_weight)
 
 
 def why_not_softmax(q, k, v, mask, causal, scale, blocks=None, words=None) -> str:
-    return _why_not(q, k, v, mask, None, None, causal, scale, blocks)
+    return _why_not(q, k, v, mask, None, None, causal, scale, blocks, attention_library_softmax)
 
 
 def why_not_joint(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale, eps) -> str:
     queries, keys = q.shape[1] + q2.shape[1], k.shape[1] + k2.shape[1]
-    if reason := _choice(q, k, queries, keys, False, scale, attention_library, ())[1] or _weights_differ(q, q_weight, k_weight, q2_weight, k2_weight):
+    if reason := _choice(q, k, queries, keys, False, scale, _forward_library, ())[1] or _weights_differ(q, q_weight, k_weight, q2_weight, k2_weight):
         return reason
     return "" if 0 in (q.shape[1], q2.shape[1], k.shape[1], k2.shape[1]) else _ours(q, queries, keys, False)  # ours reads no empty segment
 
@@ -251,7 +263,7 @@ def _normalised(x, weight) -> torch.Tensor:
 
 def attention(q, k, v, mask, q_weight, k_weight, causal: bool, scale: float | None, eps: float, blocks=None, words=None) -> torch.Tensor:
     if q_weight is k_weight is None:
-        out, lse = _attend(q, k, v, causal, scale, attention_library)
+        out, lse = _attend(q, k, v, causal, scale, _forward_library)
         # Without a log-sum-exp PyTorch's own attention was called
         if lse is None and not recording() and forced_backend() is None:
             if len(_at_once) >= 4096:
@@ -261,11 +273,11 @@ def attention(q, k, v, mask, q_weight, k_weight, causal: bool, scale: float | No
     normed_q, normed_k = _normalised(q, q_weight), _normalised(k, k_weight)
     pairs = [pair for pair in ((q, q_weight, normed_q), (k, k_weight, normed_k)) if pair[1] is not None]
     _norm_into(pairs, eps)
-    return _attend(normed_q, normed_k, v, causal, scale, attention_library)[0]
+    return _attend(normed_q, normed_k, v, causal, scale, _forward_library)[0]
 
 
 def attention_softmax(q, k, v, mask, causal: bool, scale: float | None, blocks=None, words=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    out, lse = _attend(q, k, v, causal, scale, attention_library, True)
+    out, lse = _attend(q, k, v, causal, scale, attention_library_softmax, True)
     lse = lse.reshape(q.shape[0], q.shape[2], q.shape[1]).to(torch.float64, memory_format=torch.contiguous_format)
     return out, lse, torch.ones_like(lse)
 
@@ -276,7 +288,7 @@ def joint_attention(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weigh
     joint_q, joint_k = (x.new_empty((x.shape[0], x.shape[1] + x2.shape[1], *x.shape[2:])) for x, x2 in ((q, q2), (k, k2)))
     _norm_into(((q, q_weight, joint_q[:, :tokens]), (k, k_weight, joint_k[:, :keys])), eps)
     _norm_into(((q2, q2_weight, joint_q[:, tokens:]), (k2, k2_weight, joint_k[:, keys:])), eps)
-    out, _ = _attend(joint_q, joint_k, torch.cat([v, v2], dim=1), False, scale, attention_library)
+    out, _ = _attend(joint_q, joint_k, torch.cat([v, v2], dim=1), False, scale, _forward_library)
     # The text's rows are few: copied, the two results share no memory
     return out[:, :tokens].contiguous(), out[:, tokens:].clone(memory_format=torch.contiguous_format)
 

@@ -18,6 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fusewire.kernels.attention.hopper_limits import hopper_tile
 from fusewire.kernels.attention.triton_limits import default_scale
+from fusewire.kernels.plans import watching
 from fusewire.kernels.triton_launch import launch_anew, relaunch
 
 LOG2E = 1.4426950408889634
@@ -284,6 +285,8 @@ def _launch(first, second, causal: bool, scale: float | None) -> None:
         return
     multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else MULTIPROCESSORS
     descriptors = [_descriptor(x, tokens) for x, tokens in zip(rows, (64, tile.keys, tile.keys, 64) * 2)]
+    if (watch := watching()) is not None:
+        watch.later = True
     kernel = launch_anew(hopper_attention_kernel, min(programs, multiprocessors), q, *descriptors, *rest, num_warps=4, num_stages=tile.stages)
     if kernel is not None:
         _started[key] = kernel, multiprocessors

@@ -15,8 +15,9 @@ import triton.language as tl
 
 from fusewire.kernels.linear.reference import over_tokens
 from fusewire.kernels.linear.triton_backward import bias_activation_backward  # noqa: F401 (the row looks for its launcher here)
+from fusewire.kernels.plans import planned
 from fusewire.kernels.triton_base import TYPES, element_block, elementwise, load_elements, narrow, rounded
-from fusewire.kernels.triton_launch import arch_of, launch
+from fusewire.kernels.triton_launch import arch_of, launch, visible
 from fusewire.kernels.tuning import cdiv, flat_tile
 
 
@@ -53,12 +54,9 @@ def epilogue_kernel(
     tl.store(out + i_0 * out_0 + i_1 * out_1 + i_2 * out_2 + o * out_3, narrow(b_y, out.dtype.element_ty), mask=mask)
 
 
-def epilogue(y, bias, activation: str, gate, residual, exact: bool, keep: bool = False) -> torch.Tensor:
-    """``act(y + bias)``, or ``residual + gate * (y + bias)``: y [..., N] of at most four dimensions, written in place unless ``keep`` or the dtype forbids."""
-    dtype = y.dtype
-    for tensor in (gate, residual):
-        dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
-    out = y if dtype is y.dtype and not keep else y.new_empty(y.shape, dtype=dtype)
+def _write(y, bias, activation: str, gate, residual, exact: bool, out) -> None:
+    """``epilogue`` into ``out``, or where that is None into y."""
+    out = y if out is None else out
     tensors = (tensor if tensor is None else tensor.expand_as(y) for tensor in (bias, gate, residual))
     sizes, views = elementwise(out, y, *tensors, out)
     block, warps = flat_tile(sizes[3], arch_of(y.device))
@@ -68,7 +66,19 @@ def epilogue(y, bias, activation: str, gate, residual, exact: bool, keep: bool =
         ACTIVATION=activation, PRODUCT=gate if gate is None else TYPES[torch.promote_types(y.dtype, gate.dtype)], EXACT=exact, BLOCK=block,
         num_warps=warps, num_stages=1, enable_fp_fusion=False,
     )
-    return out
+
+
+_planned_write = planned(_write, visible)
+
+
+def epilogue(y, bias, activation: str, gate, residual, exact: bool, keep: bool = False) -> torch.Tensor:
+    """``act(y + bias)``, or ``residual + gate * (y + bias)``: y [..., N] of at most four dimensions, written in place unless ``keep`` or the dtype forbids."""
+    dtype = y.dtype
+    for tensor in (gate, residual):
+        dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
+    out = None if dtype is y.dtype and not keep else y.new_empty(y.shape, dtype=dtype)
+    _planned_write(y, bias, activation, gate, residual, exact, out)
+    return y if out is None else out
 
 
 def linear(x, weight, bias, activation: str, gate, residual, exact: bool) -> torch.Tensor:

@@ -87,7 +87,7 @@ def pick(monkeypatch, library):
     """Everything goes to one library, also what our kernel for Hopper is preferred for."""
     monkeypatch.setattr(cuda, "NONDETERMINISTIC", True)
     monkeypatch.setattr(cuda, "attention_ours", lambda *shape: False)
-    for name in ("attention_library", "attention_library_backward"):
+    for name in ("attention_library", "attention_library_softmax", "attention_library_backward"):
         monkeypatch.setattr(cuda, name, lambda dim, queries, keys, arch: library)
 
 

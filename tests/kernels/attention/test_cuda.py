@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend
 from fusewire import ops
 from fusewire.kernels.attention import cuda, op, reference
 from fusewire.kernels.dispatch import BackendError, forced
-from fusewire.kernels.tuning import attention_library, attention_library_backward
+from fusewire.kernels.tuning import attention_library, attention_library_backward, attention_library_softmax
 from tests.kernels.attention.cases import qkv, stock
 from tests.kernels.interpreted import ON_GPU, unchanged
 from tests.tolerance import assert_close, assert_exact
@@ -61,7 +61,7 @@ def libraries(request, monkeypatch):
     for table, make in ((cuda.FORWARD, found.forward), (cuda.BACKWARD, found.backward)):
         for name in tuple(table):
             monkeypatch.setitem(table, name, make(name))
-    for name in ("attention_library", "attention_library_backward"):
+    for name in ("attention_library", "attention_library_softmax", "attention_library_backward"):
         monkeypatch.setattr(cuda, name, lambda dim, queries, keys, arch: request.param)
     with forced("cuda"):
         yield found
@@ -80,10 +80,19 @@ def test_the_rows_stand_before_triton():
 
 @pytest.mark.parametrize("dim, queries, keys, arch, want", [
     (64, 4096, 4096, "sm_90", "cudnn"), (128, 64, 77, "sm_100", "cudnn"), (64, 4096, 4096, "sm_80", "flash"), (128, 1178, 1178, "sm_89", "flash"),
-    (160, 4096, 4096, "sm_90", "flash"), (256, 100, 100, "sm_80", "flash"), (256, 100, 100, "sm_86", ""), (264, 4096, 4096, "sm_90", ""),
+    (160, 4096, 4096, "sm_100", "flash"), (256, 100, 100, "sm_80", "flash"), (256, 100, 100, "sm_86", ""), (264, 4096, 4096, "sm_90", ""),
     (64, 63, 4096, "sm_90", ""), (64, 4096, 20, "sm_80", "")])
 def test_choice(dim, queries, keys, arch, want):
-    assert attention_library(dim, queries, keys, arch) == attention_library_backward(dim, queries, keys, arch) == want
+    assert attention_library(dim, queries, keys, arch) == attention_library_softmax(dim, queries, keys, arch) == attention_library_backward(dim, queries, keys, arch) == want
+
+
+@pytest.mark.parametrize("dim, version, want", [(136, 91900, "cudnn"), (256, 91100, "cudnn"), (256, 91002, "flash"), (128, 91002, "cudnn"), (264, 91900, ""), (256, None, "flash")])
+def test_choice_of_wide_heads(monkeypatch, dim, version, want):
+    """cuDNN's by PyTorch where it has them, and forwards alone."""
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    assert cuda._forward_library(dim, 256, 256, "sm_90") == want
+    if dim > 128:
+        assert attention_library_softmax(dim, 256, 256, "sm_90") == attention_library_backward(dim, 256, 256, "sm_90") == ("flash" if dim <= 256 else "")
 
 
 def test_batch_coupling(monkeypatch):

@@ -93,7 +93,10 @@ def test_gradients_against_float64(dtype, lengths, heads, causal, backend):
     with forced(None if dtype is torch.float64 else backend):
         got = gradients(lambda *x: ops.attention_varlen(*x, *cu, causal=causal), q, k, v, grad)
     for name, one, wanted, of_stock in zip("qkv", got, want, plain):
-        assert_close(one, wanted, of_stock, f"d{name}")
+        if backend == "reference" and dtype is torch.float32:  # PyTorch's own sums over the same numbers in two orders: who errs more is chance
+            assert_within(one, wanted, 8, f"d{name}", of_stock)
+        else:
+            assert_close(one, wanted, of_stock, f"d{name}")
     if dtype is torch.float64:  # a kernel forwards, the reference's formula backwards
         assert served("cpu" if CPU.loaded else "reference", "attention_varlen_softmax")
         assert served("reference", "attention_varlen_backward") or not CPU.loaded

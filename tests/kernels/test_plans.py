@@ -1,0 +1,250 @@
+"""Calls by the plan of one before (kernels/plans.py): what a launcher would have done with these arguments, and a plan only of what can be done again."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+from fusewire.kernels import plans, triton_launch  # noqa: E402
+from fusewire.kernels.dispatch import TABLES, forced  # noqa: E402
+from fusewire.kernels.triton_rows import INTERPRETED  # noqa: E402
+from tests.kernels.test_backends import CALLS  # noqa: E402
+from tests.kernels.test_contract import call_of  # noqa: E402
+from tests.kernels.test_triton_launch import Kernel, kernel, on_gpu  # noqa: E402, F401
+from tests.tolerance import assert_exact  # noqa: E402
+
+TRITON_OPS = [name for name, (*_, counted) in CALLS.items() if any(row.name == "triton" for row in TABLES[counted].rows)]
+# What they compute beside their launches is PyTorch's: a matrix product, sums over parts; two arguments are the same cu_seqlens
+WITHOUT = {"linear", "attention_varlen"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_known():
+    plans.forget()
+    yield
+    plans.forget()
+
+
+class Counted:
+    """A launcher of ``launch(kernel, ...)``, y = twice x by a kernel that is none, and how often it ran."""
+
+    def __init__(self, body):
+        self.body, self.runs = body, 0
+        self.call = plans.planned(self)
+
+    def __call__(self, *args):
+        self.runs += 1
+        return self.body(*args)
+
+
+def double(kernel, programs, x, y, n):
+    """In the place of a kernel launched by way of Triton."""
+    y.copy_(x * 2)
+
+
+def start(x, y, n=0):
+    if (watch := plans.watching()) is not None:
+        watch.called(double, None, 1, x, y, n)
+    else:
+        double(None, 1, x, y, n)
+
+
+def doubled(x, n=0, other=None):
+    y = x.new_empty(x.shape)
+    before = plans.recorders.pop(plans.get_ident(), None)
+    with triton_launch._disable_current_modes():
+        double(None, 1, x, y, n)
+    if before is not None:
+        plans.recorders[plans.get_ident()] = before
+        before.called(double, None, 1, x, y, n)
+    return y
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="Triton compiles here: tests/gpu")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("op", TRITON_OPS)
+def test_of_every_op(op, dtype, monkeypatch):
+    """The second call of a kind, with other values in other memory, is not worked out again, and has the bits of one that is."""
+    call, ran = call_of(op, "close", dtype), []
+    original = plans.Plan.__call__
+    monkeypatch.setattr(plans.Plan, "__call__", lambda plan, args: (ran.append(plan), original(plan, args))[1])
+    other = [torch.randn_like(tensor) for tensor in call.tensors]
+    with forced("triton"), torch.no_grad():
+        call.run(*call.tensors)
+        assert not ran
+        got = call.run(*other)
+        assert bool(ran) is (op not in WITHOUT)
+        plans.forget()
+        want = call.run(*other)
+    for mine, theirs in zip(got, want, strict=True):
+        assert_exact(mine, theirs)
+        assert mine.stride() == theirs.stride() and mine.untyped_storage().nbytes() == theirs.untyped_storage().nbytes()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="Triton compiles here: tests/gpu")
+@pytest.mark.parametrize("op", TRITON_OPS)
+def test_gradients_of_every_op(op):
+    """Twice, with other values: the bits of gradients that are worked out."""
+    call = call_of(op, "close", torch.bfloat16)
+
+    def gradients(tensors):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        out = [part for part in call.run(*leaves) if part.requires_grad]
+        return torch.autograd.grad(out, leaves, [torch.ones_like(part) for part in out], allow_unused=True) if out else ()
+
+    other = [torch.randn_like(tensor) for tensor in call.tensors]
+    with forced("triton"):
+        gradients(call.tensors)
+        got = gradients(other)
+        plans.forget()
+        want = gradients(other)
+    for mine, theirs in zip(got, want, strict=True):
+        assert (mine is None) is (theirs is None)
+        if mine is not None:
+            assert_exact(mine, theirs)
+
+
+def test_kinds():
+    """Another dtype, shape, stride, alignment, number, class of number or forced backend is another kind; another tensor of one kind is not."""
+    launcher = Counted(doubled)
+    base = torch.arange(64.0)
+    kinds = [(base[:16],), (base[:16].double(),), (base[:15],), (base[:32:2],), (base[1:17],), (base[:16], 1), (base[:16], 1.0), (base[:16], True), (base[:16], 2),
+             (base[:16].view(4, 4),), (base[:16].view(4, 4).t(),)]
+    for i, (x, *numbers) in enumerate(kinds):
+        assert torch.equal(launcher.call(x, *numbers), x * 2) and launcher.runs == i + 1
+        assert torch.equal(launcher.call(x + 1 if x.stride() == (1,) and x.data_ptr() % 16 == 0 else x, *numbers), (x + 1 if x.stride() == (1,) and x.data_ptr() % 16 == 0 else x) * 2)
+        assert launcher.runs == i + 1
+    with forced("reference"):
+        launcher.call(*kinds[0])
+    assert launcher.runs == len(kinds) + 1
+
+
+def test_what_has_no_plan():
+    """Work that a plan would not do again, a result that is an argument, a tensor that comes from elsewhere, arguments that are not numbers."""
+    kept = torch.zeros(8)
+    launchers = {
+        "computes": lambda x: (doubled(x), doubled(x.clone()))[1], "argument": lambda x: (doubled(x), x)[1], "elsewhere": lambda x: doubled(kept),
+        "copies": lambda x: doubled(x.reshape(-1)), "nothing": lambda x: x.new_empty(3)}
+    for name, body in launchers.items():
+        launcher, x = Counted(body), torch.ones(3, 4).t()
+        for _ in range(3):
+            launcher.call(x)
+        assert launcher.runs == 3, name
+    launcher = Counted(lambda x, numbers: doubled(x))
+    for _ in range(3):
+        assert torch.equal(launcher.call(kept + 1, [1, 2]), kept + 2)
+    assert launcher.runs == 3
+
+
+def test_two_arguments_that_are_one_tensor():
+    """aliasing: no plan is made of such a call, as it would not tell them apart; one of two tensors serves it."""
+    def summed(x, y):
+        return doubled(x), doubled(y)
+
+    launcher, x, y = Counted(summed), torch.ones(8), torch.full((8,), 2.0)
+    for runs in (1, 2):
+        assert all(torch.equal(part, 2 * x) for part in launcher.call(x, x)) and launcher.runs == runs
+    plans.forget()
+    launcher.call(x, y)
+    got = launcher.call(y, y)
+    assert launcher.runs == 3 and all(torch.equal(part, 2 * y) for part in got) and got[0].data_ptr() != got[1].data_ptr()
+
+
+def test_views_and_results():
+    """Views of arguments and of what was made, wherever they begin; a tuple with None; nothing."""
+    def halves(x):
+        left, right = x.chunk(2, -1)
+        both = x.new_empty((2, *left.shape))
+        before = plans.recorders.pop(plans.get_ident(), None)
+        with triton_launch._disable_current_modes():
+            double(None, 1, right, both[0], 0), double(None, 1, left, both[1], 0)
+        if before is not None:
+            plans.recorders[plans.get_ident()] = before
+            before.called(double, None, 1, right, both[0], 0), before.called(double, None, 1, left, both[1], 0)
+        return both[1], None, both
+
+    launcher = Counted(halves)
+    for storage in (torch.randn(2, 8), torch.randn(3, 8)[1:], torch.randn(4, 8)[2:]):
+        first, none, both = launcher.call(storage)
+        assert none is None and torch.equal(first, 2 * storage[:, :4]) and torch.equal(both[0], 2 * storage[:, 4:]) and first.data_ptr() == both[1].data_ptr()
+    assert launcher.runs == 1
+
+
+def test_addresses(kernel):
+    """What a compiled kernel is started with: the addresses of this call's tensors and of views of them, the numbers of the call before."""
+    def launcher(x, y):
+        out = x.new_empty(8)
+        triton_launch.launch(kernel, 3, x, x[4:], y, 64, 0.5, BLOCK=32, EXACT=False, num_warps=4)
+        triton_launch.launch(kernel, 5, x, out, None, 65, 0.5, BLOCK=32, EXACT=False, num_warps=4)
+        return out
+
+    call = plans.planned(launcher)
+    for _ in range(3):
+        x, y, before = on_gpu()[16:], on_gpu(), len(kernel.again)
+        out = call(x, y)
+        again = kernel.again[before:]
+    assert len(kernel.anew) == 2 and len(again) == 2
+    assert again[0] == (3, 1, 1, 77, 1, ("warps", 4), None, None, None, x.data_ptr() + 16, y.data_ptr(), 64, 0.5, 32, False)
+    assert again[1] == (5, 1, 1, 77, 2, ("warps", 4), None, None, None, out.data_ptr(), None, 65, 0.5, 32, False)
+
+
+def test_who_looks_sees_every_call():
+    """A dispatch mode, and a profiler of Triton's launches: the launcher runs."""
+    class Nothing(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    seen = []
+    launcher = Counted(doubled)
+    launcher.call = plans.planned(launcher, lambda: bool(seen))
+    x = torch.ones(4)
+    for _ in range(2):
+        launcher.call(x)
+    assert launcher.runs == 1
+    with Nothing():
+        launcher.call(x)
+    assert launcher.runs == 2
+    seen.append(1)
+    launcher.call(x)
+    assert launcher.runs == 3
+
+
+def test_errors_leave_nothing_behind():
+    def broken(x):
+        doubled(x)
+        raise ValueError("no")
+
+    launcher = Counted(broken)
+    for runs in (1, 2):
+        with pytest.raises(ValueError, match="^no$"):
+            launcher.call(torch.ones(4))
+        assert launcher.runs == runs and not plans.recorders
+
+
+def test_what_is_remembered_has_an_end(monkeypatch):
+    monkeypatch.setattr(plans, "KEPT", 4)
+    launcher = Counted(doubled)
+    for n in range(20):
+        launcher.call(torch.ones(4), n)
+        assert max(map(len, plans._plans)) <= 4
+    assert launcher.runs == 20
+    assert torch.equal(launcher.call(torch.ones(4), 19), torch.full((4,), 2.0)) and launcher.runs == 20
+
+
+def test_cache_race_of_threads(monkeypatch):
+    """cache-race: eight threads that start with nothing known, and forget all now and then: each call's result is its own."""
+    monkeypatch.setattr(plans, "KEPT", 4)
+    launcher = Counted(doubled)
+
+    def calls(i):
+        for n in range(60):
+            x = torch.full((4,), float(100 * i + n))
+            assert torch.equal(launcher.call(x, n % 8), 2 * x)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(calls, range(8)))
+    assert not plans.recorders

@@ -21,6 +21,7 @@ if "--dry" in sys.argv:
 import torch
 
 from fusewire import ops
+from fusewire.kernels import plans
 from fusewire.kernels.dispatch import forced
 from gpu_cases import DRY, attention_cases, backward_cases, elementwise_cases, linear_cases, rand
 from gpu_timing import copy_bandwidth, device_us, host_us, machine
@@ -56,6 +57,7 @@ def sweep_rows(deadline: float):
             side = f"{queries}x{keys}, {warps} warps, {stages} stages"
             with (mock.patch.object(triton_kernel, "attention_tile", lambda *arguments, tile=tile: tile),
                   mock.patch.object(triton_kernel, "why_not_hopper", lambda *arguments: "another kernel's tiles are looked for"), forced("triton")):
+                plans.forget()
                 try:
                     got = ops.attention(q, k, v)
                 except OutOfResources as reason:
@@ -65,6 +67,7 @@ def sweep_rows(deadline: float):
                 # A fast tile whose result is wrong is no result
                 error = (got.float() - want.float()).abs().max().item()
                 took = once(lambda: ops.attention(q, k, v))
+            plans.forget()
             yield {"op": "attention tiles", "what": f"{list(q.shape)} bf16", "side": side,
                    "us": round(took, 2), "tflops": round(8 * heads * tokens**2 * dim / took / 1e6, 1), "difference": error}
 

@@ -17,7 +17,7 @@ if [ "${TEST_SECONDS:-260}" -gt 0 ]; then
   workers=$("$python" -c "import xdist, os; print('-n', min(os.cpu_count(), 14), '--dist loadgroup')" 2>/dev/null)
   # TESTS names other files. The GPU's own tests, and those of the Triton and CUDA rooms that run in the interpreter and on the CPU elsewhere.
   FUSEWIRE_TEST_DEVICE=cuda OMP_NUM_THREADS=1 timeout -s INT -k 5 "${TEST_SECONDS:-260}" "$python" -m pytest -m "gpu or not slow" $workers tests/gpu \
-    ${TESTS:-$(ls tests/kernels/*/test_*triton*.py tests/kernels/*/test_*cuda*.py tests/kernels/sampler_step/test_solver_kernels.py tests/kernels/test_contract.py | grep -v attention/test_cuda)} \
+    ${TESTS:-$(ls tests/kernels/*/test_*triton*.py tests/kernels/*/test_*cuda*.py tests/kernels/sampler_step/test_solver_kernels.py tests/kernels/test_contract.py tests/kernels/test_plans.py | grep -v attention/test_cuda)} \
     -vv -p no:cacheprovider --tb=short -rf >"$out/gpu-tests.txt" 2>&1  # -vv, as pyproject.toml says -q: names what failed even where the time runs out
   tests=$?
   { grep FAILED "$out/gpu-tests.txt" | head -n 30; tail -n 40 "$out/gpu-tests.txt"; } | cut -c1-220

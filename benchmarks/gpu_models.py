@@ -52,7 +52,7 @@ def graphed(call):
     return replay
 
 
-def sides_of(model, inputs: dict, compile_mode: str | None) -> dict:
+def sides_of(model, inputs: dict, compile_mode: str | None, regional: bool) -> dict:
     """The call of each side; all share the model's weights."""
     def swapped(numerics: str):
         ours = copy.deepcopy(model, {id(p): p for p in model.parameters()})
@@ -62,19 +62,21 @@ def sides_of(model, inputs: dict, compile_mode: str | None) -> dict:
 
     calls = {"eager": lambda: model(**inputs)[0], "exact": swapped("exact"), "close": swapped("close")}
     if compile_mode:
-        compiled = torch.compile(model, fullgraph=True, mode=None if compile_mode == "default" else compile_mode)
-        calls["compile"] = lambda: compiled(**inputs)[0]
+        options = {"fullgraph": True, "mode": None if compile_mode == "default" else compile_mode}
+        compiled = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+        compiled.compile_repeated_blocks(**options) if regional else compiled.compile(**options)
+        calls["compile, its blocks" if regional else "compile"] = lambda: compiled(**inputs)[0]
     return calls
 
 
-def rows(what: str, dtype: torch.dtype, compile_mode: str | None, rounds: int):
+def rows(what: str, dtype: torch.dtype, compile_mode: str | None, regional: bool, rounds: int):
     name, size, layers = (*what.split(":"), None, None)[:3]
     layers = int(layers) if layers else PRESETS[name].full_layers if PRESETS[name].depth else None
     with torch.device("cuda"):
         model, inputs, about, _ = build(name, dtype, layers, int(size) if size else None, 0)
     model = model.to("cuda")
     inputs = {key: value.to("cuda") if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
-    calls, outputs, served, first = sides_of(model, inputs, compile_mode), {}, {}, {}
+    calls, outputs, served, first = sides_of(model, inputs, compile_mode, regional), {}, {}, {}
     for side, call in calls.items():
         ops.reset_stats()
         begin = time.perf_counter()
@@ -109,6 +111,7 @@ def main() -> int:
     parser.add_argument("models", nargs="+", help="preset[:size[:layers]]")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--compile", help="the mode of torch.compile; left out unless given")
+    parser.add_argument("--regional", action="store_true", help="compile each repeated block (diffusers' compile_repeated_blocks), not the whole model")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -116,7 +119,7 @@ def main() -> int:
     with torch.inference_mode():
         for what in options.models:
             try:
-                for row in rows(what, getattr(torch, options.dtype), options.compile, options.rounds):
+                for row in rows(what, getattr(torch, options.dtype), options.compile, options.regional, options.rounds):
                     found["rows"].append(row)
                     print({k: v for k, v in row.items() if k not in ("about", "backends")}, row.get("backends", "") if row.get("side") == "close" else "", flush=True)
                     if options.json:

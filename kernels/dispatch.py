@@ -33,7 +33,7 @@ def recording() -> bool:
     return bool(torch.is_grad_enabled() or is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
 
 
-LAUNCHERS: dict[torch._ops.OpOverload, Callable] = {}  # a registered op of a row -> what it calls
+LAUNCHERS: dict[torch._ops.OpOverload, Callable] = {}  # a registered op of a row -> what it calls, counted as the table would
 
 
 def launched(name: str, op: torch._ops.OpOverload, why_not: Callable[..., str], launch: Callable) -> Backend:
@@ -43,7 +43,7 @@ def launched(name: str, op: torch._ops.OpOverload, why_not: Callable[..., str], 
     serves the rest, at less overhead. An op that changes its arguments is always called as an op, so that their version counters move.
     """
     registered = variant(op, name, launch)
-    LAUNCHERS[registered] = launch
+    LAUNCHERS[registered] = _counted(op._schema.name.split("::")[1], name, launch)
     if op._schema.is_mutable:
         return Backend(name, why_not, registered)
 
@@ -51,6 +51,14 @@ def launched(name: str, op: torch._ops.OpOverload, why_not: Callable[..., str], 
         return registered(*args) if recording() else launch(*args)
 
     return Backend(name, why_not, run)
+
+
+def _counted(op: str, name: str, launch: Callable) -> Callable:
+    def call(*args):
+        TABLES[op].calls[name] += 1
+        return launch(*args)
+
+    return call
 
 
 class Choice(NamedTuple):

@@ -19,7 +19,7 @@ if not torch.cuda.is_available():  # Triton reads it when it is imported: its ke
 if os.environ.get("FUSEWIRE_TEST_DEVICE"):
     torch.set_default_device(os.environ["FUSEWIRE_TEST_DEVICE"])
 
-from fusewire.kernels import dispatch  # noqa: E402
+from fusewire.kernels import dispatch, plans  # noqa: E402
 from tests.effort import EFFORT  # noqa: E402
 
 # The same commit passes or fails the same way, wherever it is tested; `make test-all` draws examples anew each time.
@@ -31,6 +31,7 @@ hypothesis.settings.load_profile("fusewire")
 def fixed_seed():
     torch.manual_seed(0)
     dispatch.reset_stats()
+    plans.forget()  # of tests that changed what launchers ask
     yield
     # What a test of 2^31 elements had stays with its process otherwise, and a GPU has many processes' tests
     if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 2**30:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fusewire import ops
+from fusewire.kernels import plans
 from fusewire.kernels.attention import reference
 from fusewire.kernels.attention.hopper_limits import DIMS, why_not_hopper
 from fusewire.kernels.dispatch import forced
@@ -179,6 +180,25 @@ def test_both_ways_of_launching(dim):
     hopper._started.clear()
     for call, one in zip(reversed(calls), reversed(got)):  # what was launched first is now launched later
         assert_exact(call(), one)
+
+
+@pytest.mark.parametrize("weighted", (False, True), ids=("plain", "norms"))
+@pytest.mark.parametrize("backend", ("triton", None), ids=str)
+@dims
+def test_calls_by_plan(dim, backend, weighted, monkeypatch):
+    """The third call of a kind goes by the plan of the second: other values in other memory, the bits of a call that is worked out."""
+    ran, original = [], plans.Plan.__call__
+    monkeypatch.setattr(plans.Plan, "__call__", lambda plan, args: (ran.append(plan), original(plan, args))[1])
+    weights = {f"{name}_weight": torch.randn(dim, device="cuda").to(torch.bfloat16) for name in ("q", "k", "q2", "k2")} if weighted else {}
+    with torch.no_grad(), forced(backend):
+        for _ in range(3):
+            image, text, before = qkv(2, 1100, 1100, 4, dim), qkv(2, 77, 77, 4, dim), len(ran)
+            got = ops.joint_attention(*image, *text, **weights)
+        assert len(ran) > before
+        plans.forget()
+        want = ops.joint_attention(*image, *text, **weights)
+    for mine, theirs in zip(got, want):
+        assert_exact(mine, theirs)
 
 
 @dims

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from threading import get_ident
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 pytest.importorskip("triton")
+from fusewire import ops  # noqa: E402
 from fusewire.kernels import plans, triton_launch  # noqa: E402
 from fusewire.kernels.dispatch import TABLES, forced  # noqa: E402
+from fusewire.kernels.qk_norm_rope import op as qk_norm  # noqa: E402
+from fusewire.kernels.qk_norm_rope.reference import RMS  # noqa: E402
 from fusewire.kernels.triton_rows import INTERPRETED  # noqa: E402
 from tests.kernels.test_backends import CALLS  # noqa: E402
 from tests.kernels.test_contract import call_of  # noqa: E402
@@ -18,6 +22,8 @@ from tests.kernels.test_triton_launch import Kernel, kernel, on_gpu  # noqa: E40
 from tests.tolerance import assert_exact  # noqa: E402
 
 TRITON_OPS = [name for name, (*_, counted) in CALLS.items() if any(row.name == "triton" for row in TABLES[counted].rows)]
+# Triton's kernels, in its interpreter where there is no GPU; there also what serves by default, csrc/cuda
+backends = pytest.mark.parametrize("backend", ("triton",) if INTERPRETED else ("triton", None), ids=str)
 # What they compute beside their launches is PyTorch's: a matrix product, sums over parts; two arguments are the same cu_seqlens
 WITHOUT = {"linear", "attention_varlen"}
 
@@ -30,7 +36,7 @@ def nothing_known():
 
 
 class Counted:
-    """A launcher of ``launch(kernel, ...)``, y = twice x by a kernel that is none, and how often it ran."""
+    """A launcher, and how often it ran."""
 
     def __init__(self, body):
         self.body, self.runs = body, 0
@@ -41,43 +47,41 @@ class Counted:
         return self.body(*args)
 
 
-def double(kernel, programs, x, y, n):
-    """In the place of a kernel launched by way of Triton."""
+def double(x, y):
+    """In the place of a kernel."""
     y.copy_(x * 2)
 
 
-def start(x, y, n=0):
-    if (watch := plans.watching()) is not None:
-        watch.called(double, None, 1, x, y, n)
-    else:
-        double(None, 1, x, y, n)
+def start(x, y):
+    """A launch: what it does with tensors is not watched, that it was made is told."""
+    watch = plans.recorders.pop(get_ident(), None)
+    with _disable_current_modes():
+        double(x, y)
+    if watch is not None:
+        plans.recorders[get_ident()] = watch
+        watch.called(double, x, y)
 
 
-def doubled(x, n=0, other=None):
+def doubled(x, n=0):
     y = x.new_empty(x.shape)
-    before = plans.recorders.pop(plans.get_ident(), None)
-    with triton_launch._disable_current_modes():
-        double(None, 1, x, y, n)
-    if before is not None:
-        plans.recorders[plans.get_ident()] = before
-        before.called(double, None, 1, x, y, n)
+    start(x, y)
     return y
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="Triton compiles here: tests/gpu")
+@backends
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("op", TRITON_OPS)
-def test_of_every_op(op, dtype, monkeypatch):
+def test_of_every_op(op, dtype, backend, monkeypatch):
     """The second call of a kind, with other values in other memory, is not worked out again, and has the bits of one that is."""
     call, ran = call_of(op, "close", dtype), []
     original = plans.Plan.__call__
     monkeypatch.setattr(plans.Plan, "__call__", lambda plan, args: (ran.append(plan), original(plan, args))[1])
     other = [torch.randn_like(tensor) for tensor in call.tensors]
-    with forced("triton"), torch.no_grad():
+    with forced(backend), torch.no_grad():
         call.run(*call.tensors)
         assert not ran
         got = call.run(*other)
-        assert bool(ran) is (op not in WITHOUT)
+        assert backend is None or bool(ran) is (op not in WITHOUT)
         plans.forget()
         want = call.run(*other)
     for mine, theirs in zip(got, want, strict=True):
@@ -85,9 +89,9 @@ def test_of_every_op(op, dtype, monkeypatch):
         assert mine.stride() == theirs.stride() and mine.untyped_storage().nbytes() == theirs.untyped_storage().nbytes()
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="Triton compiles here: tests/gpu")
+@backends
 @pytest.mark.parametrize("op", TRITON_OPS)
-def test_gradients_of_every_op(op):
+def test_gradients_of_every_op(op, backend):
     """Twice, with other values: the bits of gradients that are worked out."""
     call = call_of(op, "close", torch.bfloat16)
 
@@ -97,7 +101,7 @@ def test_gradients_of_every_op(op):
         return torch.autograd.grad(out, leaves, [torch.ones_like(part) for part in out], allow_unused=True) if out else ()
 
     other = [torch.randn_like(tensor) for tensor in call.tensors]
-    with forced("triton"):
+    with forced(backend):
         gradients(call.tensors)
         got = gradients(other)
         plans.forget()
@@ -115,9 +119,9 @@ def test_kinds():
     kinds = [(base[:16],), (base[:16].double(),), (base[:15],), (base[:32:2],), (base[1:17],), (base[:16], 1), (base[:16], 1.0), (base[:16], True), (base[:16], 2),
              (base[:16].view(4, 4),), (base[:16].view(4, 4).t(),)]
     for i, (x, *numbers) in enumerate(kinds):
-        assert torch.equal(launcher.call(x, *numbers), x * 2) and launcher.runs == i + 1
-        assert torch.equal(launcher.call(x + 1 if x.stride() == (1,) and x.data_ptr() % 16 == 0 else x, *numbers), (x + 1 if x.stride() == (1,) and x.data_ptr() % 16 == 0 else x) * 2)
-        assert launcher.runs == i + 1
+        for _ in range(2):
+            assert torch.equal(launcher.call(x, *numbers), x * 2) and launcher.runs == i + 1
+    assert torch.equal(launcher.call(torch.ones(16)), torch.full((16,), 2.0)) and launcher.runs == len(kinds)
     with forced("reference"):
         launcher.call(*kinds[0])
     assert launcher.runs == len(kinds) + 1
@@ -159,12 +163,8 @@ def test_views_and_results():
     def halves(x):
         left, right = x.chunk(2, -1)
         both = x.new_empty((2, *left.shape))
-        before = plans.recorders.pop(plans.get_ident(), None)
-        with triton_launch._disable_current_modes():
-            double(None, 1, right, both[0], 0), double(None, 1, left, both[1], 0)
-        if before is not None:
-            plans.recorders[plans.get_ident()] = before
-            before.called(double, None, 1, right, both[0], 0), before.called(double, None, 1, left, both[1], 0)
+        start(right, both[0])
+        start(left, both[1])
         return both[1], None, both
 
     launcher = Counted(halves)
@@ -248,3 +248,25 @@ def test_cache_race_of_threads(monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(calls, range(8)))
     assert not plans.recorders
+
+
+def test_ops_inside_are_counted(monkeypatch):
+    """What a launcher calls by another room's table is called by the plan too, without the dispatcher, and counted: one call of the op, one of each inside."""
+    q, k, weight = torch.randn(1, 9, 2, 32), torch.randn(1, 9, 2, 32), torch.ones(32)
+    runs = []
+
+    def launcher(q, k, weight):
+        runs.append(1)
+        out_q, out_k = q.new_empty(q.shape), k.new_empty(k.shape)
+        qk_norm._into(q, k, weight, weight, out_q, out_k, None, None, 1e-6, RMS, False)
+        return out_q, out_k
+
+    call = plans.planned(launcher)
+    with forced("triton"), torch.no_grad():
+        call(q, k, weight)
+        before = ops.stats()["qk_norm_into"]["triton"]
+        got = call(q + 1, k + 1, weight)
+        assert len(runs) == 1 and ops.stats()["qk_norm_into"]["triton"] == before + 1
+        want = ops.qk_norm_rope(q + 1, k + 1, weight, weight, numerics="close", eps=1e-6)
+    for mine, theirs in zip(got, want):
+        assert_exact(mine, theirs)

@@ -12,7 +12,6 @@ import torch
 
 from fusewire.kernels.dispatch import Backend, forced_backend, launched
 from fusewire.kernels.library import CUDA, declare
-from fusewire.kernels.plans import planned
 from fusewire.kernels.triton_rows import FLOATS, INTERPRETED, MISSING, too_old
 
 DEVICE = "cuda"  # the tests' library for the CPU (tests/kernels/cuda_on_cpu) makes it "cpu"
@@ -55,4 +54,4 @@ def row(op: torch._ops.OpOverload, needs: torch._ops.OpOverload, why_not: Callab
     if reason := CUDA.why_not(needs._schema.name.split("::")[1]):
         CUDA.stale[op._schema.name.split("::")[1]] = reason
         why_not = lambda *args: reason  # noqa: E731
-    return launched("cuda", op, why_not, planned(launch))
+    return launched("cuda", op, why_not, launch)

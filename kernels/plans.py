@@ -19,18 +19,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fusewire.kernels.dispatch import LAUNCHERS, forced_backend
 
 KEPT = 4096  # kinds of calls of each launcher: a model has some dozens for each size of picture
+TRIED = 8  # kinds of calls of which none could have a plan: the launcher's others are then called as they are
 _Tensor, _empty, _strided = torch.Tensor, torch.empty_strided, torch.as_strided
 _EMPTY = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 _PLAIN = (int, float, bool, str, torch.dtype, type(None))
 
 recorders: dict[int, "Recorder"] = {}  # thread -> the call in it that is watched; launches are told to it
-_plans: list[dict[tuple, "Plan | None"]] = []
+_all: list["_Planned"] = []
 
 
 def forget() -> None:
     """Have every call worked out anew: after what launchers ask (tiles, backends' limits) was changed."""
-    for plans in _plans:
-        plans.clear()
+    for one in _all:
+        one.forget()
 
 
 def _kind(args: tuple) -> tuple | None:
@@ -97,10 +98,16 @@ class _Called:
 
 class Plan:
     """The steps of a call. ``made``: (shape, strides, dtype) of the tensors to make, on the device of the argument ``beside``; ``result``: where those are
-    that the call returns."""
+    that the call returns; ``same``: which arguments must be one tensor."""
 
-    def __init__(self, steps: list, made: list, beside: int, result):
-        self.steps, self.made, self.beside, self.result = steps, made, beside, result
+    def __init__(self, steps: list, made: list, beside: int, result, same: list[tuple[int, int]]):
+        self.steps, self.made, self.beside, self.result, self.same = steps, made, beside, result, same
+
+    def serves(self, args: tuple) -> bool:
+        for i, j in self.same:
+            if args[i] is not args[j]:
+                return False
+        return True
 
     def __call__(self, args: tuple):
         sources = list(args)
@@ -127,11 +134,10 @@ class Recorder(TorchDispatchMode):
         self.sources: list = list(args)
         self.known: dict[int, int] = {}  # a tensor's id -> its source
         self.alive: list = []  # so that no other tensor gets such an id
+        self.same: list[tuple[int, int]] = []  # arguments that are one tensor: a plan of the call does not tell them apart
         for i, arg in enumerate(args):
-            if isinstance(arg, _Tensor):
-                if id(arg) in self.known:
-                    self.reason = "two arguments are one tensor"
-                self.known[id(arg)] = i
+            if isinstance(arg, _Tensor) and self.known.setdefault(id(arg), i) != i:
+                self.same.append((self.known[id(arg)], i))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         del recorders[get_ident()]
@@ -190,7 +196,7 @@ class Recorder(TorchDispatchMode):
         if self.reason or not self.steps or any(place is not None and (place.__class__ is not _Place or place.source < self.count) for place in places):
             return None  # (an argument that is returned would be one more name for it)
         beside = next(i for i, arg in enumerate(self.sources) if isinstance(arg, _Tensor))
-        return Plan(self.steps, self.made, beside, tuple(places) if isinstance(out, tuple) else places[0])
+        return Plan(self.steps, self.made, beside, tuple(places) if isinstance(out, tuple) else places[0], self.same)
 
 
 def watching() -> Recorder | None:
@@ -198,32 +204,47 @@ def watching() -> Recorder | None:
     return recorders.get(get_ident()) if recorders else None
 
 
-def planned(launcher: Callable, visible: Callable[[], bool] = lambda: False) -> Callable:
-    """``launcher``, which takes an op's arguments, by plans where there are any. ``visible``: whether someone wants to see each launch as Triton makes it."""
-    plans: dict[tuple, Plan | None] = {}
-    _plans.append(plans)
+class _Planned:
+    """A launcher, by its plans where there are any."""
 
-    def call(*args):
-        if torch._C._len_torch_dispatch_stack() or visible() or watching() is not None:
-            return launcher(*args)
+    def __init__(self, launcher: Callable, visible: Callable[[], bool]):
+        self.launcher, self.visible = launcher, visible
+        self.forget()
+        _all.append(self)
+
+    def forget(self) -> None:
+        self.plans: dict[tuple, Plan | None] = {}
+        self.failures = 0  # kinds without a plan, until the first with one
+
+    def __call__(self, *args):
+        if torch._C._len_torch_dispatch_stack() or self.visible() or watching() is not None or self.failures >= TRIED:
+            return self.launcher(*args)
         key = _kind(args)
         if key is None:
-            return launcher(*args)
-        if key in plans:
-            plan = plans[key]
-            return launcher(*args) if plan is None else plan(args)
+            return self.launcher(*args)
+        plan = self.plans.get(key)
+        if plan is not None and plan.serves(args):
+            return plan(args)
+        if plan is None and key in self.plans:
+            return self.launcher(*args)
+        return self.watched(key, args)
+
+    def watched(self, key: tuple, args: tuple):
         watch, thread = Recorder(args), get_ident()
         recorders[thread] = watch
         try:
             with watch:
-                out = launcher(*args)
+                out = self.launcher(*args)
         finally:
             del recorders[thread]
         if not watch.later:
-            if len(plans) >= KEPT:
-                plans.clear()
-            plans[key] = watch.plan(out)
+            if len(self.plans) >= KEPT:
+                self.plans.clear()
+            plan = self.plans[key] = watch.plan(out)
+            self.failures = self.failures + 1 if plan is None else -KEPT
         return out
 
-    return call
 
+def planned(launcher: Callable, visible: Callable[[], bool] = lambda: False) -> Callable:
+    """``launcher``, which takes an op's arguments, by plans where there are any. ``visible``: whether someone wants to see each launch as Triton makes it."""
+    return _Planned(launcher, visible)

@@ -239,9 +239,9 @@ def attention_backward_tile(dim: int, itemsize: int, masked: bool, arch: Arch) -
 
 
 def attention_library(dim: int, queries: int, keys: int, arch: str) -> str:
-    """Which library serves attention in 16 bits without a mask before our own kernel: "cudnn", "flash", or "" for neither. Set by what is known of the
-    kernels, not yet by measurements here: cuDNN's is the only one of them that is written for sm_90 and sm_100; fewer tokens than one of its tiles are
-    ours, as FlashAttention's wide heads are on GPUs with little shared memory. cuDNN's wide heads are for sm_90 alone, and forwards."""
+    """Which library serves attention in 16 bits without a mask before our own kernel: "cudnn", "flash", or "" for neither. cuDNN's is the
+    only one of them that is written for sm_90 and sm_100; fewer tokens than one of its tiles are ours, as FlashAttention's wide heads are on GPUs with little
+    shared memory. cuDNN has wide heads on sm_90, forwards: twice as fast as FlashAttention's (benchmarks/results/gpu-wide-heads.json)."""
     if 128 < dim <= 256 and min(queries, keys) >= 64 and arch == "sm_90":
         return "cudnn"
     return attention_library_backward(dim, queries, keys, arch)

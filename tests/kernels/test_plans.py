@@ -24,8 +24,7 @@ from tests.tolerance import assert_exact  # noqa: E402
 TRITON_OPS = [name for name, (*_, counted) in CALLS.items() if any(row.name == "triton" for row in TABLES[counted].rows)]
 # Triton's kernels, in its interpreter where there is no GPU; there also what serves by default, csrc/cuda
 backends = pytest.mark.parametrize("backend", ("triton",) if INTERPRETED else ("triton", None), ids=str)
-# What they compute beside their launches is PyTorch's: a matrix product, sums over parts; two arguments are the same cu_seqlens
-WITHOUT = {"linear", "attention_varlen"}
+WITHOUT = {"linear"}  # what it computes beside its launch is PyTorch's: a matrix product
 
 
 @pytest.fixture(autouse=True)
@@ -145,17 +144,31 @@ def test_what_has_no_plan():
 
 
 def test_two_arguments_that_are_one_tensor():
-    """aliasing: no plan is made of such a call, as it would not tell them apart; one of two tensors serves it."""
+    """aliasing: a plan of such a call does not tell them apart, and serves such calls alone; one of two tensors serves both."""
     def summed(x, y):
         return doubled(x), doubled(y)
 
     launcher, x, y = Counted(summed), torch.ones(8), torch.full((8,), 2.0)
-    for runs in (1, 2):
-        assert all(torch.equal(part, 2 * x) for part in launcher.call(x, x)) and launcher.runs == runs
+    for one in (x, y):
+        assert all(torch.equal(part, 2 * one) for part in launcher.call(one, one)) and launcher.runs == 1
+    for first, second in ((x, y), (y, x), (y, y)):
+        got = launcher.call(first, second)
+        assert launcher.runs == 2 and torch.equal(got[0], 2 * first) and torch.equal(got[1], 2 * second) and got[0].data_ptr() != got[1].data_ptr()
+
+
+def test_launchers_without_plans_are_left_alone(monkeypatch):
+    """After some kinds of calls without a plan no more are looked at; one with a plan, and all are."""
+    seen, kind = [], plans._kind
+    monkeypatch.setattr(plans, "_kind", lambda args: (seen.append(args), kind(args))[1])
+    launcher = Counted(lambda x, n: doubled(x.clone() if n else x))
+    for n in range(1, 20):
+        launcher.call(torch.ones(4), n)
+    assert len(seen) == plans.TRIED
     plans.forget()
-    launcher.call(x, y)
-    got = launcher.call(y, y)
-    assert launcher.runs == 3 and all(torch.equal(part, 2 * y) for part in got) and got[0].data_ptr() != got[1].data_ptr()
+    seen.clear()
+    for n in range(20):
+        launcher.call(torch.ones(4), n)
+    assert len(seen) == 20
 
 
 def test_views_and_results():
@@ -230,7 +243,7 @@ def test_what_is_remembered_has_an_end(monkeypatch):
     launcher = Counted(doubled)
     for n in range(20):
         launcher.call(torch.ones(4), n)
-        assert max(map(len, plans._plans)) <= 4
+        assert len(launcher.call.plans) <= 4
     assert launcher.runs == 20
     assert torch.equal(launcher.call(torch.ones(4), 19), torch.full((4,), 2.0)) and launcher.runs == 20
 

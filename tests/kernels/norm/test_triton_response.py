@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusewire import ops
-from fusewire.kernels import dispatch
+from fusewire.kernels import dispatch, plans
 from fusewire.kernels.norm import reference, triton_limits, triton_response
 from fusewire.kernels.tuning import PartsTile, ResponseTile, all_registers, cuda_arch, hip_arch, parts_tile, response_tile
 from tests.effort import examples
@@ -168,6 +168,7 @@ def test_some_gradients(monkeypatch):
     want = in_both(v, grad)
     for wanted in (("x",), ("weight",), ("bias",), ("weight", "bias")):
         these = {name: t.detach().requires_grad_(name in wanted) for name, t in v.items()}
+        plans.forget()
         with dispatch.forced("triton"):
             found = torch.autograd.grad(call(these, numerics="close"), [these[name] for name in wanted], grad)
         for name, got in zip(wanted, found, strict=True):

@@ -117,14 +117,29 @@ def _gated(x, weight, bias, activation: str, gate, residual, numerics: str) -> t
 
 def _fits(x, weight, bias, activation, gate, residual) -> bool:
     """The common call in few comparisons; ``_check`` looks at the rest and finds out what is wrong."""
-    if gate is not None or residual is not None or not isinstance(x, torch.Tensor) or not isinstance(weight, torch.Tensor):
+    if not isinstance(x, torch.Tensor) or not isinstance(weight, torch.Tensor):
         return False
     dtype, shape, given = x.dtype, weight.shape, x.shape
     device = None if x.is_cpu else x.device  # there is one CPU
+    if residual is not None:
+        if activation is not None or not _fits_epilogue(gate, residual, dtype, (*given[:-1], shape[0]), x.device):
+            return False
+    elif gate is not None:
+        return False
     return (len(shape) == 2 and len(given) > 0 and given[-1] == shape[1] and dtype in checks.FLOATS and weight.dtype is dtype
             and (weight.is_cpu if device is None else weight.device == device) and (activation is None or activation in reference.ACTIVATIONS)
             and (bias is None or isinstance(bias, torch.Tensor) and bias.dtype is dtype and bias.shape == shape[:1]
                  and (bias.is_cpu if device is None else bias.device == device)))
+
+
+def _fits_epilogue(gate, residual, dtype, shape: tuple, device) -> bool:
+    """residual of the result's shape; no gate, or [B, N] or [B, 1, N] beside [B, T, N]."""
+    if not (isinstance(residual, torch.Tensor) and residual.dtype is dtype and residual.shape == shape and residual.device == device):
+        return False
+    if gate is None:
+        return True
+    return (isinstance(gate, torch.Tensor) and gate.dtype is dtype and len(shape) == 3 and gate.device == device
+            and (gate.shape == (shape[0], shape[2]) or gate.shape == (shape[0], 1, shape[2])))
 
 
 def _check(x, weight, bias, activation, gate, residual) -> None:

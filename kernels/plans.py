@@ -157,8 +157,8 @@ class Recorder(TorchDispatchMode):
             pass
         elif func.is_view and id(args[0]) in self.known:
             for view in out if isinstance(out, (list, tuple)) else (out,):
-                if view.untyped_storage().data_ptr() != args[0].untyped_storage().data_ptr():
-                    self.reason = f"{name} copies"
+                if view.dtype is not args[0].dtype or view.untyped_storage().data_ptr() != args[0].untyped_storage().data_ptr():
+                    self.reason = f"{name} copies, or counts in other elements"
                 self.known[id(view)] = self.known[id(args[0])]
         else:
             self.reason = f"{name} computes"

@@ -131,7 +131,8 @@ def test_what_has_no_plan():
     kept = torch.zeros(8)
     launchers = {
         "computes": lambda x: (doubled(x), doubled(x.clone()))[1], "argument": lambda x: (doubled(x), x)[1], "elsewhere": lambda x: doubled(kept),
-        "copies": lambda x: doubled(x.reshape(-1)), "nothing": lambda x: x.new_empty(3)}
+        "copies": lambda x: doubled(x.reshape(-1)), "another type": lambda x: doubled(x.view(torch.int32)),
+        "nothing": lambda x: x.new_empty(3)}
     for name, body in launchers.items():
         launcher, x = Counted(body), torch.ones(3, 4).t()
         for _ in range(3):

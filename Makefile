@@ -79,7 +79,7 @@ clean:
 
 # The README's table of what goes on working: a cell is a test.
 compatibility: $(STAMP)
-	$(PYTHON) -m pytest -q tests/compat --matrix README.md
+	$(PYTHON) -m pytest -q -m "slow or not slow" tests/compat --matrix README.md
 
 # The test suites of diffusers and transformers with everything swapped: TESTS is a folder with the tests folder of either, SOURCE says which version
 # it is. Two hours on two cores; it can be interrupted, and goes on where it was.

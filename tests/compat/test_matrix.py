@@ -225,6 +225,13 @@ def test_compile_repeated_blocks(family, numerics):
         assert same(run(model, inputs), want, "close")
 
 
+def no_recompilation(model, sizes, want) -> None:
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    run(compiled, sizes[0])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert same(run(compiled, sizes[1]), want[1], "close")
+
+
 @column("two resolutions, no recompilation")
 @BOTH
 def test_two_resolutions(family, numerics):
@@ -233,10 +240,18 @@ def test_two_resolutions(family, numerics):
     want = [run(model, inputs) for inputs in sizes]
     with fusewire.swapped(model, numerics):
         assert all(same(run(model, inputs), value, numerics) for inputs, value in zip(sizes, want))
-        compiled = torch.compile(model, backend="eager", dynamic=True)
-        run(compiled, sizes[0])
-        with torch.compiler.set_stance("fail_on_recompile"):
-            assert same(run(compiled, sizes[1]), want[1], "close")
+        if numerics == "close":  # in exact: the next test
+            no_recompilation(model, sizes, want)
+
+
+@pytest.mark.slow
+@column("two resolutions, no recompilation")
+def test_two_resolutions_compiled_in_exact(family):
+    model = FAMILIES[family].model(torch.float32, **SMALLEST[family])
+    sizes = [FAMILIES[family].inputs(large=large) for large in (False, True)]
+    want = [run(model, inputs) for inputs in sizes]
+    with fusewire.swapped(model, "exact"):
+        no_recompilation(model, sizes, want)
 
 
 @column("batch 1, 2, 5")

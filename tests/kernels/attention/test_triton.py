@@ -204,7 +204,7 @@ def test_varlen_empty(lengths):
 def test_pattern(dtype, name):
     """tail, head-dim: a map for all, and one for each head; with the log-sum-exp."""
     function, tokens = PATTERNS[name]
-    tokens = min(tokens, 220)  # for the interpreter
+    tokens = min(tokens, 150)  # for the interpreter
     pattern = ops.block_pattern(function, tokens, tokens, **(dict(batch=2, heads=4) if name == "documents" else {}))
     mask = dense(function, tokens, tokens)
     q, k, v = qkv(tokens, tokens, 4, 2, 40, dtype)

@@ -111,6 +111,12 @@ def test_gradients_of_every_op(op, backend):
             assert_exact(mine, theirs)
 
 
+def filled(x):
+    y = x.new_empty(x.shape).zero_()
+    start(x, y)
+    return y
+
+
 def test_kinds():
     """Another dtype, shape, stride, alignment, number, class of number or forced backend is another kind; another tensor of one kind is not."""
     launcher = Counted(doubled)
@@ -130,7 +136,7 @@ def test_what_has_no_plan():
     """Work that a plan would not do again, a result that is an argument, a tensor that comes from elsewhere, arguments that are not numbers."""
     kept = torch.zeros(8)
     launchers = {
-        "computes": lambda x: (doubled(x), doubled(x.clone()))[1], "argument": lambda x: (doubled(x), x)[1], "elsewhere": lambda x: doubled(kept),
+        "fills": lambda x: filled(x), "computes": lambda x: (doubled(x), doubled(x.clone()))[1], "argument": lambda x: (doubled(x), x)[1], "elsewhere": lambda x: doubled(kept),
         "copies": lambda x: doubled(x.reshape(-1)), "another type": lambda x: doubled(x.view(torch.int32)),
         "nothing": lambda x: x.new_empty(3)}
     for name, body in launchers.items():
@@ -188,22 +194,45 @@ def test_views_and_results():
     assert launcher.runs == 1
 
 
-def test_addresses(kernel):
+def test_addresses():
     """What a compiled kernel is started with: the addresses of this call's tensors and of views of them, the numbers of the call before."""
-    def launcher(x, y):
+    started = []
+
+    def start(programs, values):
+        started.append((programs, values))
+
+    def launch(programs, *args):
+        values = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        start(programs, values)
+        if (watch := plans.watching()) is not None:
+            watch.started(start, programs, args, values)
+
+    def body(x, y):
         out = x.new_empty(8)
-        triton_launch.launch(kernel, 3, x, x[4:], y, 64, 0.5, BLOCK=32, EXACT=False, num_warps=4)
-        triton_launch.launch(kernel, 5, x, out, None, 65, 0.5, BLOCK=32, EXACT=False, num_warps=4)
+        launch(3, x[4:], y, 64, 0.5)
+        launch(5, x, out[2:], None, x[:0])
         return out
 
-    call = plans.planned(launcher)
+    launcher = Counted(body)
     for _ in range(3):
-        x, y, before = on_gpu()[16:], on_gpu(), len(kernel.again)
-        out = call(x, y)
-        again = kernel.again[before:]
-    assert len(kernel.anew) == 2 and len(again) == 2
-    assert again[0] == (3, 1, 1, 77, 1, ("warps", 4), None, None, None, x.data_ptr() + 16, y.data_ptr(), 64, 0.5, 32, False)
-    assert again[1] == (5, 1, 1, 77, 2, ("warps", 4), None, None, None, out.data_ptr(), None, 65, 0.5, 32, False)
+        x, y = torch.zeros(80)[16:], torch.zeros(64)
+        started.clear()
+        out = launcher.call(x, y)
+        assert started == [(3, [x.data_ptr() + 16, y.data_ptr(), 64, 0.5]), (5, [x.data_ptr(), out.data_ptr() + 8, None, 0])]
+    assert launcher.runs == 1
+
+
+def test_a_compiled_kernel(kernel):
+    """The launcher of Triton's kernels tells a plan what it started, with the kernel, its constants, the device and the stream of the day."""
+    def body(x):
+        triton_launch.launch(kernel, 3, x, x, None, 64, 0.5, BLOCK=32, EXACT=False, num_warps=4)
+
+    launcher = Counted(body)
+    for runs in (1, 2, 3):
+        x, before = on_gpu(), len(kernel.again)
+        launcher.call(x)
+        assert launcher.runs == 1 and len(kernel.anew) == 1 and len(kernel.again) - before == min(runs - 1, 1)
+    assert kernel.again[-1] == (3, 1, 1, 77, 1, ("warps", 4), None, None, None, x.data_ptr(), None, 64, 0.5, 32, False)
 
 
 def test_who_looks_sees_every_call():

@@ -7,7 +7,7 @@ namespace fusewire {
 
 enum class Isa : int { base = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
 
-// The highest level that the processor reports, or the one that FUSEWIRE_CPU_ISA names if the processor has it. Read once.
+// The fastest level that the processor has (the highest, but on Intel's without AMX), or the one that FUSEWIRE_CPU_ISA names if it has that. Read once.
 Isa active_isa();
 
 }  // namespace fusewire

@@ -43,23 +43,6 @@ static Isa highest_isa() {
 #endif
 }
 
-Isa active_isa() {
-  static const Isa isa = [] {
-    const Isa highest = highest_isa();
-    const char* wanted = std::getenv("FUSEWIRE_CPU_ISA");
-    const std::string_view name = wanted ? wanted : "";
-    Isa asked = highest;
-    if (name == "base") asked = Isa::base;
-    if (name == "avx2") asked = Isa::avx2;
-    if (name == "avx512") asked = Isa::avx512;
-    if (name == "avx512_bf16") asked = Isa::avx512_bf16;
-    return asked < highest ? asked : highest;
-  }();
-  return isa;
-}
-
-static int64_t cpu_isa() { return static_cast<int64_t>(active_isa()); }
-
 // MKL, behind PyTorch's float32 products, runs at full speed on Intel's processors and at about half of it on others.
 static bool cpu_is_intel() {
 #if defined(__x86_64__)
@@ -69,6 +52,26 @@ static bool cpu_is_intel() {
   return false;
 #endif
 }
+
+Isa active_isa() {
+  static const Isa isa = [] {
+    const Isa highest = highest_isa();
+    const char* wanted = std::getenv("FUSEWIRE_CPU_ISA");
+    const std::string_view name = wanted ? wanted : "";
+    if (name == "base") return Isa::base < highest ? Isa::base : highest;
+    if (name == "avx2") return Isa::avx2 < highest ? Isa::avx2 : highest;
+    if (name == "avx512") return Isa::avx512 < highest ? Isa::avx512 : highest;
+    if (name == "avx512_bf16") return Isa::avx512_bf16 < highest ? Isa::avx512_bf16 : highest;
+#if !defined(FUSEWIRE_ONLY_ISA)
+    // Intel multiplies bfloat16 by vdpbf16ps at half the rate of float32's FMA: without AMX the operands are widened (attention 275 GFLOP/s, not 160)
+    if (highest == Isa::avx512_bf16 && cpu_is_intel()) return Isa::avx512;
+#endif
+    return highest;
+  }();
+  return isa;
+}
+
+static int64_t cpu_isa() { return static_cast<int64_t>(active_isa()); }
 
 }  // namespace fusewire
 

@@ -6,6 +6,8 @@ Measured with two cores, GFLOP/s at [1024, 1536] x [1536, 6144] and back (``F.li
 - Zen 5: float32 155, 450, 410-440.
 - Intel with AMX: float32 330, 320, 490; bfloat16 1690-1800, 1910-1940, 1840-1860 (a whole SD3.5 block, weights cold:
   2-4 % less time than with oneDNN); float16 310-340, 320-340, 770-790.
+- Intel with AVX512-BF16 and without AMX: float32 300-310, 295, 295; bfloat16 155-165, 165, 280-300 (vdpbf16ps has half the rate of float32's FMA, so that
+  operands are widened here); float16 290-305, -, 240.
 
 oneDNN's float32 sum in one chain errs up to four times as much as MKL's (``F.linear``) and so breaks the contract of ``close``.
 """
@@ -19,6 +21,7 @@ from fusewire.kernels.library import CPU, cpu_is_intel, cpu_isa
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 ONEDNN_BFLOAT16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+FLOAT16 = ONEDNN and hasattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported") and torch.ops.mkldnn._is_mkldnn_fp16_supported()  # by instructions of its own
 POST_OPS = {"none": ("none", ""), "gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none"), "silu": ("swish", "")}
 MAX_DIMS = 9
 # Fixed for the process; read once, so that torch.compile sees constants.
@@ -29,6 +32,8 @@ AMX_TOKENS, AMX_TOKENS_BFLOAT16, AMX_OUTPUTS = 48, 256, 192  # below either, pac
 # In bfloat16 oneDNN reads x as it lies, ours packs it: with fewer weights ours has 0.3 to 0.9 of oneDNN's rate at 256, 1024 and 4096 tokens, with
 # more 0.9 to 1.0 where they are in the cache, and more than 1.0 in a model, where they are not.
 AMX_INPUTS_BFLOAT16, AMX_WEIGHTS_BFLOAT16 = 1024, 2_000_000
+WIDENED = INTEL and ISA == "avx512"  # bfloat16 is multiplied as float32, from as many tokens on: with fewer widening the weights takes longer
+WIDENED_TOKENS, WIDENED_INPUTS = 64, 1024  # inputs: of a gradient of the weights
 
 
 def why_not_cpu(x, weight, bias, activation, gate, residual, exact) -> str:
@@ -65,6 +70,8 @@ def why_not_cpu(x, weight, bias, activation, gate, residual, exact) -> str:
             return "for so few rows of a sample PyTorch's product is as fast, and sums in shorter chains"
         if INTEL and not (ISA == "amx" and tokens >= AMX_TOKENS and weight.shape[0] >= AMX_OUTPUTS):
             return "PyTorch's own product is faster here"
+    if x.dtype is torch.float16 and WIDENED and FLOAT16 and forced_backend() != "cpu":
+        return "PyTorch's own product is faster here"
     return ""
 
 
@@ -72,6 +79,8 @@ def onednn_serves(x, weight, activation, gate, residual) -> bool:
     """oneDNN is faster in bfloat16, but on AMX for what is large. Gate and residual take a pass of their own, where ``gate_residual`` takes them."""
     if (ISA == "amx" and activation != "gelu" and x.dim() > 2 and x.shape[-2] >= AMX_TOKENS_BFLOAT16 and weight.shape[0] >= AMX_OUTPUTS
             and (x.dtype is not torch.bfloat16 or weight.shape[1] >= AMX_INPUTS_BFLOAT16 and weight.numel() >= AMX_WEIGHTS_BFLOAT16)):
+        return False
+    if WIDENED and x.dim() > 2 and x.shape[-2] >= WIDENED_TOKENS and activation != "gelu":
         return False
     if x.dtype is not torch.bfloat16 or not ONEDNN_BFLOAT16 or not torch.backends.mkldnn.enabled:
         return False
@@ -114,7 +123,8 @@ def products_backward(dy, x, weight, of_x: bool, of_weight: bool) -> tuple[torch
 
     Ours takes the transposed operands as they lie. Measured at [2048, 1536] x [1536, 6144] and back with two cores of an Intel with AMX, GFLOP/s
     (PyTorch's, ours): dx float32 320-330, 440-510; float16 300, 680-750; bfloat16 1810-1910, 1480-1600; dweight float32 310, 430-510;
-    float16 300, 640-750; bfloat16 910-940, 1400-1590. On the same processor without AMX PyTorch's are faster.
+    float16 300, 640-750; bfloat16 910-940, 1400-1590. Without AMX PyTorch's are faster, but for
+    bfloat16 on Intel's: 163, 295 (dx), 163, 215 (dweight).
     """
     outputs, inputs = weight.shape
     dx = dweight = None
@@ -131,6 +141,8 @@ def _ours(x, weight) -> torch.Tensor:
 
 
 def _ours_is_faster(x, rows: int, outputs: int, of_weight: bool) -> bool:
+    if WIDENED and x.is_cpu and x.dtype is torch.bfloat16 and 0 not in x.shape:
+        return rows >= WIDENED_INPUTS <= outputs if of_weight else rows >= WIDENED_TOKENS
     if ISA != "amx" or not x.is_cpu or outputs < AMX_OUTPUTS or 0 in x.shape:
         return False
     if x.dtype is torch.bfloat16:

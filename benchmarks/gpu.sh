@@ -13,10 +13,10 @@ unset TRITON_INTERPRET FUSEWIRE_BACKEND
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit,power.draw,temperature.gpu --format=csv | tee "$out/gpu-before.csv"
 timeout 60 "$python" benchmarks/build_cuda.py 2>&1 | tee "$out/gpu-build.txt"  # without it the rows of csrc/cuda are left out
 tests=0
-if [ "${TEST_SECONDS:-260}" -gt 0 ]; then
+if [ "${TEST_SECONDS:-290}" -gt 0 ]; then
   workers=$("$python" -c "import xdist, os; print('-n', min(os.cpu_count(), 14), '--dist loadgroup')" 2>/dev/null)
   # TESTS names other files. The GPU's own tests, and those of the Triton and CUDA rooms that run in the interpreter and on the CPU elsewhere.
-  FUSEWIRE_TEST_DEVICE=cuda OMP_NUM_THREADS=1 timeout -s INT -k 5 "${TEST_SECONDS:-260}" "$python" -m pytest -m "gpu or not slow" $workers tests/gpu \
+  FUSEWIRE_TEST_DEVICE=cuda OMP_NUM_THREADS=1 timeout -s INT -k 5 "${TEST_SECONDS:-290}" "$python" -m pytest -m "gpu or not slow" $workers tests/gpu \
     ${TESTS:-$(ls tests/kernels/*/test_*triton*.py tests/kernels/*/test_*cuda*.py tests/kernels/sampler_step/test_solver_kernels.py tests/kernels/test_contract.py tests/kernels/test_plans.py | grep -v attention/test_cuda)} \
     -vv -p no:cacheprovider --tb=short -rf >"$out/gpu-tests.txt" 2>&1  # -vv, as pyproject.toml says -q: names what failed even where the time runs out
   tests=$?
@@ -34,8 +34,8 @@ if [ "${SANITIZE_SECONDS:-30}" -gt 0 ] && command -v compute-sanitizer >/dev/nul
   done
 fi
 status=0
-if [ "${BENCH_SECONDS:-190}" -gt 0 ]; then
-  timeout $((${BENCH_SECONDS:-190} + 30)) "$python" benchmarks/gpu.py --seconds "${BENCH_SECONDS:-190}" --tests "$tests" --json "$out/gpu.json"
+if [ "${BENCH_SECONDS:-160}" -gt 0 ]; then
+  timeout $((${BENCH_SECONDS:-160} + 30)) "$python" benchmarks/gpu.py --seconds "${BENCH_SECONDS:-160}" --tests "$tests" --json "$out/gpu.json"
   status=$?
 fi
 nvidia-smi --query-gpu=name,clocks.sm,clocks.mem,power.draw,temperature.gpu --format=csv | tee "$out/gpu-after.csv"

@@ -25,7 +25,7 @@ _EMPTY = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_e
 _PLAIN = (int, float, bool, str, torch.dtype, type(None))
 
 recorders: dict[int, "Recorder"] = {}  # thread -> the call in it that is watched; launches are told to it
-_all: list["_Planned"] = []
+_all: list["Planned"] = []
 
 
 def forget() -> None:
@@ -204,10 +204,10 @@ def watching() -> Recorder | None:
     return recorders.get(get_ident()) if recorders else None
 
 
-class _Planned:
-    """A launcher, by its plans where there are any."""
+class Planned:
+    """``launcher``, which takes an op's arguments, by plans where there are any. ``visible``: whether someone wants to see each launch as Triton makes it."""
 
-    def __init__(self, launcher: Callable, visible: Callable[[], bool]):
+    def __init__(self, launcher: Callable, visible: Callable[[], bool] = lambda: False):
         self.launcher, self.visible = launcher, visible
         self.forget()
         _all.append(self)
@@ -243,8 +243,3 @@ class _Planned:
             plan = self.plans[key] = watch.plan(out)
             self.failures = self.failures + 1 if plan is None else -KEPT
         return out
-
-
-def planned(launcher: Callable, visible: Callable[[], bool] = lambda: False) -> Callable:
-    """``launcher``, which takes an op's arguments, by plans where there are any. ``visible``: whether someone wants to see each launch as Triton makes it."""
-    return _Planned(launcher, visible)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from fusewire.kernels.dispatch import Backend, forced_backend, launched
-from fusewire.kernels.plans import planned
+from fusewire.kernels.plans import Planned
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")  # as Triton reads it when it is imported
@@ -68,7 +68,7 @@ def row(op: torch._ops.OpOverload, why_not: Callable[..., str], launcher: str) -
     def launch(*args):
         if not found:
             launcher = getattr(importlib.import_module(f"fusewire.kernels.{room}.{file[0] if file else 'triton_kernel'}"), function)
-            found.append(planned(launcher, importlib.import_module("fusewire.kernels.triton_launch").visible))
+            found.append(Planned(launcher, importlib.import_module("fusewire.kernels.triton_launch").visible))
         return found[0](*args)
 
     return launched("triton", op, why_not, launch)

@@ -26,13 +26,20 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tests.bug_classes import ROOMS
+from tests import bug_classes
 from tests.mutants.mutant import Mutant
 
 ROOT = Path(__file__).parents[1]
+SHARED = "shared"
+ROOMS = (*bug_classes.ROOMS, SHARED)  # and what they share
 TIMEOUT = 600  # seconds for a mutant's tests
 LEFT_OUT = ("assets", "benchmarks/results", "tests/data")  # no room's test reads them
 SELECTION, NO_CUDA = "not isa", " and not cuda"  # but tests that start processes of their own, and CUDA's, which build a library, where none is named
+
+
+def tests_of(room: str) -> str:
+    """Where the room's tests are."""
+    return "tests/kernels" if room == SHARED else f"tests/kernels/{room}"
 
 
 def mutants(room: str) -> tuple[Mutant, ...]:
@@ -108,7 +115,7 @@ class Tree:
                 state, by = "error", "it does not compile"
             else:
                 for test in mutant.tests:
-                    state, by = self.run([f"tests/kernels/{room}/{test}"])
+                    state, by = self.run([f"{tests_of(room)}/{test}"])
                     if state != "passed":
                         break
         except ValueError as error:

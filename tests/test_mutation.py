@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from tests import mutation
-from tests.bug_classes import ROOMS
+from tests.mutation import ROOMS
 
 EVERY = [(room, mutant) for room in ROOMS for mutant in mutation.mutants(room)]
 
@@ -24,7 +24,7 @@ def test_every_old_text_occurs_exactly_once(room):
 @pytest.mark.parametrize("room", ROOMS)
 def test_every_killer_is_there(room):
     for mutant in mutation.mutants(room):
-        assert mutant.tests and all((mutation.ROOT / "tests" / "kernels" / room / test).is_file() for test in mutant.tests), mutant.what
+        assert mutant.tests and all((mutation.ROOT / mutation.tests_of(room) / test).is_file() for test in mutant.tests), mutant.what
 
 
 def test_the_page_is_what_the_results_make():

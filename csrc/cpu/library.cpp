@@ -58,15 +58,16 @@ Isa active_isa() {
     const Isa highest = highest_isa();
     const char* wanted = std::getenv("FUSEWIRE_CPU_ISA");
     const std::string_view name = wanted ? wanted : "";
-    if (name == "base") return Isa::base < highest ? Isa::base : highest;
-    if (name == "avx2") return Isa::avx2 < highest ? Isa::avx2 : highest;
-    if (name == "avx512") return Isa::avx512 < highest ? Isa::avx512 : highest;
-    if (name == "avx512_bf16") return Isa::avx512_bf16 < highest ? Isa::avx512_bf16 : highest;
+    Isa asked = highest;
 #if !defined(FUSEWIRE_ONLY_ISA)
     // Intel multiplies bfloat16 by vdpbf16ps at half the rate of float32's FMA: without AMX the operands are widened (attention 275 GFLOP/s, not 160)
-    if (highest == Isa::avx512_bf16 && cpu_is_intel()) return Isa::avx512;
+    if (highest == Isa::avx512_bf16 && cpu_is_intel()) asked = Isa::avx512;
 #endif
-    return highest;
+    if (name == "base") asked = Isa::base;
+    if (name == "avx2") asked = Isa::avx2;
+    if (name == "avx512") asked = Isa::avx512;
+    if (name == "avx512_bf16") asked = Isa::avx512_bf16;
+    return asked < highest ? asked : highest;
   }();
   return isa;
 }

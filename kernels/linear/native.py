@@ -21,11 +21,12 @@ from fusewire.kernels.library import CPU, cpu_is_intel, cpu_isa
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 ONEDNN_BFLOAT16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-FLOAT16 = ONEDNN and hasattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported") and torch.ops.mkldnn._is_mkldnn_fp16_supported()  # by instructions of its own
+FLOAT16_PRODUCTS = ONEDNN and hasattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported") and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 POST_OPS = {"none": ("none", ""), "gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none"), "silu": ("swish", "")}
 MAX_DIMS = 9
 # Fixed for the process; read once, so that torch.compile sees constants.
 ISA, INTEL = cpu_isa(), cpu_is_intel()
+PYTORCHS = "PyTorch's own product is faster here"
 FEW_TOKENS = 32
 FEW_ROWS = 64  # of x [B, K], as csrc/cpu/linear.h has it: one pass over the weight takes 0.5 of PyTorch's time at one row, 0.3 at two, 0.7 at 64 (Zen 5)
 AMX_TOKENS, AMX_TOKENS_BFLOAT16, AMX_OUTPUTS = 48, 256, 192  # below either, packing the operands takes longer than what the product saves
@@ -69,9 +70,9 @@ def why_not_cpu(x, weight, bias, activation, gate, residual, exact) -> str:
         if tokens < FEW_TOKENS:
             return "for so few rows of a sample PyTorch's product is as fast, and sums in shorter chains"
         if INTEL and not (ISA == "amx" and tokens >= AMX_TOKENS and weight.shape[0] >= AMX_OUTPUTS):
-            return "PyTorch's own product is faster here"
-    if x.dtype is torch.float16 and WIDENED and FLOAT16 and forced_backend() != "cpu":
-        return "PyTorch's own product is faster here"
+            return PYTORCHS
+    if x.dtype is torch.float16 and WIDENED and FLOAT16_PRODUCTS and forced_backend() != "cpu":
+        return PYTORCHS
     return ""
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from fusewire.kernels.linear.reference import over_tokens
 from fusewire.kernels.linear.triton_backward import bias_activation_backward  # noqa: F401 (the row looks for its launcher here)
-from fusewire.kernels.plans import planned
+from fusewire.kernels.plans import Planned
 from fusewire.kernels.triton_base import TYPES, element_block, elementwise, load_elements, narrow, rounded
 from fusewire.kernels.triton_launch import arch_of, launch, visible
 from fusewire.kernels.tuning import cdiv, flat_tile
@@ -68,7 +68,7 @@ def _write(y, bias, activation: str, gate, residual, exact: bool, out) -> None:
     )
 
 
-_planned_write = planned(_write, visible)
+_planned_write = Planned(_write, visible)
 
 
 def epilogue(y, bias, activation: str, gate, residual, exact: bool, keep: bool = False) -> torch.Tensor:

@@ -119,6 +119,22 @@ def test_the_library_of_this_installation_is_as_new_as_its_sources():
     assert all(CPU.has(op) for op, table in dispatch.TABLES.items() if any(row.name == "cpu" for row in table.rows))
 
 
+@needs_library
+@pytest.mark.parametrize("asked", ("", "base", "avx2", "avx512", "avx512_bf16"))
+def test_the_level_that_runs(asked):
+    """The fastest that the processor has, which of an Intel with AVX512-BF16 and without AMX is not the highest; or the one that is asked for, if it has it."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    if "avx512_bf16" not in flags:
+        pytest.skip("needs a processor with AVX512-BF16")
+    code = "from fusewire.kernels.library import cpu_isa, cpu_is_intel; print(cpu_isa(), cpu_is_intel())"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"FUSEWIRE_CPU_ISA": asked, "PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True)
+    level, intel = done.stdout.split()
+    if asked:
+        assert level == asked
+    elif level != "amx":
+        assert level == ("avx512" if intel == "True" else "avx512_bf16")
+
+
 def test_the_record_holds_what_is_declared(tmp_path):
     library.record_schemas(str(tmp_path / "record.json"))
     record = json.loads((tmp_path / "record.json").read_text())

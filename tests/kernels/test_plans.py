@@ -39,7 +39,7 @@ class Counted:
 
     def __init__(self, body):
         self.body, self.runs = body, 0
-        self.call = plans.planned(self)
+        self.call = plans.Planned(self)
 
     def __call__(self, *args):
         self.runs += 1
@@ -81,6 +81,7 @@ def test_of_every_op(op, dtype, backend, monkeypatch):
         assert not ran
         got = call.run(*other)
         assert backend is None or bool(ran) is (op not in WITHOUT)
+        assert not ops.stats()[call.counted]["reference"]
         plans.forget()
         want = call.run(*other)
     for mine, theirs in zip(got, want, strict=True):
@@ -243,7 +244,7 @@ def test_who_looks_sees_every_call():
 
     seen = []
     launcher = Counted(doubled)
-    launcher.call = plans.planned(launcher, lambda: bool(seen))
+    launcher.call = plans.Planned(launcher, lambda: bool(seen))
     x = torch.ones(4)
     for _ in range(2):
         launcher.call(x)
@@ -304,7 +305,7 @@ def test_ops_inside_are_counted(monkeypatch):
         qk_norm._into(q, k, weight, weight, out_q, out_k, None, None, 1e-6, RMS, False)
         return out_q, out_k
 
-    call = plans.planned(launcher)
+    call = plans.Planned(launcher)
     with forced("triton"), torch.no_grad():
         call(q, k, weight)
         before = ops.stats()["qk_norm_into"]["triton"]

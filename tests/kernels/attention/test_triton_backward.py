@@ -42,7 +42,7 @@ def check(q, k, v, grad, mask=None, causal=False, scale=None, context=""):
     want = gradients(lambda *x: stock(*x, mask, causal, scale), *(x.double() for x in (q, k, v)), grad)
     plain = gradients(lambda *x: stock(*x, mask, causal, scale, q.dtype), q, k, v, grad)
     for name, one, wanted, of_stock in zip("qkv", got, want, plain):
-        if q.dtype is torch.float32 and q.shape[1] < 16:
+        if not ON_GPU and q.dtype is torch.float32 and q.shape[1] < 16:
             # The interpreter's products are numpy's, PyTorch's are the processor's library's, which may sum so few rows in much shorter chains
             assert_within(one, wanted, 4, f"d{name} {context}", of_stock)
         else:

@@ -80,6 +80,46 @@ def test_conditioning_vectors(k, n, activation):
     assert {name: calls - before[name] for name, calls in ops.stats()["linear"].items() if calls > before[name]} == expected
 
 
+@needs_native
+@pytest.mark.parametrize("tokens, ours", [(63, False), (64, True), (150, True)])
+@pytest.mark.parametrize("activation", [None, "gelu_tanh", "silu"])
+@torch.no_grad()  # the registered op calls oneDNN as it was found at import
+def test_bfloat16_on_an_intel_without_amx(tokens, ours, activation, monkeypatch):
+    """Where bfloat16 is multiplied as float32: from so many tokens on this library serves, at any batch, and keeps the rule of close; float16's stay PyTorch's."""
+    monkeypatch.setattr(native, "WIDENED", True)
+    served, onednn = [], native.onednn
+    monkeypatch.setattr(native, "onednn", lambda *args: (served.append(1), onednn(*args))[1])
+    args = layer((3, tokens, 96), 80, torch.bfloat16)
+    with forced("cpu"):
+        got = ops.linear(*args, activation=activation, numerics="close")
+    assert not (ours and served) and (ours or served or not native.ONEDNN_BFLOAT16)
+    assert_close(got, in_float64(*args, activation or "none"), stock(*args, activation or "none"))
+    with forced("cpu"):
+        assert_exact(ops.linear(args[0][1:2], *args[1:], activation=activation, numerics="close"), got[1:2])
+    monkeypatch.setattr(native, "FLOAT16_PRODUCTS", True)
+    halves = layer((3, tokens, 96), 80, torch.float16)
+    before = ops.stats()["linear"]["reference"]
+    ops.linear(*halves, activation=activation, numerics="close")
+    assert ops.stats()["linear"]["reference"] == before + 1
+
+
+@needs_native
+@pytest.mark.parametrize("shape, n, of_x, of_weight", [((2, 64, 96), 80, True, False), ((2, 63, 96), 80, False, False), ((1100, 1024), 1025, False, True)])
+def test_gradients_on_an_intel_without_amx(shape, n, of_x, of_weight, monkeypatch):
+    """Which of the products of bfloat16's gradients are this library's there; each keeps the rule."""
+    monkeypatch.setattr(native, "WIDENED", True)
+    ran, ours = [], native._ours
+    monkeypatch.setattr(native, "_ours", lambda *args: (ran.append(1), ours(*args))[1])
+    x, weight, _ = layer(shape, n, torch.bfloat16)
+    dy = torch.randn(*shape[:-1], n).to(torch.bfloat16)
+    for wanted, expected in (((True, False), of_x), ((False, True), of_weight)):
+        ran.clear()
+        got = native.products_backward(dy, x, weight, *wanted)[wanted[1]]
+        assert bool(ran) is expected
+        of = lambda dy, x, weight: dy @ weight if wanted[0] else dy.flatten(0, -2).t() @ x.flatten(0, -2)  # noqa: E731
+        assert_close(got, of(dy.double(), x.double(), weight.double()), of(dy, x, weight))
+
+
 @FLOAT64
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gate_shape", [(2, 80), (2, 1, 80), (2, 77, 80), (80,), None])

@@ -60,7 +60,7 @@ Isa active_isa() {
     const std::string_view name = wanted ? wanted : "";
     Isa asked = highest;
 #if !defined(FUSEWIRE_ONLY_ISA)
-    // Intel multiplies bfloat16 by vdpbf16ps at half the rate of float32's FMA: without AMX the operands are widened (attention 275 GFLOP/s, not 160)
+    // Intel multiplies bfloat16 by vdpbf16ps at half the rate of float32's FMA: without AMX the operands are widened (attention 275 GFLOP/s, not 155)
     if (highest == Isa::avx512_bf16 && cpu_is_intel()) asked = Isa::avx512;
 #endif
     if (name == "base") asked = Isa::base;

@@ -81,7 +81,8 @@ def onednn_serves(x, weight, activation, gate, residual) -> bool:
     if (ISA == "amx" and activation != "gelu" and x.dim() > 2 and x.shape[-2] >= AMX_TOKENS_BFLOAT16 and weight.shape[0] >= AMX_OUTPUTS
             and (x.dtype is not torch.bfloat16 or weight.shape[1] >= AMX_INPUTS_BFLOAT16 and weight.numel() >= AMX_WEIGHTS_BFLOAT16)):
         return False
-    if WIDENED and x.dim() > 2 and x.shape[-2] >= WIDENED_TOKENS and activation != "gelu":
+    # A graph serves any number of tokens: its first number must not become a guard, at which a second resolution is traced again.
+    if WIDENED and x.dim() > 2 and activation != "gelu" and (torch.compiler.is_compiling() or x.shape[-2] >= WIDENED_TOKENS):
         return False
     if x.dtype is not torch.bfloat16 or not ONEDNN_BFLOAT16 or not torch.backends.mkldnn.enabled:
         return False

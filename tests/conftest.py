@@ -4,6 +4,7 @@
 machines run in Triton's interpreter and thread by thread on the CPU.
 """
 
+import gc
 import os
 
 # Several workers with two threads each share the cores: a thread that spins while it waits keeps the others from working. Read when torch is loaded.
@@ -25,6 +26,12 @@ from tests.effort import EFFORT  # noqa: E402
 # The same commit passes or fails the same way, wherever it is tested; `make test-all` draws examples anew each time.
 hypothesis.settings.register_profile("fusewire", derandomize=EFFORT == 1)
 hypothesis.settings.load_profile("fusewire")
+
+
+def pytest_collection_finish():
+    """What the imports and the collected tests left, some million objects that stay, is not looked at again by every collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -14,34 +14,11 @@ from tests.tolerance import assert_within
 pytest.importorskip("triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ON_GPU = torch.get_default_device().type == "cuda"  # FUSEWIRE_TEST_DEVICE
-needs_interpreter = pytest.mark.skipif(not INTERPRETED and not ON_GPU, reason="Triton runs on the GPU here: set FUSEWIRE_TEST_DEVICE=cuda")
-
-
-def remap_once() -> None:
-    """Triton's interpreter remaps its language, some thousand names, at every call of a device function: half of the time of our tests in it. The names of a
-    module are the same throughout a launch: there, once will do."""
-    from triton.runtime import interpreter
-
-    remap, run, done = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
-
-    def remap_unless_done(function):
-        if (module := id(function.__globals__)) in done:
-            return None  # asked for by a device function, which does not look at it
-        done.add(module)
-        return remap(function)
-
-    def run_anew(self, *args, **kwargs):
-        done.clear()
-        try:
-            return run(self, *args, **kwargs)
-        finally:
-            done.clear()
-
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = remap_unless_done, run_anew
-
-
 if INTERPRETED:
-    remap_once()
+    from tests.kernels import quick_interpreter
+
+    quick_interpreter.install()
+needs_interpreter = pytest.mark.skipif(not INTERPRETED and not ON_GPU, reason="Triton runs on the GPU here: set FUSEWIRE_TEST_DEVICE=cuda")
 
 
 @contextlib.contextmanager

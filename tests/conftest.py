@@ -28,8 +28,9 @@ hypothesis.settings.register_profile("fusewire", derandomize=EFFORT == 1)
 hypothesis.settings.load_profile("fusewire")
 
 
-def pytest_collection_finish():
-    """What the imports and the collected tests left, some million objects that stay, is not looked at again by every collection of garbage."""
+@pytest.fixture(autouse=True, scope="module")
+def what_stays():
+    """What imports and caches of torch.compile left, millions of objects that stay, is not looked at by every later collection of garbage."""
     gc.collect()
     gc.freeze()
 

@@ -135,15 +135,30 @@ static void block(const LinearCall& c, const LinearBlock& b, float* scratch) {
   float* const packed = rows + 2 * kTileRows * kStride;  // [panels][kDepth][kPanel]
   float* const sums = packed + width * kDepth;           // [rows][width]
   const T* const x = static_cast<const T*>(c.x.data);
+  // Of a picture, channels of one tap at a time, in parts as equal as can be
+  const int64_t taps = c.picture ? c.picture->taps() : 1, channels = c.inputs / taps, parts = (channels + depth - 1) / depth;
+  const int64_t part = c.picture ? ((channels + parts - 1) / parts + 2 * kLanes - 1) / (2 * kLanes) * 2 * kLanes : depth;
   Epilogue<T> epilogue(c, b.col, b.cols);
-  for (int64_t k = 0; k < c.inputs; k += depth) {
-    const int64_t count = std::min(depth, c.inputs - k), units = (count + unit - 1) / unit;
-    const T* const weight = static_cast<const T*>(c.weight) + b.col * c.weight_row + k * c.weight_col;
+  for (int64_t slice = 0; slice < taps * parts; ++slice) {
+    const int64_t tap = slice / parts, k = slice % parts * part, count = std::min(part, channels - k), units = (count + unit - 1) / unit;
+    if (count <= 0) continue;
+    const T* const weight = static_cast<const T*>(c.weight) + b.col * c.weight_row + k * c.weight_col + tap;
     for (int64_t n = 0; n < panels; ++n)
       pack(weight + n * kPanel * c.weight_row, c.weight_row, c.weight_col, b.cols - n * kPanel, count, packed + n * kPanel * kDepth);
     // Rows of the weight's next slice, asked for from the first to the last while this slice is multiplied
-    const int64_t coming = c.weight_col == 1 && k + count < c.inputs ? b.cols : 0, calls = tiles * panels;
-    const auto copy = [&](int64_t r, float* to) { copy_row(x + c.x.offset(b.row + r) + k * c.x.channel, c.x.channel, count, to); };
+    const bool last_slice = tap + 1 == taps && k + count == channels;
+    const int64_t coming = c.weight_col == 1 && !last_slice ? b.cols : 0, calls = tiles * panels;
+    const auto source = [&](int64_t r) -> const T* {
+      if (!c.picture) return x + c.x.offset(b.row + r) + k * c.x.channel;
+      const int64_t pixel = c.picture->offset(b.row + r, tap);
+      return pixel < 0 ? nullptr : x + pixel + k;
+    };
+    const auto copy = [&](int64_t r, float* to) {
+      if (const T* from = source(r))
+        copy_row(from, c.x.channel, count, to);
+      else
+        std::fill_n(to, units, 0.0f);
+    };
     for (int64_t r = 0; r < b.rows / tiles; ++r) copy(r, rows + r * kStride);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t begin = t * b.rows / tiles, end = (t + 1) * b.rows / tiles;  // tiles as equal as can be
@@ -155,12 +170,13 @@ static void block(const LinearCall& c, const LinearBlock& b, float* scratch) {
         for (int64_t r = later * n / panels; r < later * (n + 1) / panels; ++r) copy(end + r, next + r * kStride);
         const int64_t far = end + later + last * n / panels, call = t * panels + n, w = call * coming / calls;
         const auto row = [&](int64_t r) {
-          return reinterpret_cast<const char*>(r < b.rows && c.x.channel == 1 ? static_cast<const void*>(x + c.x.offset(b.row + r) + k) : packed);
+          const T* from = r < b.rows && c.x.channel == 1 ? source(r) : nullptr;
+          return from ? reinterpret_cast<const char*>(from) : reinterpret_cast<const char*>(packed);
         };
         const Ahead ahead{row(far), row(far + 1), w < (call + 1) * coming / calls ? reinterpret_cast<const char*>(weight + w * c.weight_row + count) : row(b.rows)};
-        multiply(these, packed + n * kPanel * kDepth, units, sums + begin * width + n * kPanel, width, k == 0, ahead);
+        multiply(these, packed + n * kPanel * kDepth, units, sums + begin * width + n * kPanel, width, slice == 0, ahead);
       }
-      if (k + count < c.inputs) continue;
+      if (!last_slice) continue;
       for (int64_t r = begin; r < end; ++r) epilogue.row(b.row + r, sums + r * width);
     }
   }

@@ -27,9 +27,12 @@ def layer(shape, dtype, **options):
 def test_against_float64(dtype, shape, intel, monkeypatch):
     if cpu_is_intel() and not intel:
         pytest.skip("PyTorch's own product serves float32 on Intel")
+    if not intel:
+        monkeypatch.setattr(native, "WIDENED", False)
     for room in (convolution, patches):
         monkeypatch.setattr(room, "INTEL", intel)
-    for options in ({}, {"stride": 2}, {"bias": False}, {"padding": "same"}, {"dilation": 2, "padding": 2}, {"padding_mode": "circular"}):
+    for options in ({}, {"stride": 2}, {"bias": False}, {"padding": "same"}, {"dilation": 2, "padding": 2}, {"padding_mode": "circular"},
+                    {"groups": 4}):
         module, x = layer(shape, dtype, **options)
         want, plain = layer(shape, dtype, **options)[0].double(), module(x)
         want.load_state_dict({name: value.double() for name, value in module.state_dict().items()})

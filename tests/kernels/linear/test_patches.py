@@ -13,7 +13,8 @@ from tests.effort import examples
 from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact
 
-needed = pytest.mark.skipif(not CPU.loaded or patches.INTEL, reason=CPU.reason or "PyTorch's own product serves float32 on Intel")
+needed = pytest.mark.skipif(not CPU.loaded or patches.INTEL and not native.WIDENED, reason=CPU.reason or "not on Intel with AMX, or without AVX512-BF16")
+pytorchs = pytest.mark.on_reference(when=lambda dtype, **_: patches.INTEL and dtype is torch.float32, reason="PyTorch's own product serves float32 on Intel")
 OP = torch.ops.fusewire.conv_patches.default
 SERVED = [torch.float32] + [torch.bfloat16] * native.ONEDNN_BFLOAT16
 SAME = (1, 1), (1, 1)  # stride and padding
@@ -47,6 +48,7 @@ def picture(dtype, batch=2, size=8, channels=320, outputs=320, kernel=3):
 
 
 @needed
+@pytorchs
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("stride, padding", [SAME, ((2, 1), (2, 1))])
 @pytest.mark.parametrize("bias", (True, False))
@@ -58,13 +60,15 @@ def test_against_float64(dtype, bias, stride, padding, memory_format):
     want = F.conv2d(x.double(), weight.double(), None if b is None else b.double(), stride, padding)
     before = ops.stats()["linear"]["cpu"]
     got = patches.convolution(x, weight, b, stride, padding)
-    assert ops.stats()["linear"]["cpu"] == before + 1 and CPU.has("conv_patches")
+    ours = dtype is not torch.float32 or not patches.INTEL  # PyTorch's own product serves float32 there
+    assert ops.stats()["linear"]["cpu"] == before + ours and CPU.has("conv_patches")
     assert_close(got, want, F.conv2d(x, weight, b, stride, padding))
     assert got.is_contiguous(memory_format=torch.channels_last)
     assert_exact(patches.convolution(x.contiguous(), weight, b, stride, padding), got)
 
 
 @needed
+@pytorchs
 @pytest.mark.parametrize("dtype", SERVED, ids=str)
 def test_a_sample_alone(dtype):
     """Whether a sample is in a batch changes neither the choice nor a bit of the result."""
@@ -72,7 +76,7 @@ def test_a_sample_alone(dtype):
     together = patches.convolution(x, weight, b, *SAME)
     for i in range(5):
         assert patches.serves(x, weight, b, *SAME) and patches.serves(x[i:i + 1], weight, b, *SAME)
-        if dtype is torch.float32:  # in bfloat16 the product is oneDNN's
+        if (dtype is torch.float32) is not patches.INTEL:  # otherwise the product is PyTorch's
             assert_exact(patches.convolution(x[i:i + 1], weight, b, *SAME), together[i:i + 1])
 
 
@@ -84,7 +88,7 @@ def test_when_it_is_chosen(monkeypatch):
     assert not serves(*picture(torch.float32, size=64))  # the picture outweighs the weight
     assert not serves(*picture(torch.float32, size=4))  # too few rows for a product
     assert not serves(*picture(torch.float32, channels=2000, outputs=2000, size=6, kernel=1))  # a product already
-    assert not serves(*picture(torch.float64)) and not serves(*picture(torch.float16))
+    assert not serves(*picture(torch.float64)) and serves(*picture(torch.float16)) is native.WIDENED
     assert not serves(x, weight.bfloat16(), b) and not serves(x, weight.to(memory_format=torch.channels_last), b)
     assert not serves(x.to("meta"), weight, b)
     for trained in (x, weight, b):
@@ -96,4 +100,5 @@ def test_when_it_is_chosen(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         assert not serves(x, weight, b)
     monkeypatch.setattr(patches, "INTEL", True)
+    monkeypatch.setattr(native, "WIDENED", False)
     assert not serves(x, weight, b)

@@ -1,0 +1,53 @@
+"""A convolution as one product, whose patches are gathered where they are multiplied: nothing is unfolded in memory.
+
+For Intel with AVX512-BF16 and without AMX (native.WIDENED), GFLOP/s with two cores, oneDNN's and here, for SD1.5's and its autoencoder's shapes: bfloat16
+150-175, 245-290; float16 145-180, 195-255; float32 280-330, 240-280. Where the weight outweighs the picture, each of its numbers, which lie a tap apart, is
+packed for few pixels: patches.py is faster there.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from fusewire.kernels.library import CPU, define
+from fusewire.kernels.linear import native
+
+DTYPES = torch.bfloat16, torch.float16
+CHANNELS, OUTPUTS, PIXELS = 64, 32, 64  # the least: of a tap, of the result, of a sample's result
+
+
+def _out_size(size: int, kernel: int, stride: int, padding: int) -> int:
+    return (size + 2 * padding - kernel) // stride + 1
+
+
+def _meaning(x, weight, bias, stride_h: int, stride_w: int, pad_h: int, pad_w: int) -> torch.Tensor:
+    return F.conv2d(x, weight, bias, (stride_h, stride_w), (pad_h, pad_w)).flatten(2).transpose(1, 2).contiguous()
+
+
+def _fake(x, weight, bias, stride_h: int, stride_w: int, pad_h: int, pad_w: int) -> torch.Tensor:
+    pixels = _out_size(x.shape[2], weight.shape[2], stride_h, pad_h) * _out_size(x.shape[3], weight.shape[3], stride_w, pad_w)
+    return x.new_empty((x.shape[0], pixels, weight.shape[0]))
+
+
+_rows_op = define("conv_rows(Tensor x, Tensor weight, Tensor? bias, int stride_h, int stride_w, int pad_h, int pad_w) -> Tensor", fallback=_meaning, fake=_fake)
+_why_not_library = CPU.why_not("conv_rows")
+
+
+def serves(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> bool:
+    """Whether ``convolution`` is worth it: for x [B, C, H, W], a contiguous weight [O, C, kh, kw] and a bias [O] or None that are not trained."""
+    if not native.WIDENED or x.dtype not in DTYPES or not x.is_cpu or _why_not_library or weight.dtype is not x.dtype or not weight.is_contiguous():
+        return False
+    # By the sample, not by the batch: whether a sample is in a batch must not change its result.
+    pixels = math.prod(_out_size(*sizes) for sizes in zip(x.shape[2:], weight.shape[2:], stride, padding))
+    return (x.shape[1] >= CHANNELS and weight.shape[0] >= OUTPUTS and pixels >= PIXELS
+            and not native.recorded(x, weight, bias) and not torch.is_autocast_enabled("cpu"))
+
+
+def convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> torch.Tensor:
+    """``F.conv2d(x, weight, bias, stride, padding)`` in ``close`` -> [B, O, H', W'], channels-last. Not differentiable."""
+    sizes = tuple(_out_size(*sizes) for sizes in zip(x.shape[2:], weight.shape[2:], stride, padding))
+    y = _rows_op(x.contiguous(memory_format=torch.channels_last), weight, bias, *stride, *padding)
+    return y.unflatten(1, sizes).permute(0, 3, 1, 2)

@@ -67,7 +67,7 @@ def test_compiles_without_a_graph_break(name, numerics):
     torch._dynamo.reset()
     with torch.no_grad():
         want = run(model, data)
-        got = run(torch.compile(model, fullgraph=True, backend="aot_eager"), data)
+        got = run(torch.compile(model, fullgraph=True, backend="eager"), data)  # what AOT makes of each op: tests/kernels
     assert (got - want).abs().max() <= MODEL_FLOAT32 * want.abs().max()
 
 

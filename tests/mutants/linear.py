@@ -46,4 +46,11 @@ MUTANTS = (
            "test_linear.py"),
     mutant("C++: all samples share the first one's gate", "csrc/cpu/linear_epilogue.h", "if (row != last) {", "if (!last) {", "test_linear.py"),
     mutant("C++: the last row of a picture is beyond its edge", "csrc/cpu/patches.cpp", "h >= 0 && h < k.height", "h >= 0 && h < k.height - 1", "test_patches.py"),
+    mutant("rows: of a weight that is trained", "rows.py", "and not native.recorded(x, weight, bias)", "", "test_rows.py"),
+    mutant("rows: the batch chooses", "rows.py", "pixels = math.prod(", "pixels = x.shape[0] * math.prod(", "test_rows.py"),
+    mutant("rows: height and width change places", "rows.py", "y.unflatten(1, sizes)", "y.unflatten(1, sizes[::-1])", "test_rows.py"),
+    mutant("C++: rows of a picture lie beyond its edge", "csrc/cpu/linear.h", "h >= 0 && h < height", "h >= 0 && h < height - 1", "test_rows.py"),
+    mutant("C++: beyond the left edge is the row before", "csrc/cpu/linear.h", "&& w >= 0 && w < width", "&& w < width", "test_rows.py"),
+    mutant("C++: all taps have the first one's weights", "csrc/cpu/linear_kernels.cpp", "+ k * c.weight_col + tap;", "+ k * c.weight_col;", "test_rows.py"),
+    mutant("C++: the channels of a tap end with its first part", "csrc/cpu/linear_kernels.cpp", "slice < taps * parts; ++slice", "slice < taps * parts; slice += parts", "test_rows.py"),
 )

@@ -267,7 +267,7 @@ def test_what_is_custom_is_left_alone_with_a_reason(change, name, op, reason, mo
     assert classes(model) == before
     with pytest.warns(SwapWarning, match=reason) as caught:
         handle = fusewire.swap(model)
-    assert len(caught) == 1
+    assert len(caught) == 1 and caught[0].filename == __file__
     assert [entry for entry in handle.report.left if (entry.name, entry.op) == (name, op) and reason in entry.reason]
     assert torch.equal(run(model, data), want)
     with warnings.catch_warnings():  # once per op and reason
@@ -275,6 +275,16 @@ def test_what_is_custom_is_left_alone_with_a_reason(change, name, op, reason, mo
         fusewire.swap(model)
     fusewire.restore(model)
     assert classes(model) == before and torch.equal(run(model, data), want)
+
+
+def test_a_warning_names_the_users_line(monkeypatch):
+    model = stock_model("sd3.5")
+    custom_processor(model)
+    for enter in (lambda: fusewire.swap(model).restore(), lambda: fusewire.swapped(model).__enter__().restore()):
+        monkeypatch.setattr(engine, "_warned", set())
+        with pytest.warns(SwapWarning) as caught:
+            enter()
+        assert {one.filename for one in caught} == {__file__}
 
 
 def test_a_stock_forward_that_was_never_verified(monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from types import MethodType
@@ -15,7 +14,7 @@ from fusewire.models.layers import How
 from fusewire.swap import custom, families
 from fusewire.swap.families import Candidate
 from fusewire.swap.fused import stock_of
-from fusewire.swap.report import Entry, Report, SwapError, SwapWarning
+from fusewire.swap.report import Entry, Report, SwapError, warn_the_user
 
 ALREADY = "already swapped"
 
@@ -211,4 +210,4 @@ def _warn(entries: list[Entry]) -> None:
     for (op, reason), count in counts.items():
         if (op, reason) not in _warned:
             _warned.add((op, reason))
-            warnings.warn(f"{op} stays stock in {count} module{'s' * (count > 1)}: {reason}", SwapWarning, stacklevel=4)
+            warn_the_user(f"{op} stays stock in {count} module{'s' * (count > 1)}: {reason}")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
 from fusewire.models.layers import How
-from fusewire.swap.report import SwapWarning
+from fusewire.swap.report import warn_the_user
 
 MODULES = ("fusewire.swap.sd3", "fusewire.swap.flux", "fusewire.swap.unet", "fusewire.swap.text_encoders", "fusewire.swap.scheduler")
 OLDEST_DIFFUSERS = (0, 40)
@@ -52,5 +51,5 @@ def load() -> tuple[tuple[Family, ...], str]:
         except ImportError as error:  # a library that has moved or renamed a class: this family stays stock
             missing.append(f"{module}: {error}")
             if error.name != "transformers":  # without it there are no text encoders either
-                warnings.warn(f"{module.rpartition('.')[2]} stay stock: {error}", SwapWarning, stacklevel=4)
+                warn_the_user(f"{module.rpartition('.')[2]} stay stock: {error}")
     return tuple(found), "; ".join(missing)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from dataclasses import dataclass, field
 from typing import NamedTuple
-
 
 SIDES = ("swapped", "left", "noted")
 
@@ -46,3 +47,11 @@ class SwapError(RuntimeError):
 
 class SwapWarning(UserWarning):
     """Something that could carry an op was left alone; given once per op and reason."""
+
+
+def warn_the_user(message: str) -> None:
+    """A ``SwapWarning`` at the line outside Fusewire from which it was called, however deep: also where ``with swapped(...)`` is entered."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("fusewire", "contextlib"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, SwapWarning, stacklevel=level)

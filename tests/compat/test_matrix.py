@@ -204,7 +204,7 @@ def test_layerwise_casting(family, numerics):
 
 
 @column("`torch.compile`, fullgraph")
-@BOTH
+@pytest.mark.parametrize("numerics", [pytest.param("exact", marks=pytest.mark.slow), "close"])  # exact: the next test, block by block
 def test_compile(family, numerics):
     model, inputs = tiny(family, **SMALL[family])
     want = run(model, inputs)

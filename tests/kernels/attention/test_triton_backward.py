@@ -225,8 +225,8 @@ def test_limits():
 
 # Empty sequences of each kind; blocks that end within a sequence and with one; one sequence alone
 @pytest.mark.parametrize("causal", (False, True))
-@pytest.mark.parametrize("lengths", [([5, 0, 70, 130, 1], [7, 3, 70, 0, 40]), ([128, 64, 3], None), ([140], None), ([1] * 4, [2] * 4)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("dtype, lengths", [(torch.float32, ([5, 0, 70, 130, 1], [7, 3, 70, 0, 40])), (torch.bfloat16, ([5, 0, 70, 130, 1], [7, 3, 70, 0, 40])),
+                                            (torch.bfloat16, ([128, 64, 3], None)), (torch.float32, ([140], None)), (torch.bfloat16, ([1] * 4, [2] * 4))], ids=str)
 def test_varlen(dtype, lengths, causal):
     """Each sequence as if alone: the bits of ``attention``; what has no partner has the gradient 0."""
     q, k, v, cu_q, cu_k = packed(lengths, (4, 2, 40), dtype)

@@ -71,16 +71,14 @@ def test_strided_input(dtype, layout):
 
 @settings(max_examples=examples(250), deadline=None)
 @given(st.integers(1, 2), st.integers(8, 40), st.integers(1, 4), st.integers(1, 5), st.sampled_from(DTYPES), st.booleans(), st.booleans(),
-       st.integers(0, 2**31))
-def test_property(batch, channels, height, width, dtype, weight, bias, seed):
-    """tail: any picture: every element within a few units of float64, and the same bits in either memory format."""
+       st.sampled_from((torch.contiguous_format, torch.channels_last)), st.integers(0, 2**31))
+def test_property(batch, channels, height, width, dtype, weight, bias, format, seed):
+    """tail: any picture, in either memory format: every element within a few units of float64. (That both have the same bits: test_strided_input.)"""
     torch.manual_seed(seed)
     v, grad = inputs((batch, channels, height, width), dtype, (weight, bias)), torch.randn(batch, channels, height, width).to(dtype)
-    got, want = gradients(v, grad), gradients(wide(v), grad, None, true)
-    other = gradients(v | {"x": v["x"].contiguous(memory_format=torch.channels_last)}, grad)
-    for name in want:
-        assert_within(got[name], want[name], 16, name)
-        assert_exact(other[name], got[name], name)
+    want = gradients(wide(v), grad, None, true)
+    for name, got in gradients(v | {"x": v["x"].contiguous(memory_format=format)}, grad).items():
+        assert_within(got, want[name], 16, name)
 
 
 def test_strided_grad():

@@ -11,7 +11,8 @@ from fusewire.kernels.linear import patches, rows
 # PyTorch's CPU convolutions lay out anew what is not as oneDNN wants it: contiguous pictures at each call, contiguous weights only for channels-last
 # pictures. On Intel (AMX, AVX512-BF16 and AVX-512) pictures therefore go channels-last where they outweigh the weights by this factor: up to 4 times as
 # fast in autoencoders, and no slower at the limit. On AMD's Zen 5 they do in bfloat16 wherever the convolution is not one of patches: 1.0 to 1.2 times
-# as fast. On Intel without AMX nearly all are rows' own. In float32 oneDNN's channels-last convolutions err up to nine times as much as its contiguous ones, which breaks the rule of close.
+# as fast. (On Intel without AMX rows.py serves nearly all in 16 bits.) In float32 oneDNN's channels-last convolutions err up to nine times as much as its
+# contiguous ones, which breaks the rule of close.
 WEIGHTS_PER_PICTURE = 2
 INTEL = cpu_is_intel()
 
@@ -22,9 +23,9 @@ def convolution(module: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     if x.is_cpu and x.dim() == 4 and weight.is_contiguous():
         call = x, weight, module.bias, module.stride, module.padding
         if module.padding_mode == "zeros" and module.dilation == (1, 1) and module.groups == 1 and not isinstance(module.padding, str):
-            for room in (patches, rows):
-                if room.serves(*call):
-                    return room.convolution(*call)
+            for way in (patches, rows):
+                if way.serves(*call):
+                    return way.convolution(*call)
         if x.dtype is torch.bfloat16 or INTEL and x.dtype is not torch.float32:
             pictures = x.shape[0] * x.shape[2] * x.shape[3] * (x.shape[1] + weight.shape[0])
             wide = not INTEL or weight.numel() <= WEIGHTS_PER_PICTURE * pictures

@@ -203,14 +203,13 @@ static Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<
 // -> [B, H' * W', O], contiguous.
 static Tensor conv_rows(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w) {
   STD_TORCH_CHECK(x.size(1) == 1 || x.stride(1) == 1, "conv_rows: the channels of x do not lie beside each other");
-  Picture picture{x.size(1), x.size(2), x.size(3), 0, 0, weight.size(2), weight.size(3), stride_h, stride_w, pad_h, pad_w, x.stride(0), x.stride(2), x.stride(3)};
-  picture.out_height = (picture.height + 2 * pad_h - picture.kernel_h) / stride_h + 1;
-  picture.out_width = (picture.width + 2 * pad_w - picture.kernel_w) / stride_w + 1;
+  const Picture picture{x.size(1), x.size(2), x.size(3), weight.size(2), weight.size(3), stride_h, stride_w, pad_h, pad_w,
+                        x.stride(0), 1, x.stride(2), x.stride(3)};
   LinearCall call{};
   call.picture = &picture;
   call.x.data = x.data_ptr();
   call.x.channel = 1;
-  call.rows = x.size(0) * picture.out_height * picture.out_width;
+  call.rows = x.size(0) * picture.pixels();
   call.inputs = picture.channels * picture.taps();
   call.outputs = weight.size(0);
   call.weight = weight.data_ptr();
@@ -220,7 +219,7 @@ static Tensor conv_rows(const Tensor& x, const Tensor& weight, const std::option
     call.bias = bias->data_ptr();
     call.bias_stride = bias->stride(0);
   }
-  Tensor out = torch::stable::new_empty(x, std::vector<int64_t>{x.size(0), picture.out_height * picture.out_width, call.outputs});
+  Tensor out = torch::stable::new_empty(x, std::vector<int64_t>{x.size(0), picture.pixels(), call.outputs});
   call.out = out.data_ptr();
   if (call.rows == 0 || call.outputs == 0) return out;
   switch (x.scalar_type()) {
@@ -234,7 +233,7 @@ static Tensor conv_rows(const Tensor& x, const Tensor& weight, const std::option
 
 }  // namespace fusewire
 
-STABLE_TORCH_LIBRARY_IMPL(fusewire, CPU, m) { 
+STABLE_TORCH_LIBRARY_IMPL(fusewire, CPU, m) {
   m.impl("linear", TORCH_BOX(&fusewire::linear));
   m.impl("conv_rows", TORCH_BOX(&fusewire::conv_rows));
 }

@@ -5,6 +5,7 @@
 #include "common/isa.h"
 #include "common/rows.h"
 #include "common/scalar.h"
+#include "cpu/picture.h"
 
 namespace fusewire {
 
@@ -12,23 +13,10 @@ enum class Activation : int { none, gelu_tanh, silu };
 
 enum class ScalarKind : int { f32, bf16, f16 };
 
-// A picture [B, C, H, W] whose channels lie beside each other, as the rows of a matrix: what each output pixel of a convolution sees, tap by tap, zeros
-// beyond the edge. Strides in elements.
-struct Picture {
-  int64_t channels, height, width, out_height, out_width, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
-  int64_t x_b, x_h, x_w;
-  int64_t taps() const { return kernel_h * kernel_w; }
-  // Where the pixel lies that tap `tap` of output pixel `row` reads; -1 beyond the edge.
-  int64_t offset(int64_t row, int64_t tap) const {
-    const int64_t h = row / out_width % out_height * stride_h - pad_h + tap / kernel_w, w = row % out_width * stride_w - pad_w + tap % kernel_w;
-    return h >= 0 && h < height && w >= 0 && w < width ? row / (out_width * out_height) * x_b + h * x_h + w * x_w : -1;
-  }
-};
-
 // out = act(x @ weight.T + bias), or residual + gate * (x @ weight.T + bias). All tensors have one dtype; out [rows, n] is contiguous.
 struct LinearCall {
   LeadingRows x;
-  const Picture* picture;  // null; else x.data is one, x.channel is 1, and the weight is contiguous [outputs][channels][taps]: weight_col is taps
+  const Picture* picture;  // null; else x.data is one, channels-last, x.channel is 1, and the weight is contiguous [outputs][channels][taps]: weight_col is taps
   const void* weight;
   int64_t weight_row, weight_col;
   const void* bias;  // may be null

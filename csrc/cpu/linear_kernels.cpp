@@ -141,7 +141,6 @@ static void block(const LinearCall& c, const LinearBlock& b, float* scratch) {
   Epilogue<T> epilogue(c, b.col, b.cols);
   for (int64_t slice = 0; slice < taps * parts; ++slice) {
     const int64_t tap = slice / parts, k = slice % parts * part, count = std::min(part, channels - k), units = (count + unit - 1) / unit;
-    if (count <= 0) continue;
     const T* const weight = static_cast<const T*>(c.weight) + b.col * c.weight_row + k * c.weight_col + tap;
     for (int64_t n = 0; n < panels; ++n)
       pack(weight + n * kPanel * c.weight_row, c.weight_row, c.weight_col, b.cols - n * kPanel, count, packed + n * kPanel * kDepth);
@@ -150,8 +149,8 @@ static void block(const LinearCall& c, const LinearBlock& b, float* scratch) {
     const int64_t coming = c.weight_col == 1 && !last_slice ? b.cols : 0, calls = tiles * panels;
     const auto source = [&](int64_t r) -> const T* {
       if (!c.picture) return x + c.x.offset(b.row + r) + k * c.x.channel;
-      const int64_t pixel = c.picture->offset(b.row + r, tap);
-      return pixel < 0 ? nullptr : x + pixel + k;
+      const int64_t sample = (b.row + r) / c.picture->pixels(), at = c.picture->offset((b.row + r) % c.picture->pixels(), tap);
+      return at < 0 ? nullptr : x + sample * c.picture->x_b + at + k;
     };
     const auto copy = [&](int64_t r, float* to) {
       if (const T* from = source(r))

@@ -4,41 +4,34 @@
 #include <type_traits>
 
 #include "common/empty.h"
+#include "cpu/picture.h"
 
 namespace fusewire {
 
-struct PatchesTask {
-  int64_t channels, height, width, out_height, out_width, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
-  int64_t x_b, x_c, x_h, x_w;
-};
-
 // Values are only moved, so a float32 is any four bytes.
 template <typename T>
-static void patches_of_channels(const PatchesTask& k, const T* x, T* out, int64_t begin, int64_t end) {
+static void patches_of_channels(const Picture& k, const T* x, T* out, int64_t begin, int64_t end) {
   constexpr int64_t kMaxTaps = 64;
-  const int64_t taps = k.kernel_h * k.kernel_w, row_size = k.channels * taps;
+  const int64_t taps = k.taps(), row_size = k.channels * taps;
   const T zero{};
   std::array<const T*, kMaxTaps> from;
   std::array<int64_t, kMaxTaps> step;
-  for (int64_t i = 0; i < k.out_height; ++i) {
-    for (int64_t j = 0; j < k.out_width; ++j, out += row_size) {
-      for (int64_t t = 0; t < taps; ++t) {
-        const int64_t h = i * k.stride_h - k.pad_h + t / k.kernel_w, w = j * k.stride_w - k.pad_w + t % k.kernel_w;
-        const bool inside = h >= 0 && h < k.height && w >= 0 && w < k.width;
-        from[t] = inside ? x + h * k.x_h + w * k.x_w + begin * k.x_c : &zero;
-        step[t] = inside ? k.x_c : 0;
-      }
-      T* to = out + begin * taps;
-      const auto fill = [&](const int64_t n) __attribute__((always_inline)) {
-        for (int64_t c = begin; c < end; ++c, to += n) {
-          for (int64_t t = 0; t < n; ++t) to[t] = *from[t], from[t] += step[t];
-        }
-      };
-      if (taps == 9)
-        fill(9);  // a constant, so that the loop unrolls
-      else
-        fill(taps);
+  for (int64_t pixel = 0; pixel < k.pixels(); ++pixel, out += row_size) {
+    for (int64_t t = 0; t < taps; ++t) {
+      const int64_t offset = k.offset(pixel, t);
+      from[t] = offset < 0 ? &zero : x + offset + begin * k.x_c;
+      step[t] = offset < 0 ? 0 : k.x_c;
     }
+    T* to = out + begin * taps;
+    const auto fill = [&](const int64_t n) __attribute__((always_inline)) {
+      for (int64_t c = begin; c < end; ++c, to += n) {
+        for (int64_t t = 0; t < n; ++t) to[t] = *from[t], from[t] += step[t];
+      }
+    };
+    if (taps == 9)
+      fill(9);  // a constant, so that the loop unrolls
+    else
+      fill(taps);
   }
 }
 
@@ -46,10 +39,8 @@ static void patches_of_channels(const PatchesTask& k, const T* x, T* out, int64_
 // contiguous weight [O, C, kernel_h, kernel_w].
 static Tensor conv_patches(const Tensor& x, int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w) {
   STD_TORCH_CHECK(kernel_h * kernel_w <= 64, "conv_patches: more than 64 taps");
-  PatchesTask k{x.size(1), x.size(2), x.size(3), 0, 0, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w,
-                x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
-  k.out_height = (k.height + 2 * pad_h - kernel_h) / stride_h + 1, k.out_width = (k.width + 2 * pad_w - kernel_w) / stride_w + 1;
-  const int64_t batch = x.size(0), pixels = k.out_height * k.out_width, row_size = k.channels * kernel_h * kernel_w;
+  const Picture k{x.size(1), x.size(2), x.size(3), kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+  const int64_t batch = x.size(0), pixels = k.pixels(), row_size = k.channels * k.taps();
   const int64_t sizes[3] = {batch, pixels, row_size}, strides[3] = {pixels * row_size, row_size, 1};
   Tensor out = empty_strided(3, sizes, strides, x);
   // So few channels that all their pixels stay in the first cache, where a contiguous picture's lie far apart

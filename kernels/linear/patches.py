@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from fusewire.kernels.library import CPU, cpu_is_intel, define
 from fusewire.kernels.linear import native
 from fusewire.kernels.linear.op import linear
+from fusewire.kernels.linear.pictures import convolved, may_serve, out_size, out_sizes
 
 INTEL = cpu_is_intel()
 MAX_TAPS = 64
@@ -25,21 +26,13 @@ MAX_TAPS = 64
 WEIGHTS_PER_NUMBER = {torch.bfloat16: 8, torch.float32: 12, torch.float16: 8 if native.WIDENED else math.inf}
 
 
-def _out_size(size: int, kernel: int, stride: int, padding: int) -> int:
-    return (size + 2 * padding - kernel) // stride + 1
-
-
-def _pixels(x, weight, stride, padding) -> tuple[int, ...]:
-    return tuple(_out_size(*sizes) for sizes in zip(x.shape[2:], weight.shape[2:], stride, padding))
-
-
 def _meaning(x, kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int) -> torch.Tensor:
     rows = F.unfold(x, (kernel_h, kernel_w), padding=(pad_h, pad_w), stride=(stride_h, stride_w))
     return rows.transpose(1, 2).contiguous()
 
 
 def _fake(x, kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int) -> torch.Tensor:
-    pixels = _out_size(x.shape[2], kernel_h, stride_h, pad_h) * _out_size(x.shape[3], kernel_w, stride_w, pad_w)
+    pixels = out_size(x.shape[2], kernel_h, stride_h, pad_h) * out_size(x.shape[3], kernel_w, stride_w, pad_w)
     return x.new_empty((x.shape[0], pixels, x.shape[1] * kernel_h * kernel_w))
 
 
@@ -50,15 +43,15 @@ _why_not_library = CPU.why_not("conv_patches")
 def serves(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> bool:
     """Whether ``convolution`` is worth it: for x [B, C, H, W], a contiguous weight [O, C, kh, kw] and a bias [O] or None that are not trained."""
     least = WEIGHTS_PER_NUMBER.get(x.dtype)
-    if least is None or INTEL and not native.WIDENED or not x.is_cpu or not CPU.loaded or _why_not_library or weight.dtype is not x.dtype or not weight.is_contiguous():
+    if least is None or INTEL and not native.WIDENED or not CPU.loaded or _why_not_library or not may_serve(x, weight, bias):
         return False
-    pixels = _pixels(x, weight, stride, padding)
-    numbers = x.shape[1] * x.shape[2] * x.shape[3] + weight.shape[0] * math.prod(pixels)
-    return (numbers * least <= weight.numel() and math.prod(pixels) >= native.FEW_TOKENS and 1 < weight.shape[2] * weight.shape[3] <= MAX_TAPS
-            and (x.dtype is torch.float32 or native.ONEDNN_BFLOAT16) and not native.recorded(x, weight, bias) and not torch.is_autocast_enabled("cpu"))
+    pixels = math.prod(out_sizes(x, weight, stride, padding))
+    numbers = x.shape[1] * x.shape[2] * x.shape[3] + weight.shape[0] * pixels
+    return (numbers * least <= weight.numel() and pixels >= native.FEW_TOKENS and 1 < weight.shape[2] * weight.shape[3] <= MAX_TAPS
+            and (x.dtype is torch.float32 or native.ONEDNN_BFLOAT16))
 
 
 def convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> torch.Tensor:
     """``F.conv2d(x, weight, bias, stride, padding)`` in ``close`` -> [B, O, H', W'], channels-last. Not differentiable."""
     y = linear(_patches_op(x, *weight.shape[2:], *stride, *padding), weight.flatten(1), bias, numerics="close")
-    return y.unflatten(1, _pixels(x, weight, stride, padding)).permute(0, 3, 1, 2)
+    return convolved(y, out_sizes(x, weight, stride, padding))

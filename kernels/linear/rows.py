@@ -14,13 +14,10 @@ import torch.nn.functional as F
 
 from fusewire.kernels.library import CPU, define
 from fusewire.kernels.linear import native
+from fusewire.kernels.linear.pictures import convolved, may_serve, out_sizes
 
 DTYPES = torch.bfloat16, torch.float16
 CHANNELS, OUTPUTS, PIXELS = 64, 32, 64  # the least: of a tap, of the result, of a sample's result
-
-
-def _out_size(size: int, kernel: int, stride: int, padding: int) -> int:
-    return (size + 2 * padding - kernel) // stride + 1
 
 
 def _meaning(x, weight, bias, stride_h: int, stride_w: int, pad_h: int, pad_w: int) -> torch.Tensor:
@@ -28,7 +25,7 @@ def _meaning(x, weight, bias, stride_h: int, stride_w: int, pad_h: int, pad_w: i
 
 
 def _fake(x, weight, bias, stride_h: int, stride_w: int, pad_h: int, pad_w: int) -> torch.Tensor:
-    pixels = _out_size(x.shape[2], weight.shape[2], stride_h, pad_h) * _out_size(x.shape[3], weight.shape[3], stride_w, pad_w)
+    pixels = math.prod(out_sizes(x, weight, (stride_h, stride_w), (pad_h, pad_w)))
     return x.new_empty((x.shape[0], pixels, weight.shape[0]))
 
 
@@ -38,16 +35,13 @@ _why_not_library = CPU.why_not("conv_rows")
 
 def serves(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> bool:
     """Whether ``convolution`` is worth it: for x [B, C, H, W], a contiguous weight [O, C, kh, kw] and a bias [O] or None that are not trained."""
-    if not native.WIDENED or x.dtype not in DTYPES or not x.is_cpu or _why_not_library or weight.dtype is not x.dtype or not weight.is_contiguous():
+    if not native.WIDENED or x.dtype not in DTYPES or _why_not_library or not may_serve(x, weight, bias):
         return False
     # By the sample, not by the batch: whether a sample is in a batch must not change its result.
-    pixels = math.prod(_out_size(*sizes) for sizes in zip(x.shape[2:], weight.shape[2:], stride, padding))
-    return (x.shape[1] >= CHANNELS and weight.shape[0] >= OUTPUTS and pixels >= PIXELS
-            and not native.recorded(x, weight, bias) and not torch.is_autocast_enabled("cpu"))
+    return x.shape[1] >= CHANNELS and weight.shape[0] >= OUTPUTS and math.prod(out_sizes(x, weight, stride, padding)) >= PIXELS
 
 
 def convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> torch.Tensor:
     """``F.conv2d(x, weight, bias, stride, padding)`` in ``close`` -> [B, O, H', W'], channels-last. Not differentiable."""
-    sizes = tuple(_out_size(*sizes) for sizes in zip(x.shape[2:], weight.shape[2:], stride, padding))
     y = _rows_op(x.contiguous(memory_format=torch.channels_last), weight, bias, *stride, *padding)
-    return y.unflatten(1, sizes).permute(0, 3, 1, 2)
+    return convolved(y, out_sizes(x, weight, stride, padding))

@@ -6,7 +6,7 @@ from torch import nn
 
 from fusewire import ops
 from fusewire.kernels.library import CPU, cpu_is_intel
-from fusewire.kernels.linear import native, patches
+from fusewire.kernels.linear import native, patches, rows
 from fusewire.models import convolution
 from tests.tolerance import assert_close, assert_exact
 
@@ -52,6 +52,21 @@ def test_which_form(monkeypatch):
         y = convolution.convolution(module, x)
         assert len(called) == is_called == ops.stats()["linear"]["cpu"] - before, (shape, dtype, options)
         assert y.is_contiguous(memory_format=torch.channels_last) or not is_called and dtype is torch.float32
+
+
+@pytest.mark.skipif(not CPU.loaded or not native.ONEDNN_BFLOAT16, reason=CPU.reason or "no bfloat16")
+@pytest.mark.parametrize("channels, size, dtype, way", [(320, 8, torch.bfloat16, patches), (64, 20, torch.bfloat16, rows), (64, 20, torch.float16, rows),
+                                                        (64, 20, torch.float32, None), (12, 20, torch.bfloat16, None)])
+def test_which_form_on_an_intel_without_amx(channels, size, dtype, way, monkeypatch):
+    monkeypatch.setattr(native, "WIDENED", True)
+    monkeypatch.setattr(patches, "INTEL", True)
+    called = []
+    for one in (patches, rows):
+        monkeypatch.setattr(one, "convolution", lambda *args, one=one, convolve=one.convolution: called.append(one) or convolve(*args))
+    module, x = nn.Conv2d(channels, 320, 3, padding=1).to(dtype).requires_grad_(False), torch.randn(2, channels, size, size).to(dtype)
+    y = convolution.convolution(module, x)
+    assert called == ([way] if way else [])
+    assert_close(y, torch.nn.functional.conv2d(x.double(), module.weight.double(), module.bias.double(), padding=1), module(x))
 
 
 def test_weights_that_are_channels_last_stay_the_users_choice():

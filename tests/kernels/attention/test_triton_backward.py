@@ -223,10 +223,14 @@ def test_limits():
         assert why_not(q)
 
 
-# Empty sequences of each kind; blocks that end within a sequence and with one; one sequence alone
+# Empty sequences of each kind; blocks that end within a sequence and with one; one sequence alone. The dtype that `make test` takes (of the first: both)
+LENGTHS = ((torch.float32, ([5, 0, 70, 130, 1], [7, 3, 70, 0, 40])), (torch.bfloat16, ([128, 64, 3], None)), (torch.float32, ([140], None)),
+           (torch.bfloat16, ([1] * 4, [2] * 4)))
+
+
 @pytest.mark.parametrize("causal", (False, True))
-@pytest.mark.parametrize("dtype, lengths", [(torch.float32, ([5, 0, 70, 130, 1], [7, 3, 70, 0, 40])), (torch.bfloat16, ([5, 0, 70, 130, 1], [7, 3, 70, 0, 40])),
-                                            (torch.bfloat16, ([128, 64, 3], None)), (torch.float32, ([140], None)), (torch.bfloat16, ([1] * 4, [2] * 4))], ids=str)
+@pytest.mark.parametrize("dtype, lengths", [pytest.param(dtype, lengths, marks=() if dtype is often or i == 0 else pytest.mark.slow, id=f"{dtype}-{lengths}")
+                                            for i, (often, lengths) in enumerate(LENGTHS) for dtype in DTYPES[:2]])
 def test_varlen(dtype, lengths, causal):
     """Each sequence as if alone: the bits of ``attention``; what has no partner has the gradient 0."""
     q, k, v, cu_q, cu_k = packed(lengths, (4, 2, 40), dtype)

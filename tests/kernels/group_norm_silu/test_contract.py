@@ -141,7 +141,8 @@ def test_exact_gradients(memory_format):
 
 
 @pytest.mark.parametrize("memory_format", ("contiguous", "channels_last", "permuted"))
-@pytest.mark.parametrize("shape, exact", (((2, 6, 5, 7), False), ((2, 6, 5, 7), True), ((2, 6, 3, 5, 7), False), ((2, 6, 9), True)), ids=str)
+@pytest.mark.parametrize("shape, exact", [((2, 6, 5, 7), False), ((2, 6, 5, 7), True), ((2, 6, 3, 5, 7), False), ((2, 6, 9), True),
+                                          *(pytest.param(*other, marks=pytest.mark.slow) for other in (((2, 6, 3, 5, 7), True), ((2, 6, 9), False)))], ids=str)
 def test_fake_mismatch(shape, exact, memory_format):
     """fake-mismatch: opcheck on contiguous, channels-last and permuted-dense inputs."""
     v = inputs(shape, memory_format="contiguous" if memory_format == "permuted" else memory_format)

@@ -20,10 +20,11 @@ INTEL = cpu_is_intel()
 MAX_TAPS = 64
 # Weights for each number of a sample's input and output, from which on the patches are faster. Measured on Zen 5 (GFLOP/s, convolution and here):
 # bfloat16 450 and 640 at 8 x 8, 700 and 760 at 16 x 16 pixels of 1280 channels, less at 32 x 32 of 640; float32 210 to 280 and 290 to 330 at 8 x 8,
-# and with 16 x 16 the whole U-Net of SD1.5 takes 0.96 of the time that it takes without patches. On Intel with AVX512-BF16 and without AMX
-# bfloat16 110 to 170 and 210 to 260, float32 110 and 230 at 8 x 8, 220 and 250 to 270 at 16 x 16, float16 110 to 160 and 260 to 280.
+# and with 16 x 16 the whole U-Net of SD1.5 takes 0.96 of the time that it takes without patches. On Intel without AMX
+# (benchmarks/results/xeon-avx512/convolutions.json) 16 bits gain as much at 8 x 8 and 16 x 16, float32 nothing.
 # By the sample, not by the batch: whether a sample is in a batch must not change its result.
-WEIGHTS_PER_NUMBER = {torch.bfloat16: 8, torch.float32: 12, torch.float16: 8 if native.WIDENED else math.inf}
+WEIGHTS_PER_NUMBER = {torch.bfloat16: 8, torch.float32: 12}
+WIDENED_WEIGHTS_PER_NUMBER = {torch.bfloat16: 8, torch.float16: 8}
 
 
 def _meaning(x, kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int) -> torch.Tensor:
@@ -40,10 +41,16 @@ _patches_op = define("conv_patches(Tensor x, int kernel_h, int kernel_w, int str
 _why_not_library = CPU.why_not("conv_patches")
 
 
+def _least(dtype: torch.dtype) -> int | None:
+    if native.WIDENED:
+        return WIDENED_WEIGHTS_PER_NUMBER.get(dtype)
+    return None if INTEL else WEIGHTS_PER_NUMBER.get(dtype)
+
+
 def serves(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> bool:
     """Whether ``convolution`` is worth it: for x [B, C, H, W], a contiguous weight [O, C, kh, kw] and a bias [O] or None that are not trained."""
-    least = WEIGHTS_PER_NUMBER.get(x.dtype)
-    if least is None or INTEL and not native.WIDENED or not CPU.loaded or _why_not_library or not may_serve(x, weight, bias):
+    least = _least(x.dtype)
+    if least is None or not CPU.loaded or _why_not_library or not may_serve(x, weight, bias):
         return False
     pixels = math.prod(out_sizes(x, weight, stride, padding))
     numbers = x.shape[1] * x.shape[2] * x.shape[3] + weight.shape[0] * pixels

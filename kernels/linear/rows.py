@@ -1,7 +1,7 @@
 """A convolution as one product, whose patches are gathered where they are multiplied: nothing is unfolded in memory.
 
-For Intel with AVX512-BF16 and without AMX (native.WIDENED), GFLOP/s with two cores, oneDNN's and here, for SD1.5's and its autoencoder's shapes: bfloat16
-150-175, 245-290; float16 145-180, 195-255; float32 280-330, 240-280. Where the weight outweighs the picture, each of its numbers, which lie a tap apart, is
+For Intel without AMX (native.WIDENED), in 16 bits: there oneDNN convolves SD1.5's and its autoencoder's shapes at half the rate of these products, in
+float32 at more (benchmarks/results/xeon-avx512/convolutions.json). Where the weight outweighs the picture, each of its numbers, which lie a tap apart, is
 packed for few pixels: patches.py is faster there.
 """
 

@@ -14,9 +14,9 @@ from tests.layouts import LAYOUTS
 from tests.tolerance import assert_close, assert_exact
 
 needed = pytest.mark.skipif(not CPU.loaded or patches.INTEL and not native.WIDENED, reason=CPU.reason or "not on Intel with AMX, or without AVX512-BF16")
-pytorchs = pytest.mark.on_reference(when=lambda dtype, **_: patches.INTEL and dtype is torch.float32, reason="PyTorch's own product serves float32 on Intel")
+pytorchs = pytest.mark.on_reference(when=lambda dtype, **_: dtype is torch.float16 and native.FLOAT16_PRODUCTS, reason="PyTorch's own product is faster there")
 OP = torch.ops.fusewire.conv_patches.default
-SERVED = [torch.float32] + [torch.bfloat16] * native.ONEDNN_BFLOAT16
+SERVED = [dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if patches._least(dtype) and (dtype is torch.float32 or native.ONEDNN_BFLOAT16)]
 SAME = (1, 1), (1, 1)  # stride and padding
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
@@ -60,7 +60,7 @@ def test_against_float64(dtype, bias, stride, padding, memory_format):
     want = F.conv2d(x.double(), weight.double(), None if b is None else b.double(), stride, padding)
     before = ops.stats()["linear"]["cpu"]
     got = patches.convolution(x, weight, b, stride, padding)
-    ours = dtype is not torch.float32 or not patches.INTEL  # PyTorch's own product serves float32 there
+    ours = not (dtype is torch.float16 and native.FLOAT16_PRODUCTS)  # PyTorch's own product is faster there
     assert ops.stats()["linear"]["cpu"] == before + ours and CPU.has("conv_patches")
     assert_close(got, want, F.conv2d(x, weight, b, stride, padding))
     assert got.is_contiguous(memory_format=torch.channels_last)
@@ -76,20 +76,21 @@ def test_a_sample_alone(dtype):
     together = patches.convolution(x, weight, b, *SAME)
     for i in range(5):
         assert patches.serves(x, weight, b, *SAME) and patches.serves(x[i:i + 1], weight, b, *SAME)
-        if (dtype is torch.float32) is not patches.INTEL:  # otherwise the product is PyTorch's
+        if dtype is (torch.bfloat16 if native.WIDENED else torch.float32):  # otherwise the product is PyTorch's
             assert_exact(patches.convolution(x[i:i + 1], weight, b, *SAME), together[i:i + 1])
 
 
 @needed
 def test_when_it_is_chosen(monkeypatch):
     serves = lambda *tensors: patches.serves(*tensors, *SAME)
-    x, weight, b = picture(torch.float32)
+    dtype, other = SERVED[0], torch.float32 if native.WIDENED else torch.float16
+    x, weight, b = picture(dtype)
     assert serves(x, weight, b) and serves(x, weight, None)
-    assert not serves(*picture(torch.float32, size=64))  # the picture outweighs the weight
-    assert not serves(*picture(torch.float32, size=4))  # too few rows for a product
-    assert not serves(*picture(torch.float32, channels=2000, outputs=2000, size=6, kernel=1))  # a product already
-    assert not serves(*picture(torch.float64)) and serves(*picture(torch.float16)) is native.WIDENED
-    assert not serves(x, weight.bfloat16(), b) and not serves(x, weight.to(memory_format=torch.channels_last), b)
+    assert not serves(*picture(dtype, size=64))  # the picture outweighs the weight
+    assert not serves(*picture(dtype, size=4))  # too few rows for a product
+    assert not serves(*picture(dtype, channels=2000, outputs=2000, size=6, kernel=1))  # a product already
+    assert not serves(*picture(torch.float64)) and not serves(*picture(other))
+    assert not serves(x, weight.double(), b) and not serves(x, weight.to(memory_format=torch.channels_last), b)
     assert not serves(x.to("meta"), weight, b)
     for trained in (x, weight, b):
         trained.requires_grad_()

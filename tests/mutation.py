@@ -79,7 +79,7 @@ class Tree:
     """The copy, and how tests run in it."""
 
     def __init__(self, folder: Path, native: bool):
-        self.root, self.native = copy_of_the_checkout(folder), native
+        self.root, self.native, self.mutated = copy_of_the_checkout(folder), native, False
         library = folder / "lib" if native else Path(os.environ.get("FUSEWIRE_LIB", ROOT / "src" / "fusewire" / "lib")).resolve()
         path = os.pathsep.join([str(self.root / "src"), str(self.root)])
         self.environment = os.environ | {"PYTHONPATH": path, "FUSEWIRE_LIB": str(library), "PYTHONDONTWRITEBYTECODE": "1",
@@ -91,6 +91,11 @@ class Tree:
         configure = ["cmake", "-S", self.root, "-B", self.root / "build", "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
                      f"-DPython_EXECUTABLE={sys.executable}", f"-DFUSEWIRE_ONLY_ISA={level}", f"-DFUSEWIRE_LIB_DIR={self.root / 'lib'}", "-DFUSEWIRE_CUDA=OFF"]
         return all(subprocess.run(command, capture_output=True).returncode == 0 for command in (configure, ["cmake", "--build", self.root / "build"]))
+
+    def as_it_should_be(self) -> None:
+        """The library without the last mutant of csrc, which is built only where something runs with it."""
+        if self.mutated:
+            self.mutated = not self.build()
 
     def run(self, tests: list[str]) -> tuple[str, str]:
         """("passed", ""), or ("failed", the first test that did), "crashed", "timeout" or "error"."""
@@ -109,8 +114,11 @@ class Tree:
     def outcome(self, room: str, mutant: Mutant) -> dict:
         start, path = time.perf_counter(), self.root / mutant.file
         plain = path.read_text()
+        if not mutant.native:
+            self.as_it_should_be()
         try:
             path.write_text(mutated(mutant, self.root))
+            self.mutated |= mutant.native
             if mutant.native and not self.build():
                 state, by = "error", "it does not compile"
             else:
@@ -129,6 +137,7 @@ class Tree:
 
 def prove(tree: Tree, results: list[dict]) -> None:
     """A killing test that fails without a mutant too proves nothing: those results become "unproven"."""
+    tree.as_it_should_be()
     open_ = [r for r in results if r["result"] == "killed" and "::" in r["by"] and not r.get("proven")]
     while open_:
         state, by = tree.run(sorted({r["by"] for r in open_}))
@@ -219,8 +228,6 @@ def main() -> int:
                 bar.advance(task)
                 over = time.monotonic() >= end
                 if over or i + 1 == len(wanted) or wanted[i + 1][0] != room:
-                    if mutant.native:
-                        tree.build()
                     prove(tree, results)
                     save(arguments.json, results)
                 if over:

@@ -65,3 +65,21 @@ def test_a_copy_that_is_kept(tmp_path, monkeypatch):
     mutation.copy_of_the_checkout(copy)
     assert {path.name: path.read_text() for path in copy.rglob("*.cpp")} == {"same.cpp": "same.cpp", "mutated.cpp": "mutated.cpp", "edited.cpp": "edited"}
     assert [path.name for path in copy.rglob("*.cpp") if path.stat().st_mtime == 1] == ["same.cpp"]
+
+
+def test_a_mutant_of_csrc_is_not_there_for_the_next(tmp_path, monkeypatch):
+    """What follows it, of Python or to prove it, runs with a library that is built of the sources as they are."""
+    native, python = (next(mutant for _, mutant in EVERY if mutant.native is wanted) for wanted in (True, False))
+    path, seen = tmp_path / native.file, []
+    for mutant in (native, python):
+        (tmp_path / mutant.file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / mutant.file).write_text((mutation.ROOT / mutant.file).read_text())
+    plain = path.read_text()
+    monkeypatch.setattr(mutation, "copy_of_the_checkout", lambda folder: folder)
+    tree = mutation.Tree(tmp_path, True)
+    monkeypatch.setattr(tree, "build", lambda: seen.append("plain" if path.read_text() == plain else "mutated") or True)
+    monkeypatch.setattr(tree, "run", lambda tests: seen.append("run") or ("passed", ""))
+    tree.outcome("adaln", native._replace(tests=native.tests[:1]))
+    tree.outcome("adaln", python._replace(tests=python.tests[:1]))
+    tree.outcome("adaln", python._replace(tests=python.tests[:1]))
+    assert seen == ["mutated", "run", "plain", "run", "run"]

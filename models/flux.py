@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fusewire.kernels.dispatch import recording
 from fusewire.models.configuration import StockConfig
 from fusewire.models.feed_forward import FeedForward, feed_forward_residual
 from fusewire.models.flux_attention import FluxAttention
@@ -116,10 +117,21 @@ class FluxSingleTransformerBlock(nn.Module):
         return single_block(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, self.how)
 
 
+def one_stream(context: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """[context, x] along the tokens; uncopied where they are the two parts of one tensor still, as the block before returned them."""
+    if not recording() and context.dtype is x.dtype and context.device == x.device and context.shape[::2] == x.shape[::2]:
+        batch, tokens, channels = context.shape[0], context.shape[1] + x.shape[1], context.shape[2]
+        strides = (tokens * channels, channels, 1)
+        if (context.stride() == x.stride() == strides and context.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+                and x.storage_offset() == context.storage_offset() + context.shape[1] * channels):
+            return context.as_strided((batch, tokens, channels), strides)
+    return torch.cat([context, x], dim=1)
+
+
 def single_block(block, x, context, temb, rope, how: How, attention_kwargs: Mapping | None = None):
     """The forward of a block of one stream: our own, and diffusers'."""
     tokens = context.shape[1]
-    x = torch.cat([context, x], dim=1)
+    x = one_stream(context, x)
     y, gate = block.norm(x, emb=temb)
     activation = block.act_mlp
     if type(activation) is nn.GELU and activation.approximate == "tanh" and untouched(activation):

@@ -12,12 +12,15 @@ static Affine affine(const std::optional<Tensor>& v, const Tensor& x) {
   return {v->const_data_ptr(), v->stride(0), v->scalar_type() == ScalarType::Float && x.scalar_type() != ScalarType::Float};
 }
 
+static StockOrder order_for(NormKind kind, const Tensor& x) {
+  if (kind == NormKind::layer_torch) return known_order(x.scalar_type());
+  return kind == NormKind::layer_wide ? known_order(ScalarType::Float) : StockOrder::portable;
+}
+
 // x and out: [..., C], of any strides.
 static void norm_into(const Tensor& x, const LeadingRows& from, const LeadingRows& to, int64_t rows, const std::optional<Tensor>& weight,
                       const std::optional<Tensor>& bias, int64_t channels, double eps, NormKind kind) {
-  NormTask k{from, to, channels, affine(weight, x), affine(bias, x), eps, kind, StockOrder::portable};
-  if (kind == NormKind::layer_torch) k.order = known_order(x.scalar_type());
-  if (kind == NormKind::layer_wide) k.order = known_order(ScalarType::Float);
+  const NormTask k{from, to, channels, affine(weight, x), affine(bias, x), eps, kind, order_for(kind, x)};
   if (rows == 0 || channels == 0) return;
   const int64_t grain = 1 + 32768 / channels;
   FUSEWIRE_SWITCH_FLOATS(x.scalar_type(), "norm", {
@@ -43,16 +46,40 @@ static Tensor layer_norm(const Tensor& x, const std::optional<Tensor>& weight, c
   return over_last(x, weight, bias, eps, !exact ? NormKind::layer_close : converts ? NormKind::layer_wide : NormKind::layer_torch);
 }
 
+// Whether the pixels of each channel of x [B, C, H, W] lie side by side, enough of them for a vector.
+static bool pixels_side_by_side(const Tensor& x) {
+  const int64_t height = x.size(2), width = x.size(3);
+  return height * width >= 16 && (width == 1 || x.stride(3) == 1) && (height == 1 || x.stride(2) == width);
+}
+
+static void norm_pictures_into(const Tensor& x, const Tensor& out, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps,
+                               NormKind kind) {
+  const int64_t pixels = x.size(2) * x.size(3), channels = x.size(1);
+  const PictureNormTask k{x.const_data_ptr(), x.stride(0), x.stride(1), out.mutable_data_ptr(), pixels, channels, affine(weight, x), affine(bias, x), eps,
+                          kind == NormKind::layer_torch, order_for(kind, x)};
+  FUSEWIRE_SWITCH_FLOATS(x.scalar_type(), "layer_norm_2d", {
+    const auto run = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const PictureNormTask&, int64_t, int64_t, scalar_t), norm_pictures);
+    const int64_t width = kPictureBytes / sizeof(scalar_t), tiles = x.size(0) * ((pixels + width - 1) / width), grain = 1 + 32768 / (channels * width);
+    if (tiles <= grain) return run(k, 0, tiles, scalar_t{});
+    torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) { run(k, begin, end, scalar_t{}); });
+  });
+}
+
 // Over the channels of x [B, C, H, W]; the result's channels are last in memory where those of x lie side by side.
 static Tensor layer_norm_2d(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps, bool exact) {
   const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
   const int64_t sizes[] = {x.size(0), channels, height, width}, last[] = {height * width * channels, 1, width * channels, channels};
-  const Tensor out = x.stride(1) == 1 && channels > 1 ? empty_strided(4, sizes, last, x) : empty_contiguous(x);
+  const bool channels_last = x.stride(1) == 1 && channels > 1;
+  const NormKind kind = exact ? NormKind::layer_torch : NormKind::layer_close;
+  const Tensor out = channels_last ? empty_strided(4, sizes, last, x) : empty_contiguous(x);
+  if (!channels_last && x.numel() && pixels_side_by_side(x)) {
+    norm_pictures_into(x, out, weight, bias, eps, kind);
+    return out;
+  }
   const auto pixels = [](const Tensor& t) {
     return LeadingRows{t.const_data_ptr(), 3, {t.size(0), t.size(2), t.size(3)}, {t.stride(0), t.stride(2), t.stride(3)}, t.stride(1)};
   };
-  norm_into(x, pixels(x), pixels(out), x.size(0) * height * width, weight, bias, channels, eps,
-            exact ? NormKind::layer_torch : NormKind::layer_close);
+  norm_into(x, pixels(x), pixels(out), x.size(0) * height * width, weight, bias, channels, eps, kind);
   return out;
 }
 

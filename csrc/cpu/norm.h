@@ -1,4 +1,4 @@
-// RMSNorm and LayerNorm on the CPU: what norm.cpp (tensors) hands to norm_kernels.cpp and norm_backward_kernels.cpp (loops).
+// RMSNorm and LayerNorm on the CPU: what norm.cpp (tensors) hands to norm_kernels.cpp, norm_picture_kernels.cpp and norm_backward_kernels.cpp (loops).
 #pragma once
 #include "common/column_sums.h"
 #include "common/isa.h"
@@ -28,6 +28,20 @@ struct NormTask {
   StockOrder order;  // for layer_torch and layer_wide
 };
 
+inline constexpr int kPictureBytes = 128;  // of each channel that are read at a time: a tile of all channels of so many pixels is normalised together
+
+// LayerNorm over the channels of pictures [B, C, pixels] whose pixels lie side by side; `begin` and `end` count tiles. out: contiguous.
+struct PictureNormTask {
+  const void* x;
+  int64_t x_batch, x_channel;  // strides
+  void* out;
+  int64_t pixels, channels;
+  Affine weight, bias;
+  double eps;
+  bool exact;
+  StockOrder order;  // where it is exact
+};
+
 // The gradients of a norm in the rounding of `close`. `dx` and `sums` may be null where they are not wanted.
 struct NormGradientTask {
   LeadingRows grad, x;
@@ -40,8 +54,9 @@ struct NormGradientTask {
   ColumnBlocks blocks;
 };
 
-#define FUSEWIRE_DECLARE_NORM(T)                                                             \
-  FUSEWIRE_DECLARE(void, norm_rows, (const NormTask&, int64_t begin, int64_t end, T))        \
+#define FUSEWIRE_DECLARE_NORM(T)                                                                 \
+  FUSEWIRE_DECLARE(void, norm_rows, (const NormTask&, int64_t begin, int64_t end, T))            \
+  FUSEWIRE_DECLARE(void, norm_pictures, (const PictureNormTask&, int64_t begin, int64_t end, T)) \
   FUSEWIRE_DECLARE(void, norm_gradient_blocks, (const NormGradientTask&, int64_t begin, int64_t end, T))
 FUSEWIRE_DECLARE_NORM(float)
 FUSEWIRE_DECLARE_NORM(double)

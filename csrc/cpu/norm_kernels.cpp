@@ -1,11 +1,10 @@
 // RMSNorm and LayerNorm: loops over rows, compiled once per ISA level.
-#include "cpu/norm.h"
-
 #include <memory>
 
 #include "common/row_access.h"
 #include "common/row_norm.h"
 #include "common/torch_sum.h"
+#include "cpu/norm_affine.h"
 
 namespace fusewire::FUSEWIRE_ISA {
 
@@ -15,7 +14,8 @@ class NormRows {
   using C = compute_t<T>;
   using X = std::conditional_t<Kind == NormKind::layer_wide, float, T>;  // what the statistics are taken of
   static constexpr int N = kLanes<C>;
-  static constexpr int kBlock = 16, kSide = Fused || Kind == NormKind::layer_close ? 4 : 1;  // kSide rows share each load of weight and bias
+  // kSide rows share each load of weight and bias; in 32 bits and more the rows' own loads take longer
+  static constexpr int kBlock = 16, kSide = sizeof(T) == 2 && (Fused || Kind == NormKind::layer_close) ? 4 : 1;
   static constexpr bool kRms = Kind >= NormKind::rms_close, kClose = Kind == NormKind::layer_close || Kind == NormKind::rms_close;
   using V = lanes<C, N>;
 
@@ -26,14 +26,6 @@ class NormRows {
   std::unique_ptr<T[]> in_, out_;
   std::unique_ptr<X[]> wide_;
   const C *weight_, *bias_;
-
-  const C* read(const Affine& a, C* room) const {
-    if (!a.data) return nullptr;
-    if (!a.wide) return wide_vector(static_cast<const T*>(a.data), a.stride, n_, room);
-    const float* p = static_cast<const float*>(a.data);
-    for (int64_t i = 0; i < n_; ++i) room[i] = p[i * a.stride];
-    return room;
-  }
 
   template <int K>
   FUSEWIRE_INLINE void statistics(const X* const (&x)[K], RowNorm<C> (&row)[K]) const {
@@ -104,8 +96,8 @@ class NormRows {
   explicit NormRows(const NormTask& k)
       : k_(k), n_(k.channels), stock_(k.channels, k.order), affine_(new C[2 * n_]), in_(k.x.channel == 1 ? nullptr : new T[kBlock * row_pitch<T>(n_)]),
         out_(k.out.channel == 1 ? nullptr : new T[kBlock * row_pitch<T>(n_)]), wide_(std::is_same_v<X, T> ? nullptr : new X[kSide * n_]) {
-    weight_ = read(k.weight, affine_.get());
-    bias_ = read(k.bias, affine_.get() + n_);
+    weight_ = affine_vector<T>(k.weight, n_, affine_.get());
+    bias_ = affine_vector<T>(k.bias, n_, affine_.get() + n_);
   }
 
   void run(int64_t begin, int64_t end) const {

@@ -6,11 +6,14 @@ import torch
 
 from fusewire.kernels.adaln.native import layer_norm_order
 from fusewire.kernels.checks import FLOATS
+from fusewire.kernels.dispatch import forced_backend
 from fusewire.kernels.library import CPU
 from fusewire.kernels.norm import reference
 from fusewire.kernels.rounding import differs_from_stock, probe_values
 
 MAX_DIMS = 9  # csrc/common/rows.h
+# Whose exact layer norms are left to PyTorch's own, with which nothing is fused: ours take up to a sixth more there (benchmarks/results/xeon-avx512/test_norm.json)
+LEFT_TO_PYTORCH = {torch.float32}
 # Why exact rows stand down: (dtype, "diffusers" | "torch") for RMSNorm, (dtype, "layer" | "wide") for LayerNorm
 _stands_down: dict[tuple[torch.dtype, str], str] = {}
 
@@ -67,6 +70,12 @@ def why_not_rms(x, weight, bias, eps, as_torch, exact) -> str:
 
 
 def why_not_layer(x, weight, bias, eps, wide, exact) -> str:
+    if exact and x.dtype in LEFT_TO_PYTORCH and x.is_contiguous() and forced_backend() != "cpu":
+        return f"exact fuses nothing with a layer norm, and PyTorch's own is as fast in {x.dtype}"
+    return _why_not_layer(x, weight, bias, wide, exact)
+
+
+def _why_not_layer(x, weight, bias, wide: bool, exact: bool) -> str:
     if reason := _why_not(x, weight, bias, True):
         return reason
     if not exact:
@@ -79,7 +88,7 @@ def why_not_layer(x, weight, bias, eps, wide, exact) -> str:
 
 
 def why_not_layer_2d(x, weight, bias, eps, exact) -> str:
-    return why_not_layer(x, weight, bias, eps, False, exact)
+    return _why_not_layer(x, weight, bias, False, exact)
 
 
 def why_not_backward(grad, x, weight, eps, of_x, of_weight, of_bias) -> str:

@@ -8,7 +8,7 @@ from fusewire.kernels import checks
 from fusewire.kernels.autograd import fused
 from fusewire.kernels.dispatch import Backend, Table, always, forced_backend
 from fusewire.kernels.library import define
-from fusewire.kernels.norm import native, reference, triton_limits
+from fusewire.kernels.norm import cuda, native, reference, triton_limits
 from fusewire.kernels.rounding import is_exact, promoted
 from fusewire.kernels.triton_rows import row as triton_row
 
@@ -121,7 +121,8 @@ _response_op = define("global_response_norm(Tensor x, Tensor weight, Tensor bias
 
 _rms = Table("rms_norm", [Backend("cpu", native.why_not_rms, _rms_op), triton_row(_rms_op, triton_limits.why_not_norm, "norm.rms_norm"),
                           Backend("reference", always, reference.rms_norm)])
-_layer = Table("layer_norm", [Backend("cpu", native.why_not_layer, _layer_op), triton_row(_layer_op, triton_limits.why_not_norm, "norm.layer_norm"),
+_layer = Table("layer_norm", [Backend("cpu", native.why_not_layer, _layer_op), Backend("cuda", cuda.why_not_layer, cuda.layer_norm),
+                              triton_row(_layer_op, triton_limits.why_not_norm, "norm.layer_norm"),
                               Backend("reference", always, reference.layer_norm)])
 _layer_2d = Table("layer_norm_2d", [Backend("cpu", native.why_not_layer_2d, _layer_2d_op),
                                     triton_row(_layer_2d_op, triton_limits.why_not_picture, "norm.layer_norm_2d"),

@@ -12,6 +12,7 @@ from fusewire import ops
 from fusewire.kernels import cuda_rows
 from fusewire.kernels.dispatch import forced, forced_backend
 from fusewire.kernels.library import CPU, CUDA
+from fusewire.kernels.norm import native as norm_native
 from tests.kernels.cuda_on_cpu import build
 
 ON_GPU = torch.get_default_device().type == "cuda"  # FUSEWIRE_TEST_DEVICE
@@ -83,3 +84,11 @@ def in_cuda(request, monkeypatch):
         assert ops.stats()[op]["cuda"] == before + calls
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def left_to_pytorch(monkeypatch):
+    """The library's own exact layer norm is tested in float32 too, which by default is PyTorch's there; the dtypes that are."""
+    before = norm_native.LEFT_TO_PYTORCH
+    monkeypatch.setattr(norm_native, "LEFT_TO_PYTORCH", set())
+    return before

@@ -10,7 +10,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from safetensors import safe_open
 
-from fusewire.models.flux import Flux, FluxConfig, from_official
+from fusewire.models.flux import Flux, FluxConfig, from_official, one_stream
 from tests.models.stock_flux import VARIANTS, in_float64, inputs, positions, stock_model
 from tests.tolerance import MODEL_FLOAT32
 
@@ -165,3 +165,21 @@ def test_golden_tensors_of_the_official_repository(dtype, bound):
 def test_a_name_the_official_repository_does_not_have():
     with pytest.raises(KeyError, match="double_blocks.0.img_attn.bogus.weight"):
         from_official({"img_in.weight": torch.zeros(4, 4), "double_blocks.0.img_attn.bogus.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("batch", (1, 3))
+def test_one_stream(batch):
+    """Parts of one tensor that still lie side by side are not copied; anything else is, and a graph records a copy."""
+    whole = torch.randn(batch, 9, 8)
+    context, x = whole[:, :4], whole[:, 4:]
+    with torch.no_grad():
+        assert one_stream(context, x).data_ptr() == whole.data_ptr()
+        assert torch.equal(one_stream(context, x), whole)
+        for first, second in ((x, context), (context, x.clone()), (context, whole[:, 5:]), (whole[:, :3], x), (context, whole.double()[:, 4:].float()),
+                              (whole[..., :4][:, :4], whole[..., 4:][:, 4:]), (whole.transpose(1, 2)[:, :4], whole.transpose(1, 2)[:, 4:])):
+            both = one_stream(first, second)
+            assert torch.equal(both, torch.cat([first, second], dim=1))
+            assert both.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr()
+        with pytest.raises(RuntimeError, match="(?i)size"):
+            one_stream(context, torch.randn(batch + 1, 5, 8))
+    assert one_stream(context, x).data_ptr() != whole.data_ptr()  # autograd may record

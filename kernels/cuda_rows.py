@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from fusewire.kernels.checks import kind_of
 from fusewire.kernels.dispatch import Backend, forced_backend, launched
 from fusewire.kernels.library import CUDA, declare
 from fusewire.kernels.triton_rows import FLOATS, INTERPRETED, MISSING, too_old
@@ -27,8 +28,8 @@ def why_not(x: torch.Tensor, *tensors: torch.Tensor | None) -> str:
     """Why the CUDA library cannot serve a call of these tensors, all of one dtype; ``""`` where it can."""
     if not CUDA.loaded:
         return CUDA.reason
-    if x.device.type != DEVICE:
-        return f"x is on {x.device.type}"
+    if (kind := kind_of(x)) != DEVICE:
+        return f"x is on {kind}"
     dtype = x.dtype
     if dtype not in FLOATS:
         return f"x has dtype {dtype}"

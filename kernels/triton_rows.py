@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from fusewire.kernels.checks import kind_of
 from fusewire.kernels.dispatch import Backend, forced_backend, launched
 from fusewire.kernels.plans import Planned
 
@@ -50,7 +51,7 @@ def why_not(x: torch.Tensor, *tensors: torch.Tensor | None) -> str:
         if not x.is_cpu or forced_backend() != "triton":
             return "Triton interprets (TRITON_INTERPRET=1): only for CPU tensors, and only where the backend is forced"
     elif not x.is_cuda:
-        return "x is on cpu" if x.is_cpu else f"x is on {x.device.type}"  # a device's name takes half a microsecond
+        return f"x is on {kind_of(x)}"
     elif reason := too_old(x.device.index):
         return reason
     for tensor in (x, *tensors):

@@ -16,7 +16,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from typing import NamedTuple
 
 from fusewire import ops
-from fusewire.kernels.checks import autocasts
+from fusewire.kernels.checks import autocasts, kind_of
 from fusewire.kernels.rounding import compute_dtype, is_exact
 
 
@@ -71,7 +71,7 @@ def linear(module: nn.Module, x: torch.Tensor, how: How, activation: str | None 
 
 def autocasts_norms(x: torch.Tensor) -> bool:
     """Autocast makes a LayerNorm of this tensor compute in, and return, float32. It does so on accelerators, not on the CPU."""
-    return x.dtype in (torch.bfloat16, torch.float16) and not x.is_cpu and autocasts(x.device.type)
+    return x.dtype in (torch.bfloat16, torch.float16) and not x.is_cpu and autocasts(kind_of(x))
 
 
 def norm_input(x: torch.Tensor) -> torch.Tensor:

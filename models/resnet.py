@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fusewire import ops
-from fusewire.kernels.checks import autocasts
+from fusewire.kernels.checks import autocasts, kind_of
 from fusewire.models.layers import How, untouched
 
 
@@ -25,7 +25,7 @@ def norm_activation(norm: nn.Module, activation: nn.Module | None, x: torch.Tens
     called. So are all in ``exact`` on a GPU, where no kernel repeats the norm's order of summation.
     """
     if ((x.is_cpu or how.numerics == "close") and plain_group_norm(norm) and (norm.weight is None or norm.weight.dtype is x.dtype)
-            and not autocasts(x.device.type)):
+            and not autocasts(kind_of(x))):
         silu = type(activation) is nn.SiLU and untouched(activation)
         y = ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, shift=shift, scale=scale, add=add, silu=silu,
                                 numerics=how.numerics)

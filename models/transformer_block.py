@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fusewire import ops
+from fusewire.kernels.checks import autocasts, kind_of
 from fusewire.models.feed_forward import feed_forward_residual
 from fusewire.models.layers import How, gate_residual_norm, norm_input, plain_layer_norm, untouched
 
@@ -61,7 +62,7 @@ def sum_norm(norm: nn.Module, x, y, how: How) -> tuple[torch.Tensor, torch.Tenso
     """(x + y, norm(x + y)): in one pass for a LayerNorm with weight and bias, as a gated sum whose gate is 1 and a modulation that changes nothing. (On a
     GPU the two calls are as fast, and cheaper to launch.)"""
     if x.is_cpu and type(norm) is nn.LayerNorm and norm.weight is not None and norm.weight.dtype is x.dtype and norm.bias is not None and untouched(norm) \
-            and not torch.is_autocast_enabled(x.device.type):
+            and not autocasts(kind_of(x)):
         zero, one = (value.expand(x.shape[0], x.shape[2]) for value in (x.new_zeros(()), x.new_ones(())))
         return ops.gate_residual_adaln(x, y, one, zero, zero, weight=norm.weight, bias=norm.bias, eps=norm.eps, numerics=how.numerics)
     x = y + x

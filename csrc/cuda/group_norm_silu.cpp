@@ -7,12 +7,12 @@ namespace fusewire::cuda {
 
 using Optional = std::optional<Tensor>;
 
-// x and out [B, C, ...] have dense samples in the same memory format; parts [B * groups, part_count, 4] and stats [B * groups, 4] are float32.
+// x and out [B, C, ...] have dense samples in the same memory format; room as in group_norm_tensors.h.
 static void cuda_group_norm(const Tensor& x, const Optional& weight, const Optional& bias, const Optional& shift, const Optional& scale,
-                            const Optional& add, const Tensor& out, const Tensor& parts, const Tensor& stats, int64_t groups, double eps,
+                            const Optional& add, const Tensor& out, const Tensor& room, int64_t groups, double eps,
                             bool channels_last, bool silu) {
   if (x.numel() == 0) return;
-  GroupNorm k = group_norm_of("cuda_group_norm", x, weight, bias, shift, scale, add, parts, stats, groups, eps, channels_last, silu);
+  GroupNorm k = group_norm_of("cuda_group_norm", x, weight, bias, shift, scale, add, room, groups, eps, channels_last, silu);
   k.out = out.mutable_data_ptr();
   k.vector = k.vector && vectors(out, 1, {row_of_picture(k)});
   const OnDevice device(x);

@@ -9,16 +9,16 @@ namespace fusewire::cuda {
 using Optional = std::optional<Tensor>;
 
 // grad, x and dx [B, C, ...] have dense samples in the same memory format. The gradients of parameters are given where these are, dx where it is
-// wanted. Room, all of float32: parts and stats as for cuda_group_norm; sums [B * (parts of a channel + 1 where they are several), 3, C], the totals
+// wanted. Room, all of float32: room as for cuda_group_norm; sums [B * (parts of a channel + 1 where they are several), 3, C], the totals
 // last; coefficients [B, C, 8] where there is dx; products [2, B, C] where there is a weight or a bias.
 static void cuda_group_norm_backward(const Tensor& grad, const Tensor& x, const Optional& weight, const Optional& bias, const Optional& shift,
                                      const Optional& scale, const Optional& add, const Optional& dx, const Optional& dweight, const Optional& dbias,
-                                     const Optional& dshift, const Optional& dscale, const Optional& dadd, const Tensor& parts, const Tensor& stats,
+                                     const Optional& dshift, const Optional& dscale, const Optional& dadd, const Tensor& room,
                                      const Tensor& sums, const Optional& coefficients, const Optional& products, int64_t groups, double eps,
                                      bool channels_last, bool silu) {
   if (x.numel() == 0) return;
   GroupNormGradient k{};
-  k.norm = group_norm_of("cuda_group_norm_backward", x, weight, bias, shift, scale, add, parts, stats, groups, eps, channels_last, silu);
+  k.norm = group_norm_of("cuda_group_norm_backward", x, weight, bias, shift, scale, add, room, groups, eps, channels_last, silu);
   const int64_t batch = x.size(0), channels = x.size(1), rows = sums.size(0) / batch, row = row_of_picture(k.norm);
   STD_TORCH_CHECK((!dx || coefficients) && ((!dweight && !dbias) || products) && channels * GroupNormGradient::kSums < kMaxBlocks,
                   "cuda_group_norm_backward: no room for what the gradients come from");

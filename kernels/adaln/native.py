@@ -76,7 +76,7 @@ def compare_with_stock(op) -> None:
 def _why_not(x, rms: bool, exact: bool, named) -> str:
     if not CPU.loaded:
         return CPU.reason
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return "x is on a GPU" if x.is_cuda else f"x is on {x.device}"
     for name, tensor in named:
         if tensor is not None and tensor.dtype is not x.dtype:

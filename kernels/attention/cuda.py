@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 from fusewire.kernels.attention import hopper_limits
+from fusewire.kernels.checks import kind_of
 from fusewire.kernels.dispatch import forced_backend, recording
 from fusewire.kernels.qk_norm_rope import op as qk_norm
 from fusewire.kernels.qk_norm_rope.reference import RMS
@@ -145,8 +146,8 @@ def _loads(x) -> bool:
 
 def _choice(q, k, queries: int, keys: int, causal: bool, scale, choose, read: tuple) -> tuple[str, str]:
     """(the library that serves, or "", and why none does). ``read``: the tensors that it would read where they lie."""
-    if q.device.type != DEVICE:
-        return "", f"q is on {q.device.type}"
+    if (kind := kind_of(q)) != DEVICE:
+        return "", f"q is on {kind}"
     if q.dtype is not torch.bfloat16 and q.dtype is not torch.float16:
         return "", f"q has dtype {q.dtype}; bfloat16 and float16 are served"
     reason, arch = _gpu(q.device.index)

@@ -63,8 +63,8 @@ unavailable._dynamo_marked_constant = True  # as triton_rows.too_old
 def why_not_hopper(q, k, scale: float | None = None, *segment) -> str:
     """Why the kernel does not serve q, k [B, T, H, D] without a mask or a pattern; ``""`` where it does. ``segment``: q2 and k2. Never looks at the
     layout, which is the launcher's to deal with, nor at the number of samples (but for none), so that equal values give equal bits."""
-    if q.device.type != "cuda":
-        return f"q is on {q.device.type}"
+    if (kind := kind_of(q)) != "cuda":
+        return f"q is on {kind}"
     if q.dtype is not torch.bfloat16 and q.dtype is not torch.float16:
         return f"q has dtype {q.dtype}; bfloat16 and float16 are served"
     if q.shape[3] not in DIMS:

@@ -205,7 +205,7 @@ def cast(tensors: tuple) -> tuple:
     """What autocast makes of the arguments of PyTorch's attention: all in its dtype (float64 stays)."""
     if not all(isinstance(x, torch.Tensor) for x in tensors):
         return tensors  # for _check to refuse
-    kind = tensors[0].device.type
+    kind = checks.kind_of(tensors[0])
     if not checks.autocasts(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)

@@ -1,7 +1,7 @@
 """GroupNorm with SiLU by csrc/cuda, forward and in ``close``: the predicate of the CUDA row, and what it launches.
 
 Contiguous and channels-last pictures with dense samples are read in place, at any alignment and batch stride; others are copied. A group is cut into
-parts by its own size alone, so that a sample's result does not depend on its batch; the parts' statistics are the one tensor beside the output.
+parts by its own size alone, so that a sample's result does not depend on its batch; the parts' statistics, and the groups' behind them, are the one tensor beside the output.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ MAX_BYTES_LAST = 8192  # a block of 512 threads holds all channels of a pixel
 BLOCK, STEPS = 256, 4  # threads and, of each, the 16-byte chunks that it holds at a time: a tile, as csrc/cuda/group_norm_rows.h has it
 FEW, MOST = (64, 256), (8, 16)  # contiguous and channels-last: from how many tiles a part has more than one, and how many at most
 
-op = cuda_rows.raw("cuda_group_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? shift, Tensor? scale, Tensor? add, Tensor(a!) out, Tensor(b!) parts, "
-                   "Tensor(c!) stats, int groups, float eps, bool channels_last, bool silu) -> ()")
+op = cuda_rows.raw("cuda_group_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? shift, Tensor? scale, Tensor? add, Tensor(a!) out, Tensor(b!) room, "
+                   "int groups, float eps, bool channels_last, bool silu) -> ()")
 
 
 def beyond(x, groups, *tensors) -> str:
@@ -67,6 +67,5 @@ def group_norm_silu(x, groups: int, weight, bias, eps: float, shift, scale, add,
     shift, scale, add = (tensor if tensor is None or tensor.dim() == 2 else tensor.flatten(1) for tensor in (shift, scale, add))
     batch, channels = x.shape[:2]
     parts = parts_of(channels, groups, out.numel() // (batch * channels), last, x.element_size())
-    op(x, weight, bias, shift, scale, add, out, x.new_empty((batch * groups, parts, 4), dtype=torch.float32),
-       x.new_empty((batch * groups, 4), dtype=torch.float32), groups, eps, last, silu)
+    op(x, weight, bias, shift, scale, add, out, x.new_empty(((parts + 1) * batch * groups, 4), dtype=torch.float32), groups, eps, last, silu)
     return out

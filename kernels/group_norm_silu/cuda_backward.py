@@ -17,8 +17,8 @@ PARTS, SMALLEST, LARGEST = 256, 2**14, 2**16  # of a channels-last picture: so m
 
 op = cuda_rows.raw(
     "cuda_group_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor? shift, Tensor? scale, Tensor? add, Tensor(a!)? dx, "
-    "Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dshift, Tensor(e!)? dscale, Tensor(f!)? dadd, Tensor(g!) parts, Tensor(h!) stats, "
-    "Tensor(i!) sums, Tensor(j!)? coefficients, Tensor(k!)? products, int groups, float eps, bool channels_last, bool silu) -> ()")
+    "Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dshift, Tensor(e!)? dscale, Tensor(f!)? dadd, Tensor(g!) room, "
+    "Tensor(h!) sums, Tensor(i!)? coefficients, Tensor(j!)? products, int groups, float eps, bool channels_last, bool silu) -> ()")
 
 
 def why_not(grad, x, groups, weight, bias, eps, shift, scale, add, silu, of_x) -> str:
@@ -50,7 +50,8 @@ def group_norm_silu_backward(grad, x, groups: int, weight, bias, eps: float, shi
         def room(*shape):
             return x.new_empty(shape, dtype=torch.float32)
 
-        op(grad, x, weight, bias, shift, scale, add, *found, room(batch * groups, cuda.parts_of(channels, groups, pixels, last, x.element_size()), 4),
-           room(batch * groups, 4), room(batch * (parts + 1 if parts > 1 else 1), 3, channels), room(batch, channels, 8) if of_x else None,
+        of_groups = cuda.parts_of(channels, groups, pixels, last, x.element_size())
+        op(grad, x, weight, bias, shift, scale, add, *found, room((of_groups + 1) * batch * groups, 4),
+           room(batch * (parts + 1 if parts > 1 else 1), 3, channels), room(batch, channels, 8) if of_x else None,
            None if weight is None and bias is None else room(2, batch, channels), groups, eps, last, silu)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in found)

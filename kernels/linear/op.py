@@ -110,7 +110,7 @@ def _gated(x, weight, bias, activation: str, gate, residual, numerics: str) -> t
         raise ValueError(f"weight has shape {list(weight.shape)}; for activation {activation!r} it should be [2N, K]")
     exact = is_exact(numerics)
     # exact rounds the product with its bias, as an nn.Linear does; autocast casts a bias with the product alone
-    later = None if exact or bias is None or bias.dtype is not x.dtype or checks.autocasts(x.device.type) else bias
+    later = None if exact or bias is None or bias.dtype is not x.dtype or checks.autocasts(checks.kind_of(x)) else bias
     y = _linear(x, weight, None if later is bias else bias, "none", None, None, exact)
     return _GATED[activation](y, bias=later, numerics=numerics)
 
@@ -147,7 +147,7 @@ def _check(x, weight, bias, activation, gate, residual) -> None:
         if tensor is not None:
             checks.floating(name, tensor)
             checks.same_device(name, tensor, x.device)
-    if weight.dtype is not x.dtype and not checks.autocasts(x.device.type):
+    if weight.dtype is not x.dtype and not checks.autocasts(checks.kind_of(x)):
         raise TypeError(f"weight has dtype {weight.dtype}; it should be {x.dtype}, as x has")
     checks.rank("weight", weight, 2, "[N, K]")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:

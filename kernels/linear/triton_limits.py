@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fusewire.kernels.checks import autocasts, kind_of
 from fusewire.kernels.dispatch import forced_backend
 from fusewire.kernels.linear.native import recorded
 from fusewire.kernels.triton_rows import why_not
@@ -17,7 +18,7 @@ def trained(x, weight, bias, activation) -> bool:
 
 
 def _autocast(x) -> str:
-    return "autocast is on" if torch.is_autocast_enabled(x.device.type) else ""
+    return "autocast is on" if autocasts(kind_of(x)) else ""
 
 
 def why_not_epilogue(x, weight, bias, activation, gate, residual, exact) -> str:
@@ -42,7 +43,7 @@ def why_not_cublaslt(x, weight, bias, activation, gate, residual, exact) -> str:
     if exact:
         return "numerics='exact' rounds between the product and the activation, as the stock calls do"
     if not x.is_cuda:
-        return "x is on cpu" if x.is_cpu else f"x is on {x.device.type}"
+        return f"x is on {kind_of(x)}"
     if activation != "gelu_tanh" or bias is None:
         return "cuBLASLt's epilogue is bias and GELU-tanh"
     if x.dtype not in (torch.bfloat16, torch.float16) or not x.dtype is weight.dtype is bias.dtype:  # in float32 its GELU errs seven times as much

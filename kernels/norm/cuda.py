@@ -7,14 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from fusewire.kernels import cuda_rows
+from fusewire.kernels.checks import kind_of
 from fusewire.kernels.triton_rows import FLOATS
 
 
 def why_not_layer(x, weight, bias, eps: float, wide: bool, exact: bool) -> str:
     if exact:
         return "numerics='exact' keeps PyTorch's own norm"
-    if x.device.type != cuda_rows.DEVICE:
-        return f"x is on {x.device.type}"
+    if (kind := kind_of(x)) != cuda_rows.DEVICE:
+        return f"x is on {kind}"
     dtype = x.dtype
     if dtype not in FLOATS:
         return f"x has dtype {dtype}"

@@ -17,7 +17,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from fusewire import ops
-from fusewire.kernels.checks import autocasts
+from fusewire.kernels.checks import autocasts, kind_of
 from fusewire.models.convolution import convolution
 from fusewire.models.layers import How
 from fusewire.models.resnet import resnet_block
@@ -59,7 +59,7 @@ def _resnet(how: How) -> dict:
 
 def _group_norm(how: How) -> dict:
     def forward(self, input):
-        if autocasts(input.device.type) or self.weight is not None and self.weight.dtype is not input.dtype:
+        if autocasts(kind_of(input)) or self.weight is not None and self.weight.dtype is not input.dtype:
             return nn.GroupNorm.forward(self, input)
         return ops.group_norm_silu(input, self.num_groups, self.weight, self.bias, eps=self.eps, silu=False, numerics=how.numerics)
 

@@ -1,4 +1,4 @@
-"""What one call of each public op costs on small tensors, in inference mode, beside the eager chain and torch.compile of it; and its overhead.
+"""What one call of each public op costs on small tensors, under torch.no_grad as pipelines call them, beside the eager chain and torch.compile of it; and its overhead.
 
 ``python benchmarks/test_overhead.py [--rounds N] [--json FILE]``: 16 tokens of width 64, float32. The overhead is the time of the same call with no
 token: every check, the choice of a backend, the registered op and its outputs, with nothing to compute. (An empty linear is PyTorch's own call.)
@@ -44,7 +44,7 @@ def cases(tokens: int):
     """(op, under which its calls are counted, the call, the eager chain, the chain's arguments)."""
     x, y, row, shift = torch.randn(1, tokens, 64), torch.randn(1, tokens, 64), torch.randn(1, 64), torch.randn(1, 64)
     q, k, v = (torch.randn(1, tokens, 2, 32) for _ in range(3))
-    out, weight, matrix, bias = (torch.empty_like(q), torch.empty_like(k)), torch.rand(32), torch.randn(64, 64), torch.randn(64)
+    out, weight, matrix, bias = (torch.empty_like(q), torch.empty_like(k)), torch.rand(32), torch.randn(64, 64) / 8, torch.randn(64)
     table = ops.flow_euler_table(torch.tensor([1.0, 0.5, 0.0]))
     for name, given in (("adaln_modulate", (x, shift, row)), ("adaln_modulate_dual", (x, shift, row, row, shift)), ("gate_residual", (x, y, row)),
                         ("gate_residual_adaln", (x, y, row, shift, row))):
@@ -59,18 +59,24 @@ def cases(tokens: int):
     yield "sampler_step", "flow_euler_step", lambda: ops.sampler_step(x, y, table, 0), euler, (x, y, -0.5)
 
 
-def rows(arguments):
+def measured(arguments) -> tuple[list[dict], dict]:
+    """What each row says beside its times, and the median time of each (op, side)."""
     # One list of all sides, each once a round: where a machine is slower for some seconds, no op meets that alone. All are compiled before
     # the first is measured, as the compiler's workers take the cores when they start.
     sides, found = {}, []
-    ops.reset_stats()
     for (op, counted, ours, eager, given), (_, _, empty, _, _) in zip(cases(16), cases(0)):
         compiled = torch.compile(eager, dynamic=False)
         sides |= {(op, "ours"): ours, (op, "eager"): lambda eager=eager, given=given: eager(*given),
                   (op, "compile"): lambda compiled=compiled, given=given: compiled(*given), (op, "ours, no tokens"): empty}
+        ops.reset_stats()
         ours()
         found.append({"op": op, "size": list(given[0].shape), "dtype": "float32", "backend": served(counted)})
-    times = measure(sides, arguments.rounds, inner=CALLS)
+    return found, measure(sides, arguments.rounds, inner=CALLS)
+
+
+def rows(arguments):
+    with torch.inference_mode(False), torch.no_grad():
+        found, times = measured(arguments)
     for row in found:
         own = {side: time for (op, side), time in times.items() if op == row["op"]}
         yield {**row, **own, "eager/ours": round(own["eager"] / own["ours"], 2), "compile/ours": round(own["compile"] / own["ours"], 2)}

@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
 from fusewire.kernels.library import CPU, variant
+from fusewire.kernels.transforms import written_by
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 
@@ -31,6 +33,37 @@ class Backend(NamedTuple):
 def recording() -> bool:
     """Whether what is called may be recorded: by autograd, torch.compile, a dispatch mode or torch.func."""
     return bool(torch.is_grad_enabled() or is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
+
+
+_is_grad_enabled, _is_inference, _any_requires_grad = torch.is_grad_enabled, torch.is_inference_mode_enabled, torch._C._any_requires_grad
+_transforms_active, _BelowAutograd = torch._C._are_functorch_transforms_active, torch._C._AutoDispatchBelowAutograd
+_BelowVersions = torch._C._AutoDispatchBelowADInplaceOrView
+
+
+def unrecorded(op: torch._ops.OpOverload) -> Callable:
+    """``op``, past its autograd formula where there is nothing to record, as under ``torch.no_grad()``: the formula is Python, which takes 6 us to find
+    that out by the same questions. (In inference mode it is not reached.) The same of an op that changes arguments, whose version counters a kernel in
+    Python moves. All else that sees calls of ops sees this one."""
+    call, written = op._op, written_by(op)
+
+    def run(*args):
+        if is_compiling():
+            return op(*args)
+        if _is_inference() or _is_grad_enabled() and (_any_requires_grad(*args) or _transforms_active()):
+            return call(*args)
+        with _BelowAutograd():
+            return call(*args)
+
+    def change(*args):
+        if is_compiling():
+            return op(*args)
+        if _is_inference() or _transforms_active() or _is_grad_enabled() and _any_requires_grad(*args):
+            return call(*args)
+        increment_version([args[i] for i in written])
+        with _BelowVersions():
+            return call(*args)
+
+    return change if written else run
 
 
 LAUNCHERS: dict[torch._ops.OpOverload, Callable] = {}  # a registered op of a row -> what it calls, counted as the table would
@@ -103,8 +136,8 @@ class Table:
     @rows.setter
     def rows(self, rows: list[Backend]) -> None:
         self._rows = rows
-        # Without the Python call around an op, 0.2 us; torch.compile traces the op itself
-        self._direct = [(row.why_not, getattr(row.run, "_op", row.run), row.name, row.run) for row in rows]
+        # torch.compile traces the op itself
+        self._direct = [(row.why_not, unrecorded(row.run) if isinstance(row.run, torch._ops.OpOverload) else row.run, row.name, row.run) for row in rows]
         self._sure = rows[0].name == "cpu" and CPU.loaded and not CPU.why_not(self.op)
 
     def __call__(self, *args):

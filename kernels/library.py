@@ -167,8 +167,7 @@ def variant(op: torch._ops.OpOverload, suffix: str, kernel: Callable) -> torch._
     name = op._schema.name.split("::")[1]
     schema, parts = _DEFINED[name]
     other = define(f"{name}_{suffix}{schema.removeprefix(name)}", fallback=kernel, **parts)
-    written = [i for i, argument in enumerate(op._schema.arguments) if argument.alias_info is not None and argument.alias_info.is_write]
-    if written:
+    if written := transforms.written_by(op):
         def move_versions(keyset, *args):
             torch.autograd.graph.increment_version([args[i] for i in written])
             with torch._C._AutoDispatchBelowADInplaceOrView():

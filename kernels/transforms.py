@@ -12,6 +12,11 @@ from collections.abc import Callable
 import torch
 
 
+def written_by(op: torch._ops.OpOverload) -> list[int]:
+    """Which of its arguments an op changes."""
+    return [i for i, argument in enumerate(op._schema.arguments) if argument.alias_info is not None and argument.alias_info.is_write]
+
+
 def by_sample(op: torch._ops.OpOverload) -> Callable:
     """The rule of ``vmap`` for ``torch.library.register_vmap``: the results of all samples, stacked."""
     def rule(info, in_dims, *args):
@@ -42,7 +47,7 @@ class Differentiable:
 
 def copying(op: torch._ops.OpOverload, out_of_place: Callable) -> Callable:
     """The kernel of ``op`` that every transform calls first, where ``op`` changes arguments: they get ``out_of_place``'s results one by one."""
-    written = [i for i, argument in enumerate(op._schema.arguments) if argument.alias_info is not None and argument.alias_info.is_write]
+    written = written_by(op)
 
     def kernel(*args):
         for i, value in zip(written, out_of_place(*args), strict=True):

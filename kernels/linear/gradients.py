@@ -16,7 +16,7 @@ from fusewire.kernels.triton_rows import row as triton_row
 
 _bias_activation_op = define("bias_activation(Tensor y, Tensor? bias, str activation) -> Tensor", fallback=reference.bias_activation,
                              fake=lambda y, bias, activation: y.new_empty(y.shape))
-_bias_activation = Table("bias_activation", [
+bias_activation = Table("bias_activation", [
     Backend("cpu", native.why_not_bias_activation, _bias_activation_op),
     triton_row(_bias_activation_op, triton_limits.why_not_bias_activation, "linear.bias_activation"),
     Backend("reference", always, reference.bias_activation),
@@ -45,7 +45,7 @@ def recomputed(x, weight, bias, activation, gate, residual, exact) -> bool:
 
 def _activated(x, weight, bias, activation):
     y = native.product(x, weight) if x.is_cpu else F.linear(x, weight)
-    return _bias_activation(y, bias, activation), y
+    return bias_activation(y, bias, activation), y
 
 
 def _fake_activated(x, weight, bias, activation):

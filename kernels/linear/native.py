@@ -15,6 +15,7 @@ oneDNN's float32 sum in one chain errs up to four times as much as MKL's (``F.li
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from fusewire.kernels.dispatch import forced_backend
 from fusewire.kernels.library import CPU, cpu_is_intel, cpu_isa
@@ -60,9 +61,14 @@ def why_not_cpu(x, weight, bias, activation, gate, residual, exact) -> str:
         return "the processor has no AVX2"
     if x.dim() > MAX_DIMS:
         return f"x has {x.dim()} dimensions; at most {MAX_DIMS} are served"
-    if activation == "gelu" and not recorded(x, weight, bias):
-        return "the erf form of GELU has no kernel"
-    if x.dtype is torch.float32 and forced_backend() != "cpu":
+    return "" if activation != "none" else product_is_pytorchs(x, weight)  # bias and activation are a pass of ours behind any product
+
+
+def product_is_pytorchs(x, weight) -> str:
+    """Why PyTorch's own product is preferred to csrc/cpu's, or ``""``."""
+    if forced_backend() == "cpu":
+        return ""
+    if x.dtype is torch.float32:
         # By tokens, not by rows: whether a sample is in a batch must not change its result.
         tokens = x.shape[-2] if x.dim() > 2 else 1
         if x.dim() == 2 and not INTEL and x.shape[0] <= FEW_ROWS:
@@ -71,20 +77,20 @@ def why_not_cpu(x, weight, bias, activation, gate, residual, exact) -> str:
             return "for so few rows of a sample PyTorch's product is as fast, and sums in shorter chains"
         if INTEL and not (ISA == "amx" and tokens >= AMX_TOKENS and weight.shape[0] >= AMX_OUTPUTS):
             return PYTORCHS
-    if x.dtype is torch.float16 and WIDENED and FLOAT16_PRODUCTS and forced_backend() != "cpu":
+    if x.dtype is torch.float16 and WIDENED and FLOAT16_PRODUCTS:
         return PYTORCHS
     return ""
 
 
 def onednn_serves(x, weight, activation, gate, residual) -> bool:
     """oneDNN is faster in bfloat16, but on AMX for what is large. Gate and residual take a pass of their own, where ``gate_residual`` takes them."""
+    if x.dtype is not torch.bfloat16 or not ONEDNN_BFLOAT16 or not torch.backends.mkldnn.enabled:
+        return False
     if (ISA == "amx" and activation != "gelu" and x.dim() > 2 and x.shape[-2] >= AMX_TOKENS_BFLOAT16 and weight.shape[0] >= AMX_OUTPUTS
-            and (x.dtype is not torch.bfloat16 or weight.shape[1] >= AMX_INPUTS_BFLOAT16 and weight.numel() >= AMX_WEIGHTS_BFLOAT16)):
+            and weight.shape[1] >= AMX_INPUTS_BFLOAT16 and weight.numel() >= AMX_WEIGHTS_BFLOAT16):
         return False
     # A graph serves any number of tokens: its first number must not become a guard, at which a second resolution is traced again.
     if WIDENED and x.dim() > 2 and activation != "gelu" and (torch.compiler.is_compiling() or x.shape[-2] >= WIDENED_TOKENS):
-        return False
-    if x.dtype is not torch.bfloat16 or not ONEDNN_BFLOAT16 or not torch.backends.mkldnn.enabled:
         return False
     return residual is None or gate is None or x.dim() == 3 == residual.dim() and _per_sample(gate, residual)
 
@@ -117,7 +123,9 @@ def recorded(*tensors) -> bool:
 
 def product(x, weight) -> torch.Tensor:
     """x @ weight.T, by what serves a linear without bias."""
-    return onednn(x, weight, None, "none") if onednn_serves(x, weight, "none", None, None) else _ours(x, weight)
+    if onednn_serves(x, weight, "none", None, None):
+        return onednn(x, weight, None, "none")
+    return F.linear(x, weight) if product_is_pytorchs(x, weight) else _ours(x, weight)
 
 
 def products_backward(dy, x, weight, of_x: bool, of_weight: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from fusewire.kernels import checks
 from fusewire.kernels.adaln.op import gate_residual
 from fusewire.kernels.autograd import fused
-from fusewire.kernels.dispatch import Backend, Table, always
+from fusewire.kernels.dispatch import Backend, Table, always, unrecorded
 from fusewire.kernels.gated_mlp.op import geglu, swiglu
 from fusewire.kernels.library import define
 from fusewire.kernels.linear import gradients, native, reference, triton_limits
@@ -25,6 +25,9 @@ _linear_op = define("linear(Tensor x, Tensor weight, Tensor? bias, str activatio
                     fallback=reference.linear, fake=_fake_linear, backward=_backward, setup_context=_setup)
 
 
+_library = unrecorded(_linear_op)
+
+
 def _activated(x, weight, bias, activation):
     return reference.linear(x, weight, bias, activation, None, None, False)
 
@@ -38,8 +41,11 @@ _onednn_op = define("linear_onednn(Tensor x, Tensor weight, Tensor? bias, str ac
 
 
 def _cpu(x, weight, bias, activation, gate, residual, exact) -> torch.Tensor:
-    if activation != "none" and native.recorded(x, weight, bias):
-        return gradients.activated(x, weight, bias, activation)[0]
+    if activation != "none":
+        if native.recorded(x, weight, bias):
+            return gradients.activated(x, weight, bias, activation)[0]
+        if x.dtype is not torch.bfloat16 and native.product_is_pytorchs(x, weight):
+            return gradients.bias_activation.by_cpu(F.linear(x, weight), bias, activation)
     if native.onednn_serves(x, weight, activation, gate, residual):
         # Where a graph is recorded (autograd, torch.compile) the registered op, which has a formula; the bare call elsewhere.
         recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()
@@ -47,12 +53,14 @@ def _cpu(x, weight, bias, activation, gate, residual, exact) -> torch.Tensor:
         if residual is None:
             return y
         return residual + y if gate is None else gate_residual(residual, y, gate, numerics="close")
+    if activation == "gelu":  # has no epilogue
+        return gradients.bias_activation.by_cpu(native.product(x, weight), bias, activation)
     if gate is not None:
         gate = reference.over_tokens(gate, x)
     if native.apart(residual, gate) and native.recorded(x, weight, bias, gate, residual):
-        y = _linear_op(x, weight, bias, "none", None, None, False)
+        y = _library(x, weight, bias, "none", None, None, False)
         return residual + y if gate is None else gate_residual(residual, y, gate, numerics="close")
-    return _linear_op(x, weight, bias, activation, gate, residual, exact)
+    return _library(x, weight, bias, activation, gate, residual, exact)
 
 
 _epilogue = triton_row(_linear_op, triton_limits.why_not_epilogue, "linear.linear")

@@ -26,7 +26,7 @@ DTYPES = [*FAST, torch.float64]
 ACTIVATIONS = ["gelu_tanh", "gelu", "silu"]
 NAMES = ("x", "weight", "bias", "gate", "residual")
 BACKWARD = torch.ops.fusewire.bias_activation_backward
-BIAS_ACTIVATION, BIAS_ACTIVATION_BACKWARD = tables._bias_activation, tables._bias_activation_backward  # as dispatched, and counted
+BIAS_ACTIVATION, BIAS_ACTIVATION_BACKWARD = tables.bias_activation, tables._bias_activation_backward  # as dispatched, and counted
 
 
 def inputs(batch: int, tokens: int, k: int, n: int, dtype=torch.float32, gate: tuple | None = None, bias: bool = True) -> dict:

@@ -35,8 +35,11 @@ def row(op: str, case: Case, dtype: str, ours: Callable, eager: Callable, given:
     """``ours(*given, numerics=...)`` and ``eager(*given)`` in turn, each mode forward and ``close`` with its gradients. ``exact`` must be equal to eager."""
     stock, made = eager(*given), ours(*given, numerics=modes[0])
     assert modes[0] != "exact" or torch.equal(made, stock), f"{op} in {dtype} is not exact"
-    compiled = torch.compile(eager, dynamic=False)
-    ops.reset_stats()
+    compiled, backends = torch.compile(eager, dynamic=False), {}
+    for mode in modes:
+        ops.reset_stats()
+        ours(*given, numerics=mode)
+        backends[mode] = served(op)
     times = measure({
         **{mode: (lambda mode=mode: ours(*given, numerics=mode)) for mode in modes},
         "clone": lambda: made.clone(),
@@ -44,7 +47,8 @@ def row(op: str, case: Case, dtype: str, ours: Callable, eager: Callable, given:
         "eager": lambda: eager(*given),
     }, rounds) | with_backward(ours, eager, given, (stock,), rounds)  # apart, so that no forward begins with the caches that a backward leaves
     first, both = times[modes[0]], times["eager with backward"] / times["close with backward"]
-    return {"op": op, "shape": case.what, "size": list(case.shape), "dtype": dtype, "backend": served(op), "backend of backward": served(f"{op.removesuffix('_2d')}_backward"),
+    return {"op": op, "shape": case.what, "size": list(case.shape), "dtype": dtype, "backend": backends["close"],
+            **({"backend of exact": backends["exact"]} if backends["close"] != backends.get("exact", backends["close"]) else {}), "backend of backward": served(f"{op.removesuffix('_2d')}_backward"),
             **times, f"compile/{modes[0]}": round(times["compile"] / first, 2), f"eager/{modes[0]}": round(times["eager"] / first, 2),
             f"{modes[0]}/clone": round(first / times["clone"], 2), "with backward, eager/close": round(both, 2),
             "GB/s": round(case.elements * given[0].element_size() / first / 1e3, 1)}

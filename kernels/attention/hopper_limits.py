@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from fusewire.kernels.checks import kind_of
 from fusewire.kernels.triton_rows import MISSING
 
 VERSIONS = ("3.6", "3.7")  # of Triton: its Gluon is experimental, and others may give the same code another meaning

@@ -61,7 +61,9 @@ def why_not_cpu(x, weight, bias, activation, gate, residual, exact) -> str:
         return "the processor has no AVX2"
     if x.dim() > MAX_DIMS:
         return f"x has {x.dim()} dimensions; at most {MAX_DIMS} are served"
-    return "" if activation != "none" else product_is_pytorchs(x, weight)  # bias and activation are a pass of ours behind any product
+    if activation != "none" or sums_gated(x, gate, residual):  # a pass of ours, behind any product
+        return ""
+    return product_is_pytorchs(x, weight)
 
 
 def product_is_pytorchs(x, weight) -> str:
@@ -92,7 +94,12 @@ def onednn_serves(x, weight, activation, gate, residual) -> bool:
     # A graph serves any number of tokens: its first number must not become a guard, at which a second resolution is traced again.
     if WIDENED and x.dim() > 2 and activation != "gelu" and (torch.compiler.is_compiling() or x.shape[-2] >= WIDENED_TOKENS):
         return False
-    return residual is None or gate is None or x.dim() == 3 == residual.dim() and _per_sample(gate, residual)
+    return residual is None or gate is None or sums_gated(x, gate, residual)
+
+
+def sums_gated(x, gate, residual) -> bool:
+    """Whether ``gate_residual`` takes the gate and the residual."""
+    return residual is not None and gate is not None and x.dim() == 3 == residual.dim() and _per_sample(gate, residual)
 
 
 def _per_sample(gate, residual) -> bool:

@@ -41,11 +41,12 @@ _onednn_op = define("linear_onednn(Tensor x, Tensor weight, Tensor? bias, str ac
 
 
 def _cpu(x, weight, bias, activation, gate, residual, exact) -> torch.Tensor:
-    if activation != "none":
-        if native.recorded(x, weight, bias):
-            return gradients.activated(x, weight, bias, activation)[0]
-        if x.dtype is not torch.bfloat16 and native.product_is_pytorchs(x, weight):
-            return gradients.bias_activation.by_cpu(F.linear(x, weight), bias, activation)
+    if activation != "none" and native.recorded(x, weight, bias):
+        return gradients.activated(x, weight, bias, activation)[0]
+    if (activation != "none" or gate is not None) and x.dtype is not torch.bfloat16 and native.product_is_pytorchs(x, weight):
+        if gate is not None:
+            return gate_residual(residual, F.linear(x, weight, bias), gate, numerics="close")
+        return gradients.bias_activation.by_cpu(F.linear(x, weight), bias, activation)
     if native.onednn_serves(x, weight, activation, gate, residual):
         # Where a graph is recorded (autograd, torch.compile) the registered op, which has a formula; the bare call elsewhere.
         recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()

@@ -105,6 +105,45 @@ def test_bfloat16_on_an_intel_without_amx(tokens, ours, activation, monkeypatch)
     assert ops.stats()["linear"][backend] == before[backend] + 1
 
 
+@pytest.mark.parametrize("tokens", (1, 20, 63, 64, 150))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gate_of_few_tokens(dtype, tokens):
+    """Whoever multiplies so few, the gate is the product's."""
+    x, weight, bias = layer((2, tokens, 96), 80, dtype)
+    gate, residual = torch.randn(2, 80).to(dtype), torch.randn(2, tokens, 80).to(dtype)
+    out = ops.linear(x, weight, bias, gate=gate, residual=residual, numerics="close")
+    want = residual.double() + gate.double()[:, None] * F.linear(x.double(), weight.double(), bias.double())
+    assert_close(out, want, residual + gate[:, None] * F.linear(x, weight, bias))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("recorded", [False, True])
+def test_gate_of_pytorchs_product(dtype, recorded, monkeypatch):
+    """Gate and residual behind PyTorch's product are one pass of the library's, where a sample has one gate; values and gradients keep the rule."""
+    monkeypatch.setattr(native, "product_is_pytorchs", lambda x, weight: "it is faster")
+    x, weight, bias = layer((2, 50, 96), 80, dtype)
+    residual = torch.randn(2, 50, 80).to(dtype)
+    for gate, fused in ((torch.randn(2, 80), 1), (torch.randn(2, 1, 80), 1), (torch.randn(2, 50, 80), 0)):
+        leaves = [t.clone().requires_grad_(recorded) for t in (x, weight, bias, gate.to(dtype), residual)]
+        before = ops.stats()
+        out = ops.linear(*leaves[:3], gate=leaves[3], residual=leaves[4], numerics="close")
+        after = ops.stats()
+        assert [after[op]["cpu"] - before[op]["cpu"] for op in ("linear", "gate_residual")] == [fused, fused]
+
+        def plain(kind):
+            given = [t.detach().to(kind).requires_grad_() for t in leaves]
+            gates = given[3].unsqueeze(1) if gate.dim() == 2 else given[3]
+            return given, given[4] + gates * F.linear(*given[:3])
+
+        (wide, true), (narrow, eager) = plain(torch.float64), plain(dtype)
+        assert_close(out, true, eager)
+        if recorded:
+            grad = torch.randn_like(out)
+            for got, want, theirs in zip(torch.autograd.grad(out, leaves, grad), torch.autograd.grad(true, wide, grad.double()), torch.autograd.grad(eager, narrow, grad)):
+                assert_close(got, want, theirs)
+
+
 @needs_native
 @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "silu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -3,6 +3,7 @@
 
 #include "common/empty.h"
 #include "common/torch_order.h"
+#include "cpu/processor.h"
 #include "cpu/stream.h"
 
 namespace fusewire {
@@ -23,6 +24,8 @@ static void run(AdalnTask& k, ScalarType type) {
     const int64_t row = k.channels * static_cast<int64_t>(sizeof(scalar_t)), outputs = k.modulations + (k.residual ? 1 : 0);
     const bool compiled = sizeof(scalar_t) < sizeof(double) && !(k.exact && k.order == StockOrder::portable);  // adaln_kernels.cpp streams no others
     k.streams = compiled && row % kLine == 0 && on_lines(k.residual) && on_lines(k.out[0]) && on_lines(k.out[1]) && streams(outputs * total * row);
+    // AMD's Zen 5 gains by it. Intel's sees the rows coming by itself, and loses up to a sixth, but where there is most to compute for each byte
+    k.asks_ahead = !cpu_is_intel() || (k.exact && sizeof(scalar_t) == 2 && k.modulations);
     const auto range = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const AdalnTask&, int64_t, int64_t, scalar_t), adaln_rows);
     if (total <= grain) return range(k, 0, total, scalar_t{});
     torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) { range(k, begin, end, scalar_t{}); });

@@ -18,6 +18,7 @@ struct AdalnTask {
   void* out[2];                // contiguous [B, T, C]
   double eps;
   bool rms, exact;
+  bool asks_ahead;             // for the rows that follow, while these are computed
   bool streams;                // outputs are written past the caches: they start on 64 bytes, and so do their rows
   StockOrder order;            // for exact LayerNorm
 };

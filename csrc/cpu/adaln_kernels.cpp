@@ -99,7 +99,7 @@ class AdalnRows {
     gather<K>(k_.y, b, t, gathered_[1], y);
     if constexpr (Second) gather<K>(k_.y2, b, t, gathered_[2], y2);
     const int64_t next_x = further<K>(k_.x), next_y = further<K>(k_.y), n = n_;
-    const bool widen = k_.modulations != 0;
+    const bool widen = k_.modulations != 0, asks = k_.asks_ahead;
     const C *gate = gate_[0], *gate2 = gate_[1];
     for (int r = 0; r < K; ++r) {
       T* const out = static_cast<T*>(k_.residual) + (b * k_.tokens + t + r) * n;
@@ -111,9 +111,11 @@ class AdalnRows {
         return sum;
       };
       const auto make = [&](const auto& at) __attribute__((always_inline)) {
-        __builtin_prefetch(from + next_x + at.j);  // memory answers while these rows are computed; y's next rows are asked for by `modulate`
-        if (!widen) __builtin_prefetch(added + next_y + at.j);
-        if constexpr (!kStreams) __builtin_prefetch(out + K * n + at.j, 1);
+        if (asks) {
+          __builtin_prefetch(from + next_x + at.j);  // memory answers while these rows are computed; y's next rows are asked for by `modulate`
+          if (!widen) __builtin_prefetch(added + next_y + at.j);
+          if constexpr (!kStreams) __builtin_prefetch(out + K * n + at.j, 1);
+        }
         const V sum = value(at);
         put(at, out, sum);
         if constexpr (kKept) {
@@ -182,22 +184,25 @@ class AdalnRows {
   // Columns [begin, n) of row i.
   template <typename X>
   void modulate_row(int64_t i, int64_t begin, const X* x, const Coefficients& row, const T* ahead) const {
+    const bool asks = k_.asks_ahead;
     for_columns<N>(begin, n_, [&](auto at) {
-      __builtin_prefetch(ahead + at.j);
+      if (asks) __builtin_prefetch(ahead + at.j);
       const V y = normalised<false>(at.load(x), row, at);
       for (int m = 0; m < k_.modulations; ++m) put(at, static_cast<T*>(k_.out[m]) + i * n_, y, at.load(scale_[m]), at.load(shift_[m]));
     });
   }
 
   // K rows from row i on, plain LayerNorm; the columns beyond the last whole vector are left.
-  template <bool Dual, int K, typename X>
+  template <bool Dual, bool Asks, int K, typename X>
   void modulate_block(int64_t i, const X* const (&x)[K], const Coefficients (&row)[K], const T* const (&ahead)[K]) const {
     T *out = static_cast<T*>(k_.out[0]) + i * n_, *out2 = static_cast<T*>(k_.out[1]) + i * n_;
     for (Whole<N> at{0}; at.j + N <= n_; at.j += N) {
       const V scale = at.load(scale_[0]), shift = at.load(shift_[0]);
       for (int r = 0; r < K; ++r) {
-        __builtin_prefetch(ahead[r] + at.j);
-        if constexpr (!kStreams) __builtin_prefetch(out + (K + r) * n_ + at.j, 1);
+        if constexpr (Asks) {
+          __builtin_prefetch(ahead[r] + at.j);
+          if constexpr (!kStreams) __builtin_prefetch(out + (K + r) * n_ + at.j, 1);
+        }
         const V y = normalised<true>(at.load(x[r]), row[r], at);
         put(at, out + r * n_, y, scale, shift);
         if constexpr (Dual) put(at, out2 + r * n_, y, at.load(scale_[1]), at.load(shift_[1]));
@@ -214,7 +219,11 @@ class AdalnRows {
     int64_t done = 0;
     if constexpr ((K == R || K == kGated) && M != Mode::exact_portable) {
       if (!k_.rms && !weight_ && !bias_) {
-        k_.modulations == 2 ? modulate_block<true>(i, x, row, ahead) : modulate_block<false>(i, x, row, ahead);
+        if (k_.modulations == 2) {
+          k_.asks_ahead ? modulate_block<true, true>(i, x, row, ahead) : modulate_block<true, false>(i, x, row, ahead);
+        } else {
+          k_.asks_ahead ? modulate_block<false, true>(i, x, row, ahead) : modulate_block<false, false>(i, x, row, ahead);
+        }
         done = n_ / N * N;
       }
     }

@@ -9,6 +9,7 @@
 
 #include "common/isa.h"
 #include "common/tensor.h"
+#include "cpu/processor.h"
 
 namespace fusewire {
 
@@ -44,7 +45,7 @@ static Isa highest_isa() {
 }
 
 // MKL, behind PyTorch's float32 products, runs at full speed on Intel's processors and at about half of it on others.
-static bool cpu_is_intel() {
+bool cpu_is_intel() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   return __builtin_cpu_is("intel");

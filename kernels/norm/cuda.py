@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fusewire.kernels import cuda_rows
-from fusewire.kernels.checks import kind_of
+from fusewire.kernels.checks import autocasts, kind_of
 from fusewire.kernels.triton_rows import FLOATS
 
 
@@ -16,6 +16,8 @@ def why_not_layer(x, weight, bias, eps: float, wide: bool, exact: bool) -> str:
         return "numerics='exact' keeps PyTorch's own norm"
     if (kind := kind_of(x)) != cuda_rows.DEVICE:
         return f"x is on {kind}"
+    if autocasts(kind):
+        return "autocast is on, under which PyTorch's returns float32"
     dtype = x.dtype
     if dtype not in FLOATS:
         return f"x has dtype {dtype}"

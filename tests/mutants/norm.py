@@ -24,6 +24,7 @@ MUTANTS = (
     mutant("a bias without a weight is taken for exact", "native.py", "if bias is not None and weight is None:", "if False:", "test_norm.py"),
     mutant("rows that PyTorch would copy are left to it", "native.py", "x.dtype in LEFT_TO_PYTORCH and x.is_contiguous()", "x.dtype in LEFT_TO_PYTORCH", "test_norm.py"),
     mutant("exact is PyTorch's kernel of close", "cuda.py", "if exact:", "if False:", "test_cuda.py"),
+    mutant("autocast changes the dtype of PyTorch's CUDA kernel", "cuda.py", "if autocasts(kind):", "if False:", "test_cuda.py"),
     mutant("rows apart reach PyTorch's CUDA kernel", "cuda.py", "if not x.is_contiguous():", "if False:", "test_cuda.py"),
     mutant("a long row is taken for exact", "native.py", "if x.numel() == x.shape[-1] >= 32768:", "if False:", "test_norm.py", "test_contract.py"),
     mutant("mixed gradients reach the kernel", "op.py", "return rest[-1] or any(tensor is not None and tensor.dtype is not x.dtype for tensor in (weight, bias))", "return rest[-1]",

@@ -105,6 +105,7 @@ def test_bfloat16_on_an_intel_without_amx(tokens, ours, activation, monkeypatch)
     assert ops.stats()["linear"][backend] == before[backend] + 1
 
 
+@needs_native
 @pytest.mark.parametrize("tokens", (1, 20, 63, 64, 150))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gate_of_few_tokens(dtype, tokens):
@@ -114,6 +115,8 @@ def test_gate_of_few_tokens(dtype, tokens):
     out = ops.linear(x, weight, bias, gate=gate, residual=residual, numerics="close")
     want = residual.double() + gate.double()[:, None] * F.linear(x.double(), weight.double(), bias.double())
     assert_close(out, want, residual + gate[:, None] * F.linear(x, weight, bias))
+    calls = ops.stats()["linear"]
+    assert calls["cpu"] == 1 and calls["reference"] == 0
 
 
 @needs_native

@@ -45,6 +45,8 @@ def test_what_it_leaves_to_others(on_cpu):
                                    ("another dtype", (x.bfloat16(), None, bias), "close"), ("not contiguous", (x.transpose(0, 1), weight, bias), "close")):
         with pytest.raises(BackendError, match=wanted):
             ops.layer_norm(*args, numerics=numerics)
+    with torch.autocast("cpu"), pytest.raises(BackendError, match="autocast is on"):
+        ops.layer_norm(x, weight, bias, numerics="close")
     with forced(None), pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_rows, "LARGE", 200)
         patch.setattr(cuda_rows, "MISSING", ""), patch.setattr(cuda_rows, "INTERPRETED", False), patch.setattr(triton_rows, "MISSING", "")

@@ -51,6 +51,7 @@ def test_neighbours(dtype, numerics):
     changed[0, :16, 2, 3], changed[0, 16:, 2, 3] = 0, 50
     changed[1, :, 4, 5] = torch.nan
     want, got = (ops.layer_norm_2d(t, weight, bias, numerics=numerics) for t in (x, changed))
+    assert served("layer-2d") == (2, 0)
     assert got[1, :, 4, 5].isnan().all()
     got[0, :, 2, 3], got[1, :, 4, 5] = want[0, :, 2, 3], want[1, :, 4, 5]
     assert_exact(got, want)

@@ -11,6 +11,7 @@ class TileSquares {
 
  public:
   static constexpr int64_t kBytes = parts * kPartBytes;
+  static constexpr bool kPlain = false;
 
   void rows(const float* x, int64_t stride, char* to) {
     for (int64_t r = 0; r < kSide; ++r) {
@@ -55,7 +56,10 @@ class TileSquares {
   bool splits() const { return parts == 1 || range_.splits(kLeastExponent); }
   static vf exp2(vf x) { return vexp2<parts == 1 ? 3 : 6>(x); }
 
-  static void multiply(const char* a, const char* b, int64_t steps, float* c, bool first) {
+  template <bool>
+  static void multiply(const Operand& left, const Operand& right, const Extent& extent, float* c, bool first) {
+    const char *a = left.data, *b = right.data;  // whose squares follow each other
+    const int64_t steps = (extent.depth + kStep - 1) / kStep;
     if (parts == 3 && !first) {  // a short chain of sums, added to the long one
       alignas(64) float fresh[kSide * kSide];
       multiply_block<parts>(a, b, steps, fresh, kSide, true);

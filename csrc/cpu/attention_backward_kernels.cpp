@@ -5,16 +5,18 @@
 
 namespace fusewire::FUSEWIRE_ISA {
 
-// A packed square is [k][32] floats, for either operand.
+// Packed squares are floats [32][32]. An element of a left operand is read alone, so that its rows may run either way; a right one is read as vectors.
 class FloatSquares {
  public:
   static constexpr int64_t kSide = 32, kBytes = kSide * kSide * sizeof(float);
+  static constexpr bool kPlain = true;
 
-  void cols(const float* x, int64_t stride, char* to) {
-    for (int64_t k = 0; k < kSide; ++k) std::memcpy(to + k * kSide * sizeof(float), x + k * stride, kSide * sizeof(float));
-  }
-  void cols_right(const float* x, int64_t stride, char* to) { cols(x, stride, to); }
   void rows(const float* x, int64_t stride, char* to) {
+    for (int64_t r = 0; r < kSide; ++r) std::memcpy(to + r * kSide * sizeof(float), x + r * stride, kSide * sizeof(float));
+  }
+  void cols(const float* x, int64_t stride, char* to) { rows(x, stride, to); }
+  void cols_right(const float* x, int64_t stride, char* to) { rows(x, stride, to); }
+  void rows_right(const float* x, int64_t stride, char* to) {
     float* out = reinterpret_cast<float*>(to);
 #if defined(__AVX512F__)
     for (int64_t r = 0; r < kSide; r += 16) {
@@ -31,42 +33,55 @@ class FloatSquares {
     }
 #endif
   }
-  void rows_right(const float* x, int64_t stride, char* to) { rows(x, stride, to); }
   bool splits() const { return true; }
   static vf exp2(vf x) { return vexp2<FloatUnits::exp_degree>(x); }
 
   // What starts a square, the logits, is summed as on the way forward, where they were normalised: then what rounds a query's largest logit rounds
   // its total too. What is added to a square is summed a step at a time: rounding errors grow with the length of a chain of sums.
-  static void multiply(const char* a, const char* b, int64_t steps, float* c, bool first) {
-    const float *left = reinterpret_cast<const float*>(a), *right = reinterpret_cast<const float*>(b);
-    const int64_t length = steps * kSide, chain = first ? kChain : kSide;
-    for (int64_t k = 0; k < length; k += chain) {
-      multiply_chain(left + k * kSide, right + k * kSide, std::min(chain, length - k), c, first && k == 0);
+  template <bool Cols>
+  static void multiply(const Operand& a, const Operand& b, const Extent& extent, float* c, bool first) {
+    const int64_t chain = first ? kChain : kSide;
+    for (int64_t k = 0; k < extent.depth; k += chain) {
+      const Operand left{a.data + k / kSide * a.step, a.step}, right{b.data + k / kSide * b.step, b.step};
+      const int64_t length = std::min(chain, extent.depth - k);
+      for (int64_t r = 0; r < extent.rows; r += kRowsAtOnce) {
+        for (int64_t n = 0; n < extent.columns; n += 2 * kLanes) {
+          if (extent.columns - n > kLanes) {
+            multiply_chain<2, Cols>(left, right, r, n, length, c, first && k == 0);
+          } else {
+            multiply_chain<1, Cols>(left, right, r, n, length, c, first && k == 0);
+          }
+        }
+      }
     }
   }
 
  private:
-  static void multiply_chain(const float* a, const float* b, int64_t length, float* c, bool first) {
-    constexpr int64_t rows = kLanes == 16 ? 8 : 4, vectors = 2;  // accumulators that fit into the registers
-    for (int64_t r = 0; r < kSide; r += rows) {
-      for (int64_t n = 0; n < kSide; n += vectors * kLanes) {
-        vf sum[rows][vectors];
-        for (int64_t i = 0; i < rows; ++i)
-          for (int64_t v = 0; v < vectors; ++v) sum[i][v] = vset(0);
-        for (int64_t k = 0; k < length; ++k) {
-          vf columns[vectors];
-          for (int64_t v = 0; v < vectors; ++v) columns[v] = vload(b + k * kSide + n + v * kLanes);
-          for (int64_t i = 0; i < rows; ++i) {
-            const vf x = vset(a[k * kSide + r + i]);
-            for (int64_t v = 0; v < vectors; ++v) sum[i][v] = vfma(x, columns[v], sum[i][v]);
-          }
+  static constexpr int64_t kRowsAtOnce = kLanes == 16 ? 8 : 4;  // times two vectors: accumulators that fit into the registers
+
+  template <int64_t vectors, bool Cols>
+  static void multiply_chain(const Operand& a, const Operand& b, int64_t row, int64_t column, int64_t length, float* c, bool first) {
+    constexpr int64_t next_row = Cols ? 1 : kSide, next = Cols ? kSide : 1;
+    vf sum[kRowsAtOnce][vectors];
+    for (int64_t i = 0; i < kRowsAtOnce; ++i)
+      for (int64_t v = 0; v < vectors; ++v) sum[i][v] = vset(0);
+    for (int64_t done = 0; done < length; done += kSide) {
+      const float* left = reinterpret_cast<const float*>(a.data + done / kSide * a.step) + row * next_row;
+      const float* right = reinterpret_cast<const float*>(b.data + done / kSide * b.step) + column;
+      const int64_t count = std::min(kSide, length - done);
+      for (int64_t k = 0; k < count; ++k, left += next, right += kSide) {
+        vf columns[vectors];
+        for (int64_t v = 0; v < vectors; ++v) columns[v] = vload(right + v * kLanes);
+        for (int64_t i = 0; i < kRowsAtOnce; ++i) {
+          const vf x = vset(left[i * next_row]);
+          for (int64_t v = 0; v < vectors; ++v) sum[i][v] = vfma(x, columns[v], sum[i][v]);
         }
-        for (int64_t i = 0; i < rows; ++i) {
-          for (int64_t v = 0; v < vectors; ++v) {
-            float* to = c + (r + i) * kSide + n + v * kLanes;
-            vstore(to, first ? sum[i][v] : vadd(vload(to), sum[i][v]));
-          }
-        }
+      }
+    }
+    for (int64_t i = 0; i < kRowsAtOnce; ++i) {
+      for (int64_t v = 0; v < vectors; ++v) {
+        float* to = c + (row + i) * kSide + column + v * kLanes;
+        vstore(to, first ? sum[i][v] : vadd(vload(to), sum[i][v]));
       }
     }
   }

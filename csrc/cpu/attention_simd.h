@@ -117,11 +117,18 @@ inline void store_f16(float16* p, const float* x) { for (int i = 0; i < kLanes; 
 
 // The sum of the lanes without rounding: an error here would be an error of a whole row.
 inline double sum_of(vf a) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(a)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1))));
+#else
   alignas(64) float lanes[kLanes];
   vstore(lanes, a);
-  double sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += static_cast<double>(lanes[i]);
-  return sum;
+  double sum[kLanes];
+  for (int i = 0; i < kLanes; ++i) sum[i] = static_cast<double>(lanes[i]);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) sum[i] += sum[i + width];
+  }
+  return sum[0];
+#endif
 }
 
 // An operand of a tile is made of 32-bit units along the summed dimension: one float, or a pair of bf16.

@@ -17,7 +17,8 @@ struct GroupNormGradientTask {
 
 enum GradientSum { kOfShift, kOfFactor, kOfXhat, kGradientSums };      // sums of dh, dh * xhat and xhat over a channel's pixels
 enum GroupValue { kRstd, kMean, kMeanXhat, kGroupValues };             // rstd and the two means above
-enum GradientRow { kScaled, kShifted, kByGrad, kByXhat, kConstant, kGradientRows };  // factor, offset; dx = dh * kByGrad + xhat * kByXhat + kConstant
+// factor, offset; dx = dh * kByGrad + (v - center) * kByCentered + kConstant
+enum GradientRow { kScaled, kShifted, kByGrad, kByCentered, kConstant, kGradientRows };
 
 #define FUSEWIRE_DECLARE_GROUP_NORM_GRADIENT(T)                                                                                       \
   /* Groups [begin, end) of [C, spatial] pictures: sums, group values and dx. */                                                       \

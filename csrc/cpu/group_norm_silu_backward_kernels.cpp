@@ -16,6 +16,8 @@ FUSEWIRE_INLINE void modulation_of(const GroupNormTask& k, int64_t n, int64_t c,
   offset = parameter<T>(k.bias, 0, c, 0) * scale + parameter<T>(k.shift, n, c, 0);
 }
 
+constexpr int64_t kKept = 1 << 18;  // numbers of a group, apart from its dx, that the cache keeps
+
 template <typename C>
 using GradientPlane = PlaneRow<C, GradientRow, kGradientRows>;
 template <typename C>
@@ -38,34 +40,46 @@ FUSEWIRE_INLINE void xhat_and_gradient(const T* x, const T* grad, const Row& row
   }
 }
 
+// dx of a run of elements. `kept`: their dh, from the sums before (may be dx itself); null: computed again.
 template <typename T, bool Silu, typename Row, typename More>
-FUSEWIRE_INLINE void gradient_row(const T* x, const T* grad, T* dx, int64_t count, const Row& row, const More& more) {
+FUSEWIRE_INLINE void gradient_row(const T* x, const T* grad, const compute_t<T>* kept, T* dx, int64_t count, const Row& row, const More& more) {
   using C = compute_t<T>;
   constexpr int N = kLanes<C>;
+  const auto write = [&](const auto& at, lanes<C, N> dh) __attribute__((always_inline)) {
+    const auto centered = at.load(x) + row.template get<N>(kAdd, at) - row.template get<N>(kCenter, at);
+    const auto rest = stock_fma<kHasFma, N, C>(centered, more.template get<N>(kByCentered, at), more.template get<N>(kConstant, at));
+    at.store(dx, stock_fma<kHasFma, N, C>(dh, more.template get<N>(kByGrad, at), rest));
+  };
+  if (kept) return for_columns<N>(0, count, [&](const auto& at) __attribute__((always_inline)) { write(at, at.load(kept)); });
   for_columns<N>(0, count, [&](const auto& at) __attribute__((always_inline)) {
     lanes<C, N> xhat, dh;
     xhat_and_gradient<T, Silu>(x, grad, row, more, at, xhat, dh);
-    const auto rest = stock_fma<kHasFma, N, C>(xhat, more.template get<N>(kByXhat, at), more.template get<N>(kConstant, at));
-    at.store(dx, stock_fma<kHasFma, N, C>(dh, more.template get<N>(kByGrad, at), rest));
+    write(at, dh);
   });
 }
 
-// The sums over one channel's `count` pixels, in float64 from at most 4096 elements on.
-template <typename T, bool Silu>
-FUSEWIRE_INLINE void plane_sums(const T* x, const T* grad, int64_t count, const PlaneRow<compute_t<T>>& row, const GradientPlane<compute_t<T>>& more,
-                                double (&total)[kGradientSums]) {
+// Zero in the lanes beyond the elements of a column.
+template <int N, typename V>
+FUSEWIRE_INLINE void clear_beyond(const Whole<N>&, V&) {}
+template <int N, typename V>
+FUSEWIRE_INLINE void clear_beyond(const Part<N>& at, V& x) {
+  for (int l = static_cast<int>(at.n); l < N; ++l) x[l] = 0;
+}
+
+// The sums over one channel's `count` pixels, in float64 from at most 4096 elements on. `kept`, unless null, gets dh.
+template <typename T, bool Silu, bool Keep>
+FUSEWIRE_INLINE void plane_sums(const T* x, const T* grad, compute_t<T>* kept, int64_t count, const PlaneRow<compute_t<T>>& row,
+                                const GradientPlane<compute_t<T>>& more, double (&total)[kGradientSums]) {
   using C = compute_t<T>;
   constexpr int N = kLanes<C>;
   for (int64_t i = 0; i < count;) {
     const int64_t end = i + 256 * N < count ? i + 256 * N : count;
     lanes<C, N> sum[kGradientSums]{};
-    int64_t left = end;  // elements up to here: beyond them a last vector has none
     for_columns<N>(i, end, [&](const auto& at) __attribute__((always_inline)) {
       lanes<C, N> xhat, dh;
       xhat_and_gradient<T, Silu>(x, grad, row, more, at, xhat, dh);
-      if (left - at.j < N) {
-        for (int l = static_cast<int>(left - at.j); l < N; ++l) xhat[l] = 0, dh[l] = 0;
-      }
+      if constexpr (Keep) at.store(kept, dh);
+      clear_beyond(at, xhat), clear_beyond(at, dh);
       sum[kOfShift] += dh, sum[kOfXhat] += xhat;
       sum[kOfFactor] = stock_fma<kHasFma, N, C>(dh, xhat, sum[kOfFactor]);
     });
@@ -75,9 +89,16 @@ FUSEWIRE_INLINE void plane_sums(const T* x, const T* grad, int64_t count, const 
   }
 }
 
-// The means of a group from the sums of its channels, and the three coefficients of dx. `put(c, row, value)`.
+// dh of `count` elements between their sums and dx: in dx itself where that holds it, otherwise in `room`, if any.
+template <typename T>
+FUSEWIRE_INLINE compute_t<T>* kept_at(T* dx, compute_t<T>* room) {
+  if constexpr (std::is_same_v<T, compute_t<T>>) return dx;
+  return dx ? room : nullptr;
+}
+
+// The means of a group from the sums of its channels, and the three coefficients of dx. xhat = (v - center) * rstd + beyond. `put(c, row, value)`.
 template <typename T, typename Put>
-FUSEWIRE_INLINE void group_gradient(const GroupNormGradientTask& k, int64_t n, int64_t g, double rstd, const Put& put) {
+FUSEWIRE_INLINE void group_gradient(const GroupNormGradientTask& k, int64_t n, int64_t g, double rstd, double beyond, const Put& put) {
   using C = compute_t<T>;
   const int64_t c = k.norm.channels, d = k.norm.group_channels();
   const double *sums = k.sums + n * kGradientSums * c, count = static_cast<double>(d * k.norm.spatial);
@@ -94,8 +115,8 @@ FUSEWIRE_INLINE void group_gradient(const GroupNormGradientTask& k, int64_t n, i
     C factor, offset;
     modulation_of<T>(k.norm, n, j, factor, offset);
     put(j, kByGrad, static_cast<C>(rstd * factor));
-    put(j, kByXhat, static_cast<C>(-rstd * mean_xhat));
-    put(j, kConstant, static_cast<C>(-rstd * mean));
+    put(j, kByCentered, static_cast<C>(-rstd * mean_xhat * rstd));
+    put(j, kConstant, static_cast<C>(-rstd * (mean + mean_xhat * beyond)));
   }
 }
 
@@ -105,9 +126,13 @@ static void gradient_planes(const GroupNormGradientTask& k, int64_t begin, int64
   const GroupNormTask& norm = k.norm;
   const int64_t d = norm.group_channels(), s = norm.spatial, c = norm.channels;
   const std::unique_ptr<GradientPlane<C>[]> planes(new GradientPlane<C>[d]);
+  const bool apart = !std::is_same_v<T, C> && norm.out && d * s <= kKept;
+  const std::unique_ptr<C[]> room(apart ? new C[d * s] : nullptr);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t n = i / norm.groups, g = i % norm.groups;
     const T *x = static_cast<const T*>(norm.x) + n * norm.x_batch + g * d * s, *grad = static_cast<const T*>(k.grad) + n * k.grad_batch + g * d * s;
+    T* const dx = norm.out ? static_cast<T*>(norm.out) + i * d * s : nullptr;
+    C* const kept = kept_at<T>(dx, room.get());
     const GroupMoments<C> m = plane_moments<T>(norm, x, n, g);
     PlaneRow<C> row;
     row.value[kCenter] = m.center, row.value[kFactor] = static_cast<C>(m.rstd), row.value[kOffset] = static_cast<C>(-m.offset * m.rstd);
@@ -115,15 +140,18 @@ static void gradient_planes(const GroupNormGradientTask& k, int64_t begin, int64
       row.value[kAdd] = parameter<T>(norm.add, n, g * d + j, 0);
       modulation_of<T>(norm, n, g * d + j, planes[j].value[kScaled], planes[j].value[kShifted]);
       double total[kGradientSums]{};
-      plane_sums<T, Silu>(x + j * s, grad + j * s, s, row, planes[j], total);
+      if (kept) {
+        plane_sums<T, Silu, true>(x + j * s, grad + j * s, kept + j * s, s, row, planes[j], total);
+      } else {
+        plane_sums<T, Silu, false>(x + j * s, grad + j * s, nullptr, s, row, planes[j], total);
+      }
       for (int t = 0; t < kGradientSums; ++t) k.sums[(n * kGradientSums + t) * c + g * d + j] = total[t];
     }
-    group_gradient<T>(k, n, g, m.rstd, [&](int64_t channel, GradientRow r, C value) { planes[channel - g * d].value[r] = value; });
-    if (!norm.out) continue;
-    T* dx = static_cast<T*>(norm.out) + i * d * s;
+    group_gradient<T>(k, n, g, m.rstd, -m.offset * m.rstd, [&](int64_t channel, GradientRow r, C value) { planes[channel - g * d].value[r] = value; });
+    if (!dx) continue;
     for (int64_t j = 0; j < d; ++j) {
       row.value[kAdd] = parameter<T>(norm.add, n, g * d + j, 0);
-      gradient_row<T, Silu>(x + j * s, grad + j * s, dx + j * s, s, row, planes[j]);
+      gradient_row<T, Silu>(x + j * s, grad + j * s, kept ? kept + j * s : nullptr, dx + j * s, s, row, planes[j]);
     }
   }
 }
@@ -140,10 +168,10 @@ static void modulation_rows(const GroupNormGradientTask& k, int64_t n) {
   for (int64_t j = 0; j < c; ++j) modulation_of<T>(k.norm, n, j, rows[kScaled * c + j], rows[kShifted * c + j]);
 }
 
-template <typename T, bool Silu>
+template <typename T, bool Silu, bool Keep>
 static void pixel_gradient_sums(const GroupNormGradientTask& k, int64_t n, int64_t begin, int64_t end, void* blocks) {
   using C = compute_t<T>;
-  constexpr int N = kLanes<C>, kTile = 8;
+  constexpr int N = kLanes<C>, kTile = Keep ? 1 : 4;  // pixels side by side: fewer where each has a third row to write
   const int64_t c = k.norm.channels;
   const PixelRow<C> row{coefficients<T>(k.norm, n, kCenter), c};
   const GradientPixel<C> more{gradient_rows_of<T>(k, n), c};
@@ -154,11 +182,13 @@ static void pixel_gradient_sums(const GroupNormGradientTask& k, int64_t n, int64
     for (int64_t p = block * kPixelBlock; p < last; p += kTile) {
       const int64_t tile = last - p < kTile ? last - p : kTile;
       const T *x = static_cast<const T*>(k.norm.x) + n * k.norm.x_batch + p * c, *grad = static_cast<const T*>(k.grad) + n * k.grad_batch + p * c;
+      C* const kept = Keep ? static_cast<C*>(k.norm.out) + (n * k.norm.spatial + p) * c : nullptr;
       for_columns<N>(0, c, [&](const auto& at) __attribute__((always_inline)) {
         auto shift = at.load(sums), factor = at.load(sums + kOfFactor * c), all = at.load(sums + kOfXhat * c);
         for (int64_t r = 0; r < tile; ++r) {
           lanes<C, N> xhat, dh;
           xhat_and_gradient<T, Silu>(x + r * c, grad + r * c, row, more, at, xhat, dh);
+          if constexpr (Keep) at.store(kept + r * c, dh);
           shift += dh, all += xhat;
           factor = stock_fma<kHasFma, N, C>(dh, xhat, factor);
         }
@@ -166,6 +196,12 @@ static void pixel_gradient_sums(const GroupNormGradientTask& k, int64_t n, int64
       });
     }
   }
+}
+
+template <typename T, bool Silu>
+static void choose_pixel_sums(const GroupNormGradientTask& k, int64_t n, int64_t begin, int64_t end, void* blocks) {
+  if (kept_at<T>(static_cast<T*>(k.norm.out), nullptr)) return pixel_gradient_sums<T, Silu, true>(k, n, begin, end, blocks);
+  pixel_gradient_sums<T, Silu, false>(k, n, begin, end, blocks);
 }
 
 template <typename T>
@@ -178,10 +214,11 @@ static void finish_gradient(const GroupNormGradientTask& k, int64_t n, const voi
     const C* block = static_cast<const C*>(blocks) + b * count;
     for (int64_t j = 0; j < count; ++j) sums[j] += block[j];
   }
-  const C* rstd = coefficients<T>(k.norm, n, kFactor);
+  const C *rstd = coefficients<T>(k.norm, n, kFactor), *offset = coefficients<T>(k.norm, n, kOffset);
   C* rows = gradient_rows_of<T>(k, n);
   for (int64_t g = 0; g < k.norm.groups; ++g) {
-    group_gradient<T>(k, n, g, rstd[g * k.norm.group_channels()], [&](int64_t j, GradientRow r, C value) { rows[r * c + j] = value; });
+    const int64_t first = g * k.norm.group_channels();
+    group_gradient<T>(k, n, g, rstd[first], offset[first], [&](int64_t j, GradientRow r, C value) { rows[r * c + j] = value; });
   }
 }
 
@@ -191,8 +228,9 @@ static void gradient_pixels(const GroupNormGradientTask& k, int64_t begin, int64
   const int64_t c = k.norm.channels, s = k.norm.spatial;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t n = i / s, at = (i - n * s) * c;
+    T* const dx = static_cast<T*>(k.norm.out) + i * c;
     gradient_row<T, Silu>(static_cast<const T*>(k.norm.x) + n * k.norm.x_batch + at, static_cast<const T*>(k.grad) + n * k.grad_batch + at,
-                          static_cast<T*>(k.norm.out) + i * c, c, PixelRow<C>{coefficients<T>(k.norm, n, kCenter), c},
+                          kept_at<T>(dx, nullptr), dx, c, PixelRow<C>{coefficients<T>(k.norm, n, kCenter), c},
                           GradientPixel<C>{gradient_rows_of<T>(k, n), c});
   }
 }
@@ -227,7 +265,7 @@ static void parameter_gradients(const GroupNormGradientTask& k, T* weight, T* bi
   }                                                                                                                                      \
   void group_norm_gradient_rows(const GroupNormGradientTask& k, int64_t n, T) { modulation_rows<T>(k, n); }                              \
   void group_norm_gradient_sums(const GroupNormGradientTask& k, int64_t n, int64_t begin, int64_t end, void* blocks, T) {                \
-    (k.norm.silu ? pixel_gradient_sums<T, true> : pixel_gradient_sums<T, false>)(k, n, begin, end, blocks);                              \
+    (k.norm.silu ? choose_pixel_sums<T, true> : choose_pixel_sums<T, false>)(k, n, begin, end, blocks);                                  \
   }                                                                                                                                      \
   void group_norm_gradient_finish(const GroupNormGradientTask& k, int64_t n, const void* blocks, T) { finish_gradient<T>(k, n, blocks); } \
   void group_norm_gradient_pixels(const GroupNormGradientTask& k, int64_t begin, int64_t end, T) {                                       \

@@ -18,7 +18,7 @@ from tests.tolerance import assert_close, assert_exact, assert_within
 
 needs_library = pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
 SHAPES = [((1, 3, 5, 7), 1), ((2, 30, 9, 7), 5), ((3, 17, 4, 4), 17), ((3, 40, 33, 37), 4), ((2, 12, 67), 3), ((2, 12, 3, 9, 11), 4),
-          ((1, 128, 32, 32), 32)]
+          ((1, 128, 32, 32), 32), ((1, 3, 300, 300), 1)]  # the last: in 16 bits dh of a group is not kept between its sums and dx
 
 
 @pytest.mark.parametrize("shape, groups, memory_format", grid(SHAPES))

@@ -1,4 +1,4 @@
-// RMSNorm and LayerNorm on the CPU: what norm.cpp (tensors) hands to norm_kernels.cpp, norm_picture_kernels.cpp and norm_backward_kernels.cpp (loops).
+// RMSNorm and LayerNorm on the CPU: what norm.cpp (tensors) hands to norm_*kernels.cpp (loops).
 #pragma once
 #include "common/column_sums.h"
 #include "common/isa.h"
@@ -54,10 +54,31 @@ struct NormGradientTask {
   ColumnBlocks blocks;
 };
 
+// Tiles of pictures in blocks, each of which has its own sums: by their number alone.
+struct TileBlocks {
+  static constexpr int64_t kLeast = 4, kBlocks = 64;
+  int64_t tiles, height, count;
+
+  explicit TileBlocks(int64_t n) : tiles(n), height(kLeast * kBlocks < n ? (n + kBlocks - 1) / kBlocks : kLeast), count((n + height - 1) / height) {}
+  int64_t begin(int64_t block) const { return block * height; }
+  int64_t end(int64_t block) const { return tiles < (block + 1) * height ? tiles : (block + 1) * height; }
+};
+
+// As NormGradientTask, of the pictures of a PictureNormTask. dx: contiguous.
+struct PictureGradientTask {
+  const void *x, *grad;
+  int64_t x_batch, x_channel, grad_batch, grad_channel, pixels, channels;
+  Affine weight;
+  double eps;
+  void *dx, *sums;
+  TileBlocks blocks;
+};
+
 #define FUSEWIRE_DECLARE_NORM(T)                                                                 \
   FUSEWIRE_DECLARE(void, norm_rows, (const NormTask&, int64_t begin, int64_t end, T))            \
   FUSEWIRE_DECLARE(void, norm_pictures, (const PictureNormTask&, int64_t begin, int64_t end, T)) \
-  FUSEWIRE_DECLARE(void, norm_gradient_blocks, (const NormGradientTask&, int64_t begin, int64_t end, T))
+  FUSEWIRE_DECLARE(void, norm_gradient_blocks, (const NormGradientTask&, int64_t begin, int64_t end, T)) \
+  FUSEWIRE_DECLARE(void, norm_picture_gradients, (const PictureGradientTask&, int64_t begin, int64_t end, T))
 FUSEWIRE_DECLARE_NORM(float)
 FUSEWIRE_DECLARE_NORM(double)
 FUSEWIRE_DECLARE_NORM(bfloat16)

@@ -6,7 +6,7 @@ import torch
 
 from fusewire.kernels import checks
 from fusewire.kernels.autograd import fused
-from fusewire.kernels.dispatch import Backend, Table, always, forced_backend
+from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import define
 from fusewire.kernels.norm import cuda, native, reference, triton_limits
 from fusewire.kernels.rounding import is_exact, promoted
@@ -58,6 +58,7 @@ def _fake_backward_2d(grad, x, weight, eps, of_x, of_weight, of_bias):
 
 _layer_2d_backward_op = define(f"layer_norm_2d_backward{_BACKWARD}", fallback=reference.layer_norm_2d_backward, fake=_fake_backward_2d)
 _layer_2d_backward = Table("layer_norm_2d_backward", [
+    Backend("cpu", native.why_not_backward, _layer_2d_backward_op),
     triton_row(_layer_2d_backward_op, triton_limits.why_not_picture_backward, "norm.layer_norm_2d_backward"),
     Backend("reference", always, reference.layer_norm_2d_backward),
 ])
@@ -83,14 +84,6 @@ def _gradients(table: Table):
     return lambda needed, grads, x, weight, bias, eps, *rest: _wanted(needed, *table(grads[0], x, weight, eps, *needed[:3]))
 
 
-def _gradients_2d(needed, grads, x, weight, bias, eps, exact):
-    if not x.is_cpu or forced_backend() == "triton":
-        return _wanted(needed, *_layer_2d_backward(grads[0], x, weight, eps, *needed[:3]))
-    # On the CPU the kernel for rows reads the channels of a picture where they lie
-    dx, *affine = _layer_backward(grads[0].permute(0, 2, 3, 1), x.permute(0, 2, 3, 1), weight, eps, *needed[:3])
-    return _wanted(needed, dx.permute(0, 3, 1, 2) if needed[0] else None, *affine)
-
-
 def _response_close(x, weight, bias, eps):
     return reference.global_response_norm(x, weight, bias, eps, False)
 
@@ -112,7 +105,7 @@ def _register(schema: str, meaning, fake, gradients):
 _ARGUMENTS = "Tensor x, Tensor? weight, Tensor? bias, float eps"
 _rms_op = _register(f"rms_norm({_ARGUMENTS}, bool as_torch, bool exact) -> Tensor", reference.rms_norm, _fake_rms, _gradients(_rms_backward))
 _layer_op = _register(f"layer_norm({_ARGUMENTS}, bool wide, bool exact) -> Tensor", reference.layer_norm, _fake_layer, _gradients(_layer_backward))
-_layer_2d_op = _register(f"layer_norm_2d({_ARGUMENTS}, bool exact) -> Tensor", reference.layer_norm_2d, _fake_layer_2d, _gradients_2d)
+_layer_2d_op = _register(f"layer_norm_2d({_ARGUMENTS}, bool exact) -> Tensor", reference.layer_norm_2d, _fake_layer_2d, _gradients(_layer_2d_backward))
 
 # No kernel has torch.norm's order of summation: the op is close alone
 _response_parts = fused(_response_close, _gradients_response, lambda x, weight, bias, eps: len({x.dtype, weight.dtype, bias.dtype}) > 1)

@@ -47,5 +47,8 @@ MUTANTS = (
     mutant("C++: the pixels that fill no tile are forgotten", "csrc/cpu/group_norm_silu_rows.h", "for (; p < count; ++p) {", "for (; p + kTile <= count; ++p) {", "test_group_norm_silu.py"),
     mutant("C++: eps stands outside the root", "csrc/cpu/group_norm_silu_rows.h", "1 / std::sqrt((variance < 0 ? 0 : variance) + eps)}", "1 / (std::sqrt(variance < 0 ? 0 : variance) + eps)}",
            "test_group_norm_silu.py"),
+    mutant("C++: what lies beyond a plane's end is summed", "csrc/cpu/group_norm_silu_backward_kernels.cpp", "for (int l = static_cast<int>(at.n); l < N; ++l) x[l] = 0;",
+           "for (int l = N; l < N; ++l) x[l] = 0;", "test_backward.py"),
+    mutant("C++: dx takes the guessed mean for the mean", "csrc/cpu/group_norm_silu_backward_kernels.cpp", "(mean + mean_xhat * beyond)", "mean", "test_backward.py"),
     mutant("C++: a mean that was guessed wrong stays", "csrc/cpu/group_norm_silu_rows.h", "return !(offset * offset > variance);", "return true;", "test_group_norm_silu.py"),
 )

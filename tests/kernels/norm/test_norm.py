@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fusewire import ops
 from fusewire.kernels.dispatch import forced
 from fusewire.kernels.library import CPU
-from fusewire.kernels.norm import native
+from fusewire.kernels.norm import native, reference
 from tests.effort import examples
 from tests.kernels.isa_levels import run_at
 from tests.kernels.norm.cases import AFFINE, DTYPES, KINDS, NARROWED, call, inputs, leaves, served, stock, terms, true, well_conditioned, wide
@@ -162,7 +162,8 @@ def test_close_gradients(kind, dtype, width, affine, backend):
 @needs_library
 def test_gradients_property(kind, batch, rows, width, dtype, affine, eps, layouts, seed):
     """tail, strided-input, strided-grad: the kernel's gradients are those that autograd takes of the formula in float64, and have the same bits where
-    each argument has a layout of its own. In float64 nothing hides behind rounding."""
+    each argument has a layout of its own (but for a picture of another memory format, whose pixels are summed in another order). In float64 nothing hides
+    behind rounding."""
     torch.manual_seed(seed)
     v, found = inputs(rows, width, dtype, kind, affine, batch), []
     well_conditioned(v["x"].movedim(1, -1) if kind == "layer-2d" else v["x"])
@@ -176,9 +177,13 @@ def test_gradients_property(kind, batch, rows, width, dtype, affine, eps, layout
                                      (v, grad, lambda these: plain_of(kind, these, eps)), (laid, layouts[3](grad), close)):
         these = {name: None if t is None else t.detach().requires_grad_() for name, t in form.items()}
         found.append(torch.autograd.grad(function(these), [t for t in these.values() if t is not None], upstream))
+    same_order = kind != "layer-2d" or reference.picture_layout(laid["x"]) is reference.picture_layout(v["x"])
     for name, got, want, plain, again in zip(("x", "weight", "bias"), *found, strict=False):
         assert_within(got, want, 8, name, plain, terms(kind, v, grad, eps)[name])
-        assert_exact(again, got, f"{name} {' '.join(layout.__name__ for layout in layouts)}")
+        if same_order:
+            assert_exact(again, got, f"{name} {' '.join(layout.__name__ for layout in layouts)}")
+        else:
+            assert_within(again, want, 8, name, plain, terms(kind, v, grad, eps)[name])
     assert served(kind, "_backward")[1] == 0
 
 

@@ -48,25 +48,26 @@ def _recompute(reference: Callable, ctx, tensors: Sequence[torch.Tensor], grads:
     pairs = [(out, grad) for out, grad in zip(outputs, grads) if grad is not None and out.requires_grad]
     found = torch.autograd.grad([out for out, _ in pairs], wanted, [grad for _, grad in pairs], create_graph=again,
                                 allow_unused=True) if pairs else [None] * len(wanted)
-    found = iter(found)
+    # What has no elements may not have been used: no gradient is one of its own shape
+    found = iter([torch.zeros_like(value) if gradient is None and not value.numel() else gradient for value, gradient in zip(wanted, found)])
     return tuple(next(found) if is_tensor and needed else None for is_tensor, needed in zip(ctx.layout, ctx.needs_input_grad))
 
 
-def fused(reference: Callable, gradients: Callable, recomputed_for: Callable[..., bool], *, with_outputs: bool = False) -> tuple[Callable, Callable]:
+def fused(reference: Callable, gradients: Callable, recomputed_for: Callable[..., bool], *, kept: slice | None = None) -> tuple[Callable, Callable]:
     """(backward, setup_context) for ``torch.library.register_autograd``, with a kernel for the backward.
 
     ``gradients(needed, grads, *args)`` returns one gradient (or None) for each of the op's arguments ``args``; ``needed`` says which are wanted,
     ``grads`` are those of the outputs, None where an output was not used. The reference is differentiated instead where
     ``recomputed_for(*args)`` holds (``exact``: the gradients are then those of the stock code, bit for bit), and where the gradients are to be
-    differentiated themselves (``create_graph=True``). ``with_outputs``: the op's outputs are kept too, and ``gradients`` gets them after ``args``.
+    differentiated themselves (``create_graph=True``). ``kept``: which of the op's outputs are kept too, unchanged; ``gradients`` gets them after ``args``.
     """
     _, keep_inputs = recomputing(reference)
 
     def setup_context(ctx, inputs, output):
         keep_inputs(ctx, inputs, output)
-        if with_outputs:
+        if kept is not None:
             ctx.set_materialize_grads(False)  # None, not zeros: what follows from an output that was not used need not be computed
-            ctx.save_for_backward(*(value for value in inputs if isinstance(value, torch.Tensor)), *output)
+            ctx.save_for_backward(*(value for value in inputs if isinstance(value, torch.Tensor)), *output[kept])
 
     def backward(ctx, *grads):
         tensors = ctx.saved_tensors  # asked for once: activation checkpointing makes them anew at each request, and allows one

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
@@ -32,7 +33,8 @@ class Backend(NamedTuple):
 
 def recording() -> bool:
     """Whether what is called may be recorded: by autograd, torch.compile, a dispatch mode or torch.func."""
-    return bool(torch.is_grad_enabled() or is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
+    return bool(torch.is_grad_enabled() or is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+                or forward_ad._current_level >= 0)
 
 
 _is_grad_enabled, _is_inference, _any_requires_grad = torch.is_grad_enabled, torch.is_inference_mode_enabled, torch._C._any_requires_grad
@@ -49,7 +51,7 @@ def unrecorded(op: torch._ops.OpOverload) -> Callable:
     def run(*args):
         if is_compiling():
             return op(*args)
-        if _is_inference() or _is_grad_enabled() and (_any_requires_grad(*args) or _transforms_active()):
+        if _is_inference() or forward_ad._current_level >= 0 or _is_grad_enabled() and (_any_requires_grad(*args) or _transforms_active()):
             return call(*args)
         with _BelowAutograd():
             return call(*args)

@@ -1,7 +1,7 @@
 """What torch.func makes of a fused op, as ``library.define`` registers it.
 
 ``vmap`` calls the kernel for one sample after another. ``grad``, ``vjp``, ``jvp`` and all that is made of them differentiate the op's meaning, plain
-PyTorch: the autograd formulas of ``torch.library`` are none of theirs. An op that changes its arguments is computed out of place and copied, also for
+PyTorch: the autograd formulas of ``torch.library`` are none of theirs. So does forward-mode differentiation (``torch.autograd.forward_ad``). An op that changes its arguments is computed out of place and copied, also for
 ``functionalize``.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 
 def written_by(op: torch._ops.OpOverload) -> list[int]:
@@ -40,7 +41,7 @@ class Differentiable:
         active, meaning = torch._C._are_functorch_transforms_active, self.meaning
 
         def differentiable(keyset, *args):
-            return meaning(*args) if active() else kernel(keyset, *args)
+            return meaning(*args) if active() or forward_ad._current_level >= 0 else kernel(keyset, *args)
 
         self.library.impl(name, differentiable, key, **options)
 

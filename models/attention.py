@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fusewire import ops
-from fusewire.models.layers import RMS_NORMS, How, RMSNorm, linear, untouched
+from fusewire.models.layers import RMS_NORMS, How, RMSNorm, inactive, linear, untouched
 
 
 class Attention(nn.Module):
@@ -42,7 +42,7 @@ def attention(module, x, context, how: How):
     out, out_context = _attend(module, x, context, how)
     projection, dropout = module.to_out
     out = linear(projection, out, how)
-    if dropout.p != 0 or not untouched(dropout):
+    if not inactive(dropout):
         out = dropout(out)
     if context is None:
         return out

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fusewire import ops
-from fusewire.models.layers import How, linear, untouched
+from fusewire.models.layers import How, inactive, linear
 
 
 class CrossAttention(nn.Module):
@@ -66,7 +66,7 @@ def cross_attention(module, x, context, mask, how: How, temb=None):
     out = ops.attention(q, k, v, mask=mask) if how.attention else _sdpa(q, k, v, mask)
     projection, dropout = module.to_out
     out = linear(projection, out.flatten(2), how)
-    if dropout.p != 0 or not untouched(dropout):
+    if not inactive(dropout):
         out = dropout(out)
     if picture is not None:
         out = out.transpose(1, 2).reshape(picture)

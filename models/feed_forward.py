@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fusewire import ops
-from fusewire.models.layers import How, gated_linear, gated_sum, linear, plain_linear, product, untouched
+from fusewire.models.layers import How, gated_linear, gated_sum, inactive, linear, plain_linear, product, untouched
 
 # Projections that a fused forward may read instead of calling. They grow by the stock classes that ``fusewire.swap`` has verified.
 GELU_PROJECTIONS: set[type] = set()
@@ -69,7 +69,7 @@ def feed_forward_hidden(module, x, how: How) -> tuple[torch.Tensor, nn.Module]:
         x = _geglu(projection.proj, x, how)
     else:
         x = projection(x)
-    return (x if dropout.p == 0 and untouched(dropout) else dropout(x)), output
+    return (x if inactive(dropout) else dropout(x)), output
 
 
 def _geglu(projection: nn.Module, x: torch.Tensor, how: How) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fusewire import ops
-from fusewire.models.layers import How, linear, untouched
+from fusewire.models.layers import How, inactive, linear, untouched
 
 
 class FluxAttention(nn.Module):
@@ -64,7 +64,7 @@ def flux_attention(module, x, context, rope, how: How, attend: Callable | None =
         out2, out = (part.contiguous() for part in both.split_with_sizes([tokens, both.shape[1] - tokens], dim=1))
     projection, dropout = module.to_out
     out = linear(projection, out, how)
-    if dropout.p != 0 or not untouched(dropout):
+    if not inactive(dropout):
         out = dropout(out)
     return out, linear(module.to_add_out, out2, how)
 

@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.nn.modules.module import _global_backward_hooks, _global_backward_pre_hooks, _global_forward_hooks, _global_forward_pre_hooks
 
 from typing import NamedTuple
 
@@ -42,17 +42,23 @@ def untouched(module: nn.Module) -> bool:
     """Nothing observes or replaces this instance's forward: no hook of any kind, no forward on the instance (as offloading puts there)."""
     own = module.__dict__
     return not (own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own
-                or _global_forward_hooks or _global_forward_pre_hooks)
+                or _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks)
 
 
 def plain_linear(module: nn.Module) -> bool:
-    """Exactly ``nn.Linear`` with an ordinary weight: not LoRA, not quantised, not offloaded, not observed. Only then may its weight be read."""
-    return type(module) is nn.Linear and type(module._parameters["weight"]) is nn.Parameter and untouched(module)
+    """Exactly ``nn.Linear`` with an ordinary weight: not LoRA, not quantised, pruned or normalised, not offloaded, not observed. Only then may its weight be
+    read."""
+    return type(module) is nn.Linear and type(module._parameters.get("weight")) is nn.Parameter and untouched(module)
 
 
 def plain_layer_norm(module: nn.Module) -> bool:
     """Exactly ``nn.LayerNorm`` without parameters, not observed."""
-    return type(module) is nn.LayerNorm and module._parameters["weight"] is None and untouched(module)
+    return type(module) is nn.LayerNorm and module._parameters.get("weight", module) is None and untouched(module)
+
+
+def inactive(dropout: nn.Module) -> bool:
+    """Whether a dropout changes nothing and is not observed, so that it need not be called."""
+    return type(dropout) is nn.Dropout and not (dropout.training and dropout.p) and untouched(dropout)
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, how: How) -> torch.Tensor:
@@ -226,9 +232,15 @@ class AdaLayerNormZero(nn.Module):
         return {3: ada_layer_norm_zero_single, 6: ada_layer_norm_zero, 9: ada_layer_norm_zero_x}[self.parts](self, x, emb, self.how)
 
 
+def modulations(module, x: torch.Tensor, emb: torch.Tensor, parts: int, how: How) -> tuple[torch.Tensor, ...]:
+    """The chunks of the projected conditioning [B, C], or [1, C] for all samples of x."""
+    rows = linear(module.linear, emb, how)
+    return (rows if rows.shape[0] == x.shape[0] else rows.expand(x.shape[0], -1)).chunk(parts, dim=1)
+
+
 def ada_layer_norm_zero(module, x, emb, how: How):
     """-> (modulated x [B, T, C], gate_msa, shift_mlp, scale_mlp, gate_mlp [B, C])."""
-    shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = linear(module.linear, module.silu(emb), how).chunk(6, dim=1)
+    shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulations(module, x, module.silu(emb), 6, how)
     y = ops.adaln_modulate(norm_input(x), shift_msa, scale_msa, eps=module.norm.eps, numerics=how.numerics)
     return y, gate_msa, shift_mlp, scale_mlp, gate_mlp
 
@@ -236,14 +248,14 @@ def ada_layer_norm_zero(module, x, emb, how: How):
 def ada_layer_norm_zero_x(module, x, emb, how: How):
     """-> (modulated x, gate_msa, shift_mlp, scale_mlp, gate_mlp, second modulated x, gate_msa2)."""
     (shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp,
-     shift_msa2, scale_msa2, gate_msa2) = linear(module.linear, module.silu(emb), how).chunk(9, dim=1)
+     shift_msa2, scale_msa2, gate_msa2) = modulations(module, x, module.silu(emb), 9, how)
     y, y2 = ops.adaln_modulate_dual(norm_input(x), shift_msa, scale_msa, shift_msa2, scale_msa2, eps=module.norm.eps, numerics=how.numerics)
     return y, gate_msa, shift_mlp, scale_mlp, gate_mlp, y2, gate_msa2
 
 
 def ada_layer_norm_zero_single(module, x, emb, how: How):
     """-> (modulated x, gate): of Flux's single blocks."""
-    shift, scale, gate = linear(module.linear, module.silu(emb), how).chunk(3, dim=1)
+    shift, scale, gate = modulations(module, x, module.silu(emb), 3, how)
     return ops.adaln_modulate(norm_input(x), shift, scale, eps=module.norm.eps, numerics=how.numerics), gate
 
 
@@ -262,7 +274,7 @@ class AdaLayerNormContinuous(nn.Module):
 
 
 def ada_layer_norm_continuous(module, x, emb, how: How) -> torch.Tensor:
-    scale, shift = linear(module.linear, module.silu(emb).to(x.dtype), how).chunk(2, dim=1)
+    scale, shift = modulations(module, x, module.silu(emb).to(x.dtype), 2, how)
     return ops.adaln_modulate(norm_input(x), shift, scale, eps=module.norm.eps, numerics=how.numerics)
 
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from fusewire import ops
 from fusewire.models.inputs import check_inputs, present
-from fusewire.models.layers import How, gated_linear, linear, untouched
-from fusewire.models.text_layers import TransformersConfig, activated, activation_of, inactive, sdpa
+from fusewire.models.layers import How, gated_linear, inactive, linear, untouched
+from fusewire.models.text_layers import TransformersConfig, activated, activation_of, sdpa
 
 
 @dataclass(frozen=True)

@@ -70,11 +70,6 @@ def activated(projection: nn.Module, activation: nn.Module, x: torch.Tensor, how
     return ops.quick_gelu(y, numerics=how.numerics) if kind == "quick_gelu" else activation(y)
 
 
-def inactive(dropout: nn.Module) -> bool:
-    """Whether a dropout changes nothing and is not observed, so that it need not be called."""
-    return type(dropout) is nn.Dropout and not (dropout.training and dropout.p) and untouched(dropout)
-
-
 def sdpa(q, k, v, mask, causal: bool, scale: float) -> torch.Tensor:
     """PyTorch's attention on [B, T, H, D] -> [B, T, H, D]."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -5,7 +5,8 @@
 SUITE is a folder with the ``tests`` folder of either project. Every model and scheduler that a test makes is swapped as soon as it has been made or
 loaded; what does not pass then is run stock. A test that passes stock alone is an error of ours. Outcomes are kept in FILE as they come and a test that
 has one is not run again, so that a run can be interrupted, or be cut by ``--seconds``, and go on; delete FILE to begin anew. diffusers' tests need the
-packages parameterized, requests-mock and torchsde, transformers' parameterized and httpx.
+packages parameterized, requests-mock and torchsde, transformers' parameterized and httpx. The page keeps its rows of files that have no outcome in FILE, if
+it was made with the same versions of everything.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ ROOT = Path(__file__).parents[1]
 OUTCOMES, HUB = ROOT / "build" / "own-suites.jsonl", ROOT / "build" / "own-suites-hub"
 STOCK, NUMERICS = "stock", ("exact", "close")
 PASSED = ("passed", "xfailed")
+COLUMNS = ("tests", "exact", "fused", "close", "failed", "skipped", "exact alone", "close alone")  # of the page, after the file
+NOT_RUN = "–"
 KNOWN: dict[str, str] = {}  # part of a test's id -> why it fails swapped alone, and may
 ENOUGH = 3  # exit code: the time was up before all tests had run
 
@@ -226,22 +229,31 @@ def read(file: Path) -> dict[str, dict[str, dict]]:
     return outcomes
 
 
-def page(outcomes: dict[str, dict[str, dict]], sources: dict[str, str]) -> str:
-    """The table. ValueError for a test that did not pass swapped and has not been run stock."""
+def page(outcomes: dict[str, dict[str, dict]], sources: dict[str, str], before: str = "") -> str:
+    """The table. ``before``: the page so far. ValueError for a test that did not pass swapped and has not been run stock."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("diffusers", "transformers", "torch"))
+    made = f"Made by `make own-suites TESTS=folder` with {versions}; the suites: {'; '.join(sources.values())}."
     lines = ["# diffusers' and transformers' own tests, swapped", "",
              "The test suites that these projects ship, run on the CPU with everything swapped: each model and scheduler that a test makes or loads is given",
              "to `fusewire.swap` as soon as it exists, and whatever does not pass then is run stock. *Fused*: of the tests that pass in `exact`, those in which",
              "fused ops ran. *Fail stock too*: they want files from the network, or expect the picture of a prompt in the tokens of a tokenizer that the network",
              "has (small ones stand in for it). *Skipped*: most want a GPU or a quantisation library. *Alone*: fail swapped and do not fail stock. Left out are",
              "`single_file` and `modular_pipelines`, whose tests load checkpoints from the network.", "",
-             f"Made by `make own-suites TESTS=folder` with {versions}; the suites: {'; '.join(sources.values())}.", "",
+             made, "",
              "| file | tests | passed, `exact` | fused | passed, `close` | fail stock too | skipped | alone, `exact` | alone, `close` |", "|---|---|---|---|---|---|---|---|---|"]
     files: dict[str, list[tuple[str, dict]]] = defaultdict(list)
     for test, found in outcomes.items():
         files[test.split("::")[0].removeprefix("tests/")].append((test, found))
     alone, otherwise, totals = [], [], Counter()
-    for file, tests in sorted(files.items()):
+    kept = {row[0]: row for row in map(_cells, before.splitlines()) if row and row[0].endswith(".py")} if made in before else {}
+    for file in sorted({*files, *kept}):
+        if file not in files:
+            row = Counter({name: int(cell) for name, cell in zip(COLUMNS, kept[file][1:]) if cell != NOT_RUN})
+            row["close ran"] = kept[file][4] != NOT_RUN
+            totals.update(row)
+            lines.append(_row(file, row))
+            continue
+        tests = files[file]
         row = Counter(tests=len(tests))
         for test, found in tests:
             stock = found.get(STOCK, {}).get("outcome")
@@ -268,15 +280,19 @@ def page(outcomes: dict[str, dict[str, dict]], sources: dict[str, str]) -> str:
     lines += [_row("**all**", totals), "", *(["Alone:", "", *alone] if alone else ["No test fails swapped alone."])]
     same = "What fails stock too fails in `exact` with the same message, the numbers of a picture included"
     lines += ["", f"{same}, but for:", "", *otherwise] if otherwise else ["", f"{same}."]
-    if left := [file for file in (*DIFFUSERS, *TRANSFORMERS) if file not in files]:
+    if left := [file for file in (*DIFFUSERS, *TRANSFORMERS) if file not in files and file not in kept]:
         lines += ["", f"Not run: {', '.join(f'`{file}`' for file in left)}."]
     return "\n".join([*lines, ""])
 
 
 def _row(name: str, row: Counter) -> str:
-    close = row["close"] if row["close ran"] else "–"
-    cells = (name, row["tests"], row["exact"], row["fused"], close, row["failed"], row["skipped"], row["exact alone"], row["close alone"] if row["close ran"] else "–")
-    return "| " + " | ".join(map(str, cells)) + " |"
+    cells = (NOT_RUN if column.startswith("close") and not row["close ran"] else row[column] for column in COLUMNS)
+    return "| " + " | ".join(map(str, (name, *cells))) + " |"
+
+
+def _cells(line: str) -> list[str]:
+    """Of a row of the page's table; none of another line."""
+    return [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("| ") and line.count("|") == len(COLUMNS) + 2 else []
 
 
 def _message(run: dict) -> str:
@@ -335,7 +351,8 @@ def main() -> int:
         known_sources = json.loads(sources.read_text()) if sources.is_file() else {}
         known_sources[arguments.suite.name] = arguments.source or str(arguments.suite.name)
         sources.write_text(json.dumps(known_sources))
-        arguments.write.write_text(page(read(arguments.outcomes), known_sources))
+        before = arguments.write.read_text() if arguments.write.is_file() else ""
+        arguments.write.write_text(page(read(arguments.outcomes), known_sources, before))
     return 0
 
 

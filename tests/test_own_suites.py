@@ -65,6 +65,15 @@ def test_a_test_that_was_not_run_stock_is_not_passed_over():
     assert "| a.py | 2 | 1 | 1 | 1 | 1 | 0 | 0 | 1 |" in own_suites.page(outcomes, {})
 
 
+def test_the_page_keeps_what_was_not_run_again():
+    first = own_suites.page({"tests/a.py::b": {"exact": outcome(fused=2)}, "tests/c.py::d": {"exact": outcome(), "close": outcome()}}, {"suite": "one"})
+    again = {"tests/a.py::b": {"exact": outcome(fused=2), "close": outcome()}}
+    text = own_suites.page(again, {"suite": "one"}, first)
+    assert "| a.py | 1 | 1 | 1 | 1 | 0 | 0 | 0 | 0 |" in text and "| c.py | 1 | 1 | 0 | 1 | 0 | 0 | 0 | 0 |" in text and "| **all** | 2 | 2 | 1 | 2 |" in text
+    assert own_suites.page(again, {"suite": "one"}, text) == text
+    assert "c.py" not in own_suites.page(again, {"suite": "another"}, first)
+
+
 @pytest.mark.parametrize("swapped, stock, row", [("failed", "skipped", "0 | 1 | 1"), ("skipped", "failed", "1 | 0 | 1"), ("failed", "failed", "1 | 0 | 0")])
 def test_what_fails_swapped_fails_stock(swapped, stock, row):
     text = own_suites.page({"tests/a.py::b": {"exact": outcome(swapped), "stock": outcome(stock)}}, {})

@@ -81,7 +81,7 @@ def _recomputed(q, k, v, mask, causal, scale, blocks=None, words=None) -> bool:
     return mask is not None and mask.requires_grad or q.is_cpu and q.dtype is torch.float32 and q.shape[1] < native.FEW_QUERIES
 
 
-_backward, _setup = fused(reference.attention_softmax, gradients_by(_gradients), _recomputed, with_outputs=True)
+_backward, _setup = fused(reference.attention_softmax, gradients_by(_gradients), _recomputed, kept=slice(None))
 _softmax_op = define("attention_softmax(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float? scale, Tensor? blocks=None, "
                      "Tensor? words=None) -> (Tensor, Tensor, Tensor)",
                      fallback=reference.attention_softmax, fake=_fake_softmax, backward=_backward, setup_context=_setup)

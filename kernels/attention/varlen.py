@@ -48,7 +48,7 @@ def _recomputed(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale) -> bool:
     return q.is_cpu and q.dtype is torch.float32 and q.shape[0] < native.FEW_QUERIES * (cu_seqlens_q.shape[0] - 1)
 
 
-_backward, _setup = fused(reference.attention_varlen_softmax, gradients_by(_gradients), _recomputed, with_outputs=True)
+_backward, _setup = fused(reference.attention_varlen_softmax, gradients_by(_gradients), _recomputed, kept=slice(None))
 _softmax_op = define("attention_varlen_softmax(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, bool causal, float? scale) "
                      "-> (Tensor, Tensor, Tensor)",
                      fallback=reference.attention_varlen_softmax, fake=_fake_softmax, backward=_backward, setup_context=_setup)

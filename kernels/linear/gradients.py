@@ -14,13 +14,6 @@ from fusewire.kernels.library import define
 from fusewire.kernels.linear import native, reference, triton_limits
 from fusewire.kernels.triton_rows import row as triton_row
 
-_bias_activation_op = define("bias_activation(Tensor y, Tensor? bias, str activation) -> Tensor", fallback=reference.bias_activation,
-                             fake=lambda y, bias, activation: y.new_empty(y.shape))
-bias_activation = Table("bias_activation", [
-    Backend("cpu", native.why_not_bias_activation, _bias_activation_op),
-    triton_row(_bias_activation_op, triton_limits.why_not_bias_activation, "linear.bias_activation"),
-    Backend("reference", always, reference.bias_activation),
-])
 _bias_activation_backward_op = define(
     "bias_activation_backward(Tensor grad, Tensor y, Tensor? bias, str activation, bool of_bias) -> (Tensor, Tensor)",
     fallback=reference.bias_activation_backward,
@@ -29,6 +22,22 @@ _bias_activation_backward = Table("bias_activation_backward", [
     Backend("cpu", native.why_not_bias_activation_backward, _bias_activation_backward_op),
     triton_row(_bias_activation_backward_op, triton_limits.why_not_bias_activation_backward, "linear.bias_activation_backward"),
     Backend("reference", always, reference.bias_activation_backward),
+])
+
+
+def _of_bias_activation(needed, grads, y, bias, activation):
+    dy, dbias = _bias_activation_backward(grads[0], y, bias, activation, needed[1])
+    return dy, dbias if needed[1] else None, None
+
+
+# Calls that autograd records come by way of `activated`; a vmap that is differentiated from without does not show that it is.
+_backward, _setup = fused(reference.bias_activation, _of_bias_activation, lambda *args: False)
+_bias_activation_op = define("bias_activation(Tensor y, Tensor? bias, str activation) -> Tensor", fallback=reference.bias_activation,
+                             fake=lambda y, bias, activation: y.new_empty(y.shape), backward=_backward, setup_context=_setup)
+bias_activation = Table("bias_activation", [
+    Backend("cpu", native.why_not_bias_activation, _bias_activation_op),
+    triton_row(_bias_activation_op, triton_limits.why_not_bias_activation, "linear.bias_activation"),
+    Backend("reference", always, reference.bias_activation),
 ])
 
 
@@ -52,11 +61,11 @@ def _fake_activated(x, weight, bias, activation):
     return tuple(x.new_empty((*x.shape[:-1], weight.shape[0])) for _ in range(2))
 
 
-def _of_activated(needed, grads, x, weight, bias, activation, out, y):
+def _of_activated(needed, grads, x, weight, bias, activation, y):
     dy, dbias = _bias_activation_backward(grads[0], y, bias, activation, needed[2])
     return *native.products_backward(dy, x, weight, needed[0], needed[1]), dbias if needed[2] else None, None
 
 
-_backward, _setup = fused(reference.linear_activated, _of_activated, lambda *args: False, with_outputs=True)
+_backward, _setup = fused(reference.linear_activated, _of_activated, lambda *args: False, kept=slice(1, None))
 activated = define("linear_activated(Tensor x, Tensor weight, Tensor? bias, str activation) -> (Tensor, Tensor)",
                    fallback=_activated, fake=_fake_activated, backward=_backward, setup_context=_setup, meaning=reference.linear_activated)

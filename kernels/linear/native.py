@@ -104,7 +104,7 @@ def sums_gated(x, gate, residual) -> bool:
 
 def _per_sample(gate, residual) -> bool:
     """gate [B, N] or [B, 1, N] for residual [B, T, N]: what ``gate_residual`` takes."""
-    return gate.shape[0] == residual.shape[0] and gate.shape[-1] == residual.shape[-1] and (gate.dim() == 2 or gate.dim() == 3 and gate.shape[1] == 1)
+    return (gate.dim() == 2 or gate.dim() == 3 and gate.shape[1] == 1) and gate.shape[0] == residual.shape[0] and gate.shape[-1] == residual.shape[-1]
 
 
 def apart(residual, gate) -> bool:

@@ -77,7 +77,8 @@ def _l2(x, eps: float, exact: bool) -> torch.Tensor:
         return F.normalize(x.contiguous(), dim=-1, eps=eps)
     dim = x.shape[-1]
     weight = torch.full((dim,), max(dim, 1) ** -0.5, dtype=compute_dtype(x.dtype), device=x.device)
-    return rms_norm(x, weight, eps=eps * eps / max(dim, 1), rounding="torch", numerics="close")
+    eps = eps * eps * max(dim, 1) ** -1.0  # a product: torch.compile does not know the bounds of a quotient of two symbols
+    return rms_norm(x, weight, eps=eps, rounding="torch", numerics="close")
 
 
 def tables(rope) -> list[torch.Tensor]:

@@ -38,14 +38,16 @@ def stock_norm(x, weight, eps: float, norm: int) -> torch.Tensor:
 
 
 def rotate(x, cos, sin, halves: bool = False) -> torch.Tensor:
-    """Each pair (x[2i], x[2i+1]) of x [B, T, H, D], or (x[i], x[i + D/2]), turned by the angle of cosine cos[t, i] and sine sin[t, i] ([T, D/2])."""
+    """Each pair (x[2i], x[2i+1]) of x [B, T, H, D], or (x[i], x[i + D/2]), turned by the angle of cosine cos[t, i] and sine sin[t, i] ([T, D/2]). Of x in
+    16 bits in float32, each factor by itself, so that the gradients round where stock's do."""
+    wide = torch.promote_types(torch.promote_types(x.dtype, torch.float32), cos.dtype)
     if halves:
         cos, sin = (torch.cat([table, table], -1)[None, :, None] for table in (cos, sin))
         first, second = x.chunk(2, -1)
-        return x * cos + torch.cat([-second, first], -1) * sin
+        return x.to(wide) * cos + torch.cat([-second, first], -1).to(wide) * sin
     cos, sin = (table[None, :, None].repeat_interleave(2, dim=-1) for table in (cos, sin))
     turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
-    return x * cos + turned * sin
+    return x.to(wide) * cos + turned.to(wide) * sin
 
 
 def qk_norm_one(x, weight, cos, sin, eps: float, norm: int, exact: bool) -> torch.Tensor:
@@ -54,7 +56,7 @@ def qk_norm_one(x, weight, cos, sin, eps: float, norm: int, exact: bool) -> torc
     dtype = result_dtype(x, weight, norm)
     if exact:
         y = stock_norm(x, weight, eps, norm)
-        return y if cos is None else rotate(y.to(torch.float32), cos, sin, norm == HALVES_ROTATION).to(y.dtype)
+        return y if cos is None else rotate(y if y.dtype is not torch.float64 else y.float(), cos, sin, norm == HALVES_ROTATION).to(y.dtype)
     wide = compute_dtype(torch.promote_types(x.dtype, dtype))
     y = x.to(wide)
     if norm < ROTATION:

@@ -21,6 +21,7 @@ DPM = DPMSolverMultistepScheduler
 SDE = dict(SD, algorithm_type="sde-dpmsolver++")
 CONFIGS = [
     (DDIMScheduler, NO_CLIP, {}), (DDIMScheduler, SD | dict(clip_sample_range=1.3), {}), (DDIMScheduler, NO_CLIP | V, {}), (DDIMScheduler, NO_CLIP | X0, {}),
+    (DDIMScheduler, SD | X0, {}), (DDIMScheduler, SD | X0, dict(eta=0.5, use_clipped_model_output=True)),
     (DDIMScheduler, NO_CLIP | dict(set_alpha_to_one=False, steps_offset=1), dict(eta=0.7)), (DDIMScheduler, SD, dict(eta=1.0, use_clipped_model_output=True)),
     (DDIMScheduler, NO_CLIP | V | dict(rescale_betas_zero_snr=True, timestep_spacing="trailing"), {}), (DDIMScheduler, {}, dict(eta=0.3)),
     (DDPMScheduler, {}, {}), (DDPMScheduler, NO_CLIP, {}), (DDPMScheduler, NO_CLIP | V, {}), (DDPMScheduler, SD | X0, {}),

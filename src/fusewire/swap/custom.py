@@ -39,8 +39,8 @@ def called_linear(name: str, module: nn.Module | None, how: How) -> Iterator[Can
 
 
 def unusual_linear(module: nn.Module) -> bool:
-    """Of another class than ``nn.Linear``, or with another kind of weight: LoRA-wrapped or quantised."""
-    return type(module) is not nn.Linear or type(module._parameters["weight"]) is not nn.Parameter
+    """Of another class than ``nn.Linear``, or with another kind of weight: LoRA-wrapped, quantised, pruned or normalised."""
+    return type(module) is not nn.Linear or type(module._parameters.get("weight")) is not nn.Parameter
 
 
 def unknown_models(components: dict, entries: Iterable[Entry]) -> Iterator[Entry]:

@@ -57,8 +57,8 @@ def _ddim_columns(scheduler, scalars: Scalars, eta: float, clipped: bool) -> dic
     bar, before, beta = _bar(scheduler, (now, [t - ratio for t in now]), scheduler.final_alpha_cumprod)
     variance = ((1 - before) / beta) * (1 - bar / before)
     spread, alpha, sigma, kind = eta * variance**0.5, bar**0.5, beta**0.5, config.prediction_type
-    if clipped or kind == "sample":
-        slope = dict(e_x=1.0, e_x0=-scalars.left(alpha), e_divisor=scalars.divisor(sigma))
+    if clipped or kind == "sample":  # from x0 clipped, or as the model gave it
+        slope = {"e_x": 1.0, "e_x0" if clipped else "e_m": -scalars.left(alpha), "e_divisor": scalars.divisor(sigma)}
     elif kind == "epsilon":
         slope = dict(e_m=1.0)
     else:

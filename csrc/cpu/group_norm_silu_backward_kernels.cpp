@@ -66,26 +66,33 @@ FUSEWIRE_INLINE void clear_beyond(const Part<N>& at, V& x) {
   for (int l = static_cast<int>(at.n); l < N; ++l) x[l] = 0;
 }
 
-// The sums over one channel's `count` pixels, in float64 from at most 4096 elements on. `kept`, unless null, gets dh.
+// The sums over one channel's `count` pixels, in float64 from at most 4096 elements on, and until then in chains of kChain: rounding errors grow with
+// the length of a chain. `kept`, unless null, gets dh.
 template <typename T, bool Silu, bool Keep>
 FUSEWIRE_INLINE void plane_sums(const T* x, const T* grad, compute_t<T>* kept, int64_t count, const PlaneRow<compute_t<T>>& row,
                                 const GradientPlane<compute_t<T>>& more, double (&total)[kGradientSums]) {
   using C = compute_t<T>;
   constexpr int N = kLanes<C>;
+  constexpr int64_t kChain = 16 * N, kBlock = 16 * kChain;
   for (int64_t i = 0; i < count;) {
-    const int64_t end = i + 256 * N < count ? i + 256 * N : count;
-    lanes<C, N> sum[kGradientSums]{};
-    for_columns<N>(i, end, [&](const auto& at) __attribute__((always_inline)) {
-      lanes<C, N> xhat, dh;
-      xhat_and_gradient<T, Silu>(x, grad, row, more, at, xhat, dh);
-      if constexpr (Keep) at.store(kept, dh);
-      clear_beyond(at, xhat), clear_beyond(at, dh);
-      sum[kOfShift] += dh, sum[kOfXhat] += xhat;
-      sum[kOfFactor] = stock_fma<kHasFma, N, C>(dh, xhat, sum[kOfFactor]);
-    });
+    const int64_t block = i + kBlock < count ? i + kBlock : count;
+    lanes<C, N> sums[kGradientSums]{};
+    while (i < block) {
+      const int64_t end = i + kChain < block ? i + kChain : block;
+      lanes<C, N> sum[kGradientSums]{};
+      for_columns<N>(i, end, [&](const auto& at) __attribute__((always_inline)) {
+        lanes<C, N> xhat, dh;
+        xhat_and_gradient<T, Silu>(x, grad, row, more, at, xhat, dh);
+        if constexpr (Keep) at.store(kept, dh);
+        clear_beyond(at, xhat), clear_beyond(at, dh);
+        sum[kOfShift] += dh, sum[kOfXhat] += xhat;
+        sum[kOfFactor] = stock_fma<kHasFma, N, C>(dh, xhat, sum[kOfFactor]);
+      });
+      for (int s = 0; s < kGradientSums; ++s) sums[s] += sum[s];
+      i = end;
+    }
     for (int s = 0; s < kGradientSums; ++s)
-      for (int l = 0; l < N; ++l) total[s] += sum[s][l];
-    i = end;
+      for (int l = 0; l < N; ++l) total[s] += sums[s][l];
   }
 }
 
@@ -171,13 +178,15 @@ static void modulation_rows(const GroupNormGradientTask& k, int64_t n) {
 template <typename T, bool Silu, bool Keep>
 static void pixel_gradient_sums(const GroupNormGradientTask& k, int64_t n, int64_t begin, int64_t end, void* blocks) {
   using C = compute_t<T>;
-  constexpr int N = kLanes<C>, kTile = Keep ? 1 : 4;  // pixels side by side: fewer where each has a third row to write
-  const int64_t c = k.norm.channels;
+  constexpr int N = kLanes<C>, kTile = Keep ? 1 : 4, kChain = 16;  // pixels side by side: fewer where each has a third row to write
+  const int64_t c = k.norm.channels, count = kGradientSums * c;
+  const std::unique_ptr<C[]> chain(new C[count]);  // the sums of kChain pixels: rounding errors grow with the length of a chain
   const PixelRow<C> row{coefficients<T>(k.norm, n, kCenter), c};
   const GradientPixel<C> more{gradient_rows_of<T>(k, n), c};
   for (int64_t block = begin; block < end; ++block) {
-    C* sums = static_cast<C*>(blocks) + block * kGradientSums * c;
-    std::memset(sums, 0, kGradientSums * c * sizeof(C));
+    C *const all_sums = static_cast<C*>(blocks) + block * count, *const sums = chain.get();
+    std::memset(all_sums, 0, count * sizeof(C));
+    std::memset(sums, 0, count * sizeof(C));
     const int64_t last = (block + 1) * kPixelBlock < k.norm.spatial ? (block + 1) * kPixelBlock : k.norm.spatial;
     for (int64_t p = block * kPixelBlock; p < last; p += kTile) {
       const int64_t tile = last - p < kTile ? last - p : kTile;
@@ -193,6 +202,11 @@ static void pixel_gradient_sums(const GroupNormGradientTask& k, int64_t n, int64
           factor = stock_fma<kHasFma, N, C>(dh, xhat, factor);
         }
         at.store(sums, shift), at.store(sums + kOfFactor * c, factor), at.store(sums + kOfXhat * c, all);
+      });
+      if ((p + tile) % kChain && p + tile < last) continue;
+      for_columns<N>(0, count, [&](const auto& at) __attribute__((always_inline)) {
+        at.store(all_sums, at.load(all_sums) + at.load(sums));
+        at.store(sums, lanes<C, N>{});
       });
     }
   }

@@ -18,7 +18,9 @@ SLOPES = {"gelu_tanh": lambda grad, y: torch.ops.aten.gelu_backward(grad, y, app
 
 
 def over_tokens(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """A gate [B, N] of x [B, T, K] as [B, 1, N]; any other stays."""
+    """A gate [B, N] of x [B, T, K] as [B, 1, N], and one without dimensions as [1]; any other stays."""
+    if not gate.dim():
+        return gate.view(1)
     return gate.unsqueeze(1) if gate.dim() == 2 and x.dim() == 3 else gate
 
 

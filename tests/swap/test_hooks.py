@@ -285,3 +285,22 @@ def test_a_hook_that_intercepts_scaled_dot_product_attention(numerics):
     with fusewire.swapped(model, numerics):
         got = run(model, data)
     assert torch.equal(got, want) if numerics == "exact" else (got - want).abs().max() <= MODEL_FLOAT32
+
+
+def gradients_of(model, given) -> list[torch.Tensor]:
+    model.zero_grad()
+    model(**given).sample.sum().backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def test_global_backward_hooks_see_every_norm():
+    """One that changes what passes a LayerNorm changes exact's gradients as stock's."""
+    model, given = stock_model("sd3.5"), inputs(2, 16, 12)
+    handle = torch.nn.modules.module.register_module_full_backward_hook(
+        lambda module, grads, _: tuple(grad / 2 for grad in grads) if type(module) is torch.nn.LayerNorm else None)
+    try:
+        want = gradients_of(model, given)
+        with fusewire.swapped(model):
+            assert all(map(torch.equal, gradients_of(model, given), want))
+    finally:
+        handle.remove()

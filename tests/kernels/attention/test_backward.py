@@ -313,3 +313,12 @@ def test_alias():
     got = gradients(ops.attention, q, k, v, grad)
     assert all(torch.equal(a, b) for a, b in zip((q, k, v), before))
     assert len({x.untyped_storage().data_ptr() for x in (q, k, v, grad, *got)}) == 7
+
+
+@pytest.mark.parametrize("queries", (3, 40))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
+def test_no_keys(dtype, queries):
+    """empty: queries that see nothing get zeros, what is not there a gradient of its own shape."""
+    q, k, v = (torch.randn(1, tokens, 2, 8).to(dtype).requires_grad_() for tokens in (queries, 0, 0))
+    for tensor, gradient in zip((q, k, v), torch.autograd.grad(ops.attention(q, k, v).sum(), (q, k, v))):
+        assert gradient.shape == tensor.shape and not gradient.any()

@@ -129,3 +129,15 @@ def test_fake_mismatch(of_x, memory_format):
 @pytest.mark.parametrize("level", ("base", "avx2", pytest.param("avx512", marks=pytest.mark.slow)))  # no level of these kernels is above it
 def test_every_isa_level(level):
     run_at(level, __file__, "test_one_gradient_alone or test_reference_agrees or (test_gradients and 30x9x7 and float32)")
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("silu", (True, False))
+@needs_library
+def test_sums_over_many_pixels(silu, memory_format):
+    """wide-accumulate: in float32 the gradients of shift and scale, of 256 channels, are as near to float64's as the rule of close asks."""
+    shape = (1, 256, 64, 64)
+    v, grad = inputs(shape, torch.float32, "all", memory_format), torch.randn(shape)
+    got, plain, want = gradients(call, v, 32, grad, silu=silu, numerics="close"), gradients(stock, v, 32, grad, silu=silu), gradients(stock, wide(v), 32, grad.double(), silu=silu)
+    for name in ("x", "shift", "scale", "weight", "bias"):
+        assert_close(got[name], want[name], plain[name], name)

@@ -357,3 +357,29 @@ def test_compiled_training_step(backend):
 @needs_native
 def test_every_isa_level(level):
     run_at(level, __file__, "(test_gradients and (300 or 50)) or test_epilogue_property or test_far_tails")
+
+
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_result_may_be_changed_in_place(activation, dtype):
+    """As PyTorch's activations allow: their gradients are of what went in."""
+    v = inputs(2, 40, 16, 24, dtype)
+    found = []
+    for change in (lambda y: y + 1, lambda y: y.add_(1)):
+        leaves = [v[name].clone().requires_grad_() for name in NAMES[:3]]
+        y = change(ops.linear(*leaves, activation=activation, numerics="close"))
+        found.append(torch.autograd.grad(y, leaves, v["grad"]))
+    for got, want in zip(*found):
+        assert_exact(got, want)
+
+
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@needs_native
+@pytest.mark.parametrize("gate", [torch.tensor(2.0), torch.full((1,), 2.0), torch.full((1, 1, 1), 2.0)], ids=lambda gate: str(list(gate.shape)))
+def test_one_gate_for_everything(gate, dtype):
+    v, gate = inputs(2, 5, 8, 6, dtype, gate=(2, 6)), gate.to(dtype)
+    exact = ops.linear(v["x"], v["weight"], v["bias"], gate=gate, residual=v["residual"])
+    with forced("cpu"):
+        got = ops.linear(v["x"], v["weight"], v["bias"], gate=gate, residual=v["residual"], numerics="close")
+    want = v["residual"].double() + 2 * torch.nn.functional.linear(v["x"].double(), v["weight"].double(), v["bias"].double())
+    assert_close(got, want, exact)

@@ -385,3 +385,22 @@ def test_fp16_overflow_and_eps():
 def test_every_isa_level(level):
     """The rotation alone gives the same bits at every level, and close keeps its rule."""
     run_at(level, __file__, "test_exact_stock_rotations or test_in_place")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_exact_gradients_of_a_rotation(dtype):
+    """In 16 bits stock rounds the gradient of each of the rotation's two products before it adds them."""
+    q, grad, angle = torch.randn(2, 56, 2, 16).to(dtype).requires_grad_(), torch.randn(2, 56, 2, 16).to(dtype), torch.randn(56, 8)
+    norm = torch.nn.RMSNorm(16, eps=1e-6).to(dtype)
+    stock = apply_rotary_emb(norm(q), tuple(t.repeat_interleave(2, 1) for t in (angle.cos(), angle.sin())), sequence_dim=1)
+    ours, _ = ops.qk_norm_rope(q, q.detach(), norm.weight, norm.weight, rope=(angle.cos(), angle.sin()), eps=1e-6, norm="torch_rms")
+    assert_exact(ours, stock)
+    for got, want in zip(*(torch.autograd.grad(y, (q, norm.weight), grad) for y in (ours, stock))):
+        assert_exact(got, want)
+
+
+def test_l2_in_a_graph_of_any_size():
+    q, k = torch.randn(2, 40, 2, 24), torch.randn(2, 40, 2, 24)
+    call = torch.compile(lambda q, k: ops.qk_norm_rope(q, k, norm="l2", numerics="close"), backend="eager", fullgraph=True, dynamic=True)
+    for got, want in zip(call(q, k), ops.qk_norm_rope(q, k, norm="l2", numerics="close")):
+        torch.testing.assert_close(got, want)

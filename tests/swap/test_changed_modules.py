@@ -1,0 +1,78 @@
+"""Models whose modules a user has changed, before the swap or after it: pruned and normalised linears, dropouts replaced, one conditioning for a batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune, spectral_norm, weight_norm
+
+import fusewire
+from tests.models import stock_flux, stock_sd3, stock_unet
+
+FAMILIES = {
+    "SD3.5": (lambda: stock_sd3.stock_model("sd3.5"), lambda: stock_sd3.inputs(2, 16, 12), ("timestep", "pooled_projections"),
+              lambda model: model.transformer_blocks[0].attn.to_q),
+    "Flux": (lambda: stock_flux.stock_model("dev"), lambda: stock_flux.inputs("dev", 2, 8, 7), ("timestep", "pooled_projections", "guidance"),
+             lambda model: model.transformer_blocks[0].attn.to_q),
+    "DiT": (lambda: stock_unet.dit(), lambda: stock_unet.dit_inputs(2, size=16), ("timestep", "class_labels"), lambda model: model.transformer_blocks[0].ff.net[2]),
+}
+families = pytest.mark.parametrize("family", FAMILIES)
+both = pytest.mark.parametrize("numerics", ("exact", "close"))
+
+
+@torch.no_grad()
+def output(model, given) -> torch.Tensor:
+    return model(**given, return_dict=False)[0]
+
+
+def check(got: torch.Tensor, want: torch.Tensor, numerics: str) -> None:
+    if numerics == "exact":
+        assert torch.equal(got, want)
+    else:
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@both
+@families
+@pytest.mark.parametrize("first", (True, False), ids=("before", "after"))
+@pytest.mark.parametrize("change", (lambda linear: prune.l1_unstructured(linear, "weight", 0.5), weight_norm, spectral_norm), ids=("pruned", "weight_norm", "spectral_norm"))
+def test_linears_whose_weight_is_computed(change, first, family, numerics):
+    make, inputs, _, part = FAMILIES[family]
+    model, given = make().eval(), inputs()
+    plain = output(model, given)
+    if not first:
+        handle = fusewire.swap(model, numerics)
+    change(part(model))
+    if first:
+        handle = fusewire.swap(model, numerics)
+    got = output(model, given)
+    handle.restore()
+    want = output(model, given)
+    assert change is weight_norm or not torch.equal(want, plain)
+    check(got, want, numerics)
+
+
+@both
+@families
+def test_dropouts_replaced(family, numerics):
+    make, inputs, *_ = FAMILIES[family]
+    model, given = make(), inputs()
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Dropout:
+                setattr(module, name, nn.Identity())
+    want = output(model, given)
+    with fusewire.swapped(model, numerics):
+        check(output(model, given), want, numerics)
+
+
+@both
+@families
+def test_one_conditioning_for_all_pictures(family, numerics):
+    make, inputs, conditioning, _ = FAMILIES[family]
+    model, given = make(), inputs()
+    given |= {name: given[name][:1] for name in conditioning}
+    want = output(model, given)
+    with fusewire.swapped(model, numerics):
+        check(output(model, given), want, numerics)

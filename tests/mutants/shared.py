@@ -13,7 +13,7 @@ MUTANTS = (
     mutant("work beside the launches is forgotten", "kernels/plans.py", 'self.reason = f"{name} computes"', "pass", "test_plans.py"),
     mutant("a dispatch mode sees nothing", "kernels/plans.py", "if torch._C._len_torch_dispatch_stack() or self.visible()", "if self.visible()", "test_plans.py"),
     mutant("an error leaves its recorder behind", "kernels/plans.py", "        finally:\n            del recorders[thread]\n", "        finally:\n            pass\n", "test_plans.py"),
-    mutant("an op past its formula drops gradients", "kernels/dispatch.py", "if _is_inference() or _is_grad_enabled() and (_any_requires_grad(*args) or _transforms_active()):", "if _is_inference():",
+    mutant("an op past its formula drops gradients", "kernels/dispatch.py", "if _is_inference() or forward_ad._current_level >= 0 or _is_grad_enabled() and (_any_requires_grad(*args) or _transforms_active()):", "if _is_inference():",
            "test_unrecorded.py"),
     mutant("versions stay behind", "kernels/dispatch.py", "        increment_version([args[i] for i in written])\n", "", "test_unrecorded.py"),
     mutant("the formula is always asked", "kernels/dispatch.py", "        with _BelowAutograd():\n            return call(*args)\n", "        return call(*args)\n", "test_unrecorded.py"),

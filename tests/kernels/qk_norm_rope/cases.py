@@ -29,14 +29,19 @@ def gradients(v: dict, backend: str | None = None, names=NAMES, **options) -> di
         return dict(zip(names, torch.autograd.grad(outputs, [these[k] for k in names], [v["q_grad"], v["k_grad"]])))
 
 
-def plain(v: dict, eps: float = 1e-6) -> dict[str, torch.Tensor]:
-    """diffusers' RMSNorm and apply_rotary_emb, one eager operation at a time (in float64 where the values are)."""
+def once_wide(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """``apply_rotary_emb`` on x in float32, so that the gradients of its two products are added there (diffusers rounds each to 16 bits)."""
+    return reference.rotate(x.to(torch.promote_types(x.dtype, torch.float32)), cos, sin).to(x.dtype)
+
+
+def plain(v: dict, eps: float = 1e-6, turn=once_wide) -> dict[str, torch.Tensor]:
+    """The gradients of diffusers' RMSNorm and apply_rotary_emb, one eager operation at a time (in float64 where the values are)."""
     these = {k: v[k].detach().requires_grad_() for k in NAMES}
 
     def one(x, weight):
         wide = torch.promote_types(x.dtype, torch.float32)
         y = (x * torch.rsqrt(x.to(wide).pow(2).mean(-1, keepdim=True) + eps)).to(weight.dtype) * weight
-        return y if v["rope"] is None else reference.rotate(y.to(wide), *v["rope"]).to(x.dtype)
+        return y if v["rope"] is None else turn(y, *v["rope"])
 
     outputs = one(these["q"], these["q_weight"]), one(these["k"], these["k_weight"])
     return dict(zip(NAMES, torch.autograd.grad(outputs, [these[k] for k in NAMES], [v["q_grad"], v["k_grad"]])))

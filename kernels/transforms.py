@@ -1,8 +1,8 @@
 """What torch.func makes of a fused op, as ``library.define`` registers it.
 
 ``vmap`` calls the kernel for one sample after another. ``grad``, ``vjp``, ``jvp`` and all that is made of them differentiate the op's meaning, plain
-PyTorch: the autograd formulas of ``torch.library`` are none of theirs. So does forward-mode differentiation (``torch.autograd.forward_ad``). An op that changes its arguments is computed out of place and copied, also for
-``functionalize``.
+PyTorch: the autograd formulas of ``torch.library`` are none of theirs. So does forward mode without torch.func (``torch.autograd.forward_ad``). An op that
+changes its arguments is computed out of place and copied, also for ``functionalize``.
 """
 
 from __future__ import annotations

@@ -235,7 +235,7 @@ class AdaLayerNormZero(nn.Module):
 def modulations(module, x: torch.Tensor, emb: torch.Tensor, parts: int, how: How) -> tuple[torch.Tensor, ...]:
     """The chunks of the projected conditioning [B, C], or [1, C] for all samples of x."""
     rows = linear(module.linear, emb, how)
-    return (rows if rows.shape[0] == x.shape[0] else rows.expand(x.shape[0], -1)).chunk(parts, dim=1)
+    return (rows.expand(x.shape[0], -1) if rows.shape[0] == 1 != x.shape[0] else rows).chunk(parts, dim=1)
 
 
 def ada_layer_norm_zero(module, x, emb, how: How):

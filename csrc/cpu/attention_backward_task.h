@@ -69,6 +69,7 @@ class AttentionBackward {
     pack(call_.v, task_.head, 0, call_.keys, key_squares_, 1, v_rows_, nullptr, &Policy::rows_right, nullptr);
     if (!policy_.splits()) return false;
     // dO as numbers near one, by a power of two that is divided out again: a small loss scale must not push parts of it into denormals.
+    // Floats that are multiplied as they are have no parts.
     if (!Policy::kPlain) power_ = power_of_gradients();
     std::fill_n(k_grad_, keys * columns_, 0.0f);
     std::fill_n(v_grad_, keys * columns_, 0.0f);

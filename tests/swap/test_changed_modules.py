@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
 import fusewire
+from fusewire import ops
+from fusewire.kernels.library import CPU
 from tests.models import stock_flux, stock_sd3, stock_unet
 
 FAMILIES = {
@@ -27,6 +29,7 @@ def output(model, given) -> torch.Tensor:
 
 
 def check(got: torch.Tensor, want: torch.Tensor, numerics: str) -> None:
+    assert not CPU.loaded or ops.stats()["adaln_modulate"]["cpu"]  # the swapped run was fused
     if numerics == "exact":
         assert torch.equal(got, want)
     else:

@@ -141,3 +141,4 @@ def test_sums_over_many_pixels(silu, memory_format):
     got, plain, want = gradients(call, v, 32, grad, silu=silu, numerics="close"), gradients(stock, v, 32, grad, silu=silu), gradients(stock, wide(v), 32, grad.double(), silu=silu)
     for name in ("x", "shift", "scale", "weight", "bias"):
         assert_close(got[name], want[name], plain[name], name)
+    assert served("group_norm_silu_backward") == (1, 0)

@@ -7,6 +7,8 @@ another goes on, to find out what is wrong.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -40,8 +42,23 @@ def same_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} is on {tensor.device}; it should be on {device}, where x is")
 
 
+def number(name: str, value: float) -> None:
+    try:
+        finite = math.isfinite(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; it should be a number") from None
+    if not finite:
+        raise ValueError(f"{name} is {value}; it should be a finite number")
+
+
 def positive(name: str, value: float) -> None:
-    if not value > 0:
+    if type(value) is float and value > 0:
+        return
+    try:
+        above = value > 0
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; it should be a number greater than 0") from None
+    if not above:
         raise ValueError(f"{name} is {value}; it should be greater than 0")
 
 

@@ -2,6 +2,7 @@
 #include "cpu/qk_norm_rope.h"
 
 #include "common/empty.h"
+#include "common/overlap.h"
 #include "cpu/stream.h"
 
 namespace fusewire {
@@ -22,6 +23,29 @@ static QkTensor describe(const Tensor& x, const std::optional<Tensor>& weight, c
   return t;
 }
 
+// What is written must be read by nobody else: tokens are taken in any order.
+static void refuse_overlaps(const QkNorm& n, const QkTensor (&parts)[2], int64_t batch, int64_t bytes) {
+  Footprint in[2], out[2];
+  int64_t sizes[2][4];
+  for (int i = 0; i < 2; ++i) {
+    const int64_t size[4] = {batch, parts[i].tokens, parts[i].heads, n.dim};
+    for (int d = 0; d < 4; ++d) {
+      if (size[d] == 0) return;
+      sizes[i][d] = size[d];
+    }
+    in[i] = {parts[i].x, parts[i].x_stride, sizes[i]};
+    out[i] = {parts[i].out, parts[i].out_stride, sizes[i]};
+  }
+  STD_TORCH_CHECK(!overlap<4>(out[0], out[1], bytes), "qk_norm_into: q_out and k_out overlap");
+  for (int i = 0; i < 2; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      bool in_place = i == j && parts[i].x == parts[i].out;
+      for (int d = 0; d < 4; ++d) in_place = in_place && (sizes[i][d] == 1 || parts[i].x_stride[d] == parts[i].out_stride[d]);
+      STD_TORCH_CHECK(in_place || !overlap<4>(out[i], in[j], bytes), "qk_norm_into: ", i ? "k_out" : "q_out", " overlaps ", j ? "k" : "q");
+    }
+  }
+}
+
 static void qk_norm_into(const Tensor& q, const Tensor& k, const std::optional<Tensor>& q_weight, const std::optional<Tensor>& k_weight,
                          const Tensor& q_out, const Tensor& k_out, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
                          double eps, int64_t norm, bool exact) {
@@ -37,6 +61,7 @@ static void qk_norm_into(const Tensor& q, const Tensor& k, const std::optional<T
   }
   QkTensor parts[2] = {describe(q, q_weight, q_out), describe(k, k_weight, k_out)};
   for (QkTensor& part : parts) part.streams = part.streams && streams((q.numel() + k.numel()) * element_size(q));
+  refuse_overlaps(n, parts, q.size(0), element_size(q));
   const int64_t batch = q.size(0), q_tokens = batch * parts[0].tokens, k_tokens = batch * parts[1].tokens;
   const int64_t grain = 1 + 32768 / (1 + n.dim * parts[0].heads);
   FUSEWIRE_SWITCH_FLOATS(q.scalar_type(), "qk_norm_rope", {

@@ -90,7 +90,7 @@ def _options(x, weight, bias, eps, norm, numerics) -> tuple:
     if weight is not None or bias is not None:
         checks.vector("weight", weight, x.shape[-1], x.device)
         checks.vector("bias", bias, x.shape[-1], x.device)
-    if not eps > 0:
+    if type(eps) is not float or not eps > 0:
         checks.positive("eps", eps)
     return weight, bias, eps, _is_rms(norm), is_exact(numerics)
 
@@ -136,7 +136,7 @@ def adaln_modulate_dual(x, shift, scale, shift2, scale2, *, eps: float = 1e-6, n
     Raises: as ``adaln_modulate``.
     Source: Stable Diffusion 3.5 medium (MMDiT-X), whose first blocks feed a joint and a self-attention from one norm.
     """
-    if weight is bias is None and norm == "layer" and eps > 0 and not native.stands_down and checks.alike(x, (shift, scale, shift2, scale2)):
+    if weight is bias is None and norm == "layer" and type(eps) is float and eps > 0 and not native.stands_down and checks.alike(x, (shift, scale, shift2, scale2)):
         return _modulate_dual.by_cpu(x, shift, scale, shift2, scale2, None, None, eps, False, is_exact(numerics))
     if shift is None or shift2 is None:
         checks.modulated(x, ("scale", "scale2"), (scale, scale2))  # named before a shift is made of them
@@ -187,7 +187,7 @@ def gate_residual_adaln(x, y, gate, shift, scale, *, y2=None, gate2=None, gate_t
     Raises: as ``adaln_modulate``, and ValueError where only one of ``y2`` and ``gate2`` is given.
     Source: the adaLN-Zero block of Peebles and Xie (2023), between its attention and its MLP.
     """
-    if (y2 is gate2 is weight is bias is None and not gate_tanh and norm == "layer" and eps > 0 and not native.stands_down
+    if (y2 is gate2 is weight is bias is None and not gate_tanh and norm == "layer" and type(eps) is float and eps > 0 and not native.stands_down
             and checks.alike(x, (gate, shift, scale), y)):
         return _gate_modulate.by_cpu(x, y, gate, None, None, shift, scale, None, None, eps, False, is_exact(numerics))
     if shift is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -163,10 +162,10 @@ def _check_rest(q, names: tuple[str, ...], weights: tuple, scale, eps) -> None:
     for name, weight in zip(names, weights):
         if weight is not None:
             checks.vector(name, weight, q.shape[3], q.device)
-    if not eps > 0:
+    if type(eps) is not float or not eps > 0:
         checks.positive("eps", eps)
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; it should be a finite number or None")
+    if scale is not None:
+        checks.number("scale", scale)
 
 
 def _full_mask(mask, q, k) -> torch.Tensor:
@@ -291,7 +290,7 @@ def joint_attention(q, k, v, q2, k2, v2, *, q_weight=None, k_weight=None, q2_wei
         _check(("q", "k", "v"), q, k, v)
         _check(("q2", "k2", "v2"), q2, k2, v2)
         _check_streams(q, k, q2, k2)
-    if not (q_weight is k_weight is q2_weight is k2_weight is scale is None and eps > 0):
+    if not (q_weight is k_weight is q2_weight is k2_weight is scale is None and type(eps) is float and eps > 0):
         _check_rest(q, _WEIGHTS, (q_weight, k_weight, q2_weight, k2_weight), scale, eps)
     if torch.is_grad_enabled() and learns(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight):
         pairs = ((_normalised(q, q_weight, eps), _normalised(q2, q2_weight, eps)), (_normalised(k, k_weight, eps), _normalised(k2, k2_weight, eps)), (v, v2))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from fusewire.kernels import checks
@@ -136,8 +134,8 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k=None, *, causal: bool =
     _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "q", q.shape[0], q.device, None)
     if cu_seqlens_k is not cu_seqlens_q or k.shape[0] != q.shape[0]:
         _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "k", k.shape[0], q.device, cu_seqlens_q.shape[0])
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; it should be a finite number or None")
+    if scale is not None:
+        checks.number("scale", scale)
     if return_lse or learns(q, k, v):
         out, highest, total = _softmax(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale)
         return (out, log_sum_exp(highest, total).to(compute_dtype(q.dtype))) if return_lse else out

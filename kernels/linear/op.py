@@ -136,7 +136,7 @@ def _fits(x, weight, bias, activation, gate, residual) -> bool:
     elif gate is not None:
         return False
     return (len(shape) == 2 and len(given) > 0 and given[-1] == shape[1] and dtype in checks.FLOATS and weight.dtype is dtype
-            and (weight.is_cpu if device is None else weight.device == device) and (activation is None or activation in reference.ACTIVATIONS)
+            and (weight.is_cpu if device is None else weight.device == device) and (activation is None or type(activation) is str and activation in reference.ACTIVATIONS)
             and (bias is None or isinstance(bias, torch.Tensor) and bias.dtype is dtype and bias.shape == shape[:1]
                  and (bias.is_cpu if device is None else bias.device == device)))
 
@@ -153,7 +153,7 @@ def _fits_epilogue(gate, residual, dtype, shape: tuple, device) -> bool:
 
 def _check(x, weight, bias, activation, gate, residual) -> None:
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("gate", gate), ("residual", residual)):
-        if tensor is not None:
+        if tensor is not None or name in ("x", "weight"):
             checks.floating(name, tensor)
             checks.same_device(name, tensor, x.device)
     if weight.dtype is not x.dtype and not checks.autocasts(checks.kind_of(x)):
@@ -162,7 +162,7 @@ def _check(x, weight, bias, activation, gate, residual) -> None:
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x has shape {list(x.shape)}; for weight of shape {list(weight.shape)} it should be [..., {weight.shape[1]}]")
     checks.vector("bias", bias, weight.shape[0], x.device)
-    if activation is not None and activation not in reference.ACTIVATIONS and activation not in _GATED:
+    if activation is not None and not (isinstance(activation, str) and (activation in reference.ACTIVATIONS or activation in _GATED)):
         raise ValueError(f"activation is {activation!r}; it should be None, 'gelu_tanh', 'gelu', 'silu', 'geglu' or 'swiglu'")
     if residual is not None:
         _check_epilogue(x, weight, activation, gate, residual)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fusewire.kernels import checks
+from fusewire.kernels import checks, overlap
 from fusewire.kernels.autograd import fused
 from fusewire.kernels.cuda_rows import row as cuda_row
 from fusewire.kernels.dispatch import Backend, LeftToReference, Table, always
@@ -100,7 +100,7 @@ def _fits(q, k, q_weight, k_weight, rope, eps, norm, others) -> bool:
         if weight is not None and not (isinstance(weight, torch.Tensor) and weight.shape == size and weight.dtype is dtype and (weight.is_cpu if device is None else weight.device == device)):
             return False
     return (len(shape) == 4 and dtype in checks.FLOATS and k.shape == shape and k.dtype is dtype and (k.is_cpu if device is None else k.device == device)
-            and eps > 0 and norm in _FUSED)
+            and type(eps) is float and eps > 0 and norm in _FUSED)
 
 
 def _alike(q, k, q_weight, k_weight, q_out, k_out) -> bool:
@@ -249,18 +249,23 @@ def qk_norm_into(q, k, q_weight, k_weight, q_out, k_out, *, q_bias=None, k_bias=
 
     Where a gradient is wanted the result is copied into the outputs, so that it flows. So it is without ``rope`` after a norm that is not an RMS norm
     of each head, with tables by sample or narrower than the head, and with a complex ``rope`` in ``"exact"``.
-    Raises: as ``qk_norm_rope``; also for an output whose shape, dtype, device or strides do not fit.
+    Raises: as ``qk_norm_rope``; also for an output whose shape, dtype, device or strides do not fit, or that overlaps another tensor.
     """
     exact = is_exact(numerics)
-    if (rope is q_bias is k_bias is q_log_scale is k_log_scale is None and not halves and not across_heads and eps > 0 and norm in _FUSED
-            and not torch.is_grad_enabled() and _alike(q, k, q_weight, k_weight, q_out, k_out)):
+    if (rope is q_bias is k_bias is q_log_scale is k_log_scale is None and not halves and not across_heads and type(eps) is float
+            and eps > 0 and norm in _FUSED and not torch.is_grad_enabled() and _alike(q, k, q_weight, k_weight, q_out, k_out)):
         form = NORMS[norm]
         if not (exact and native.differs[form]):
-            return _into.by_cpu(q, k, q_weight, k_weight, q_out, k_out, None, None, eps, form, exact)
+            try:
+                return _into.by_cpu(q, k, q_weight, k_weight, q_out, k_out, None, None, eps, form, exact)
+            except RuntimeError:  # the kernel looked for overlaps, in a tenth of the time
+                overlap.refuse({"q_out": q_out, "k_out": k_out}, {"q": q, "k": k})
+                raise
     others = (q_bias, k_bias, q_log_scale, k_log_scale, halves, across_heads)
     formed = _check(q, k, q_weight, k_weight, rope, eps, norm, others)
     _check_out("q_out", q_out, q, q_weight, q_log_scale, norm)
     _check_out("k_out", k_out, k, k_weight, k_log_scale, norm)
+    overlap.refuse({"q_out": q_out, "k_out": k_out}, {"q": q, "k": k})
     cos, sin = (None, None) if rope is None else forms.tables(rope)
     tensors = (q, k, q_weight, k_weight, q_out, k_out)
     recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (*tensors, *others[:4], cos, sin))

@@ -63,6 +63,10 @@ def solver_step(sample, model_output, table, step, *, uncond=None, previous=None
     """
     checks.floating("sample", sample)
     shape, dtype, device = sample.shape, sample.dtype, sample.device
+    for name, tensor in (("model_output", model_output), ("uncond", uncond), ("previous", previous), ("base", base), ("noise", noise), ("mask", mask),
+                         ("known", known), ("known_noise", known_noise)):
+        if not isinstance(tensor, torch.Tensor) and (tensor is not None or name == "model_output"):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; it should be a torch.Tensor")
     if not sample.dim():
         raise ValueError("sample has no dimension; it should be [B, ...]")
     got = model_output.shape

@@ -29,6 +29,8 @@ def checked_row(table, step, columns, device: torch.device) -> tuple[int, torch.
         if step.dtype is not torch.int64 or step.dim():
             raise TypeError(f"step is a {step.dtype} tensor of shape {list(step.shape)}; it should be an int or a 0-dim int64 tensor")
         counter, step = step, 0
+    elif not isinstance(step, (int, torch.SymInt)):
+        raise TypeError(f"step is {step!r}; it should be an int or a 0-dim int64 tensor")
     elif not 0 <= step < table.shape[0]:
         raise ValueError(f"step is {step}; it should be from 0 to {table.shape[0] - 1}")
     if table.device != device or (counter is not None and counter.device != device):

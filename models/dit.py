@@ -191,7 +191,9 @@ def from_official(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
     Each block gets the one embedding of timestep and label; packed qkv are split into views. ``pos_embed``, sinusoids that were never trained, is
     left out: the model has its own. Raises KeyError for a name that DiT does not have.
     """
-    depth = 1 + max(int(match[1]) for key in state_dict if (match := re.match(r"blocks\.(\d+)\.", key)))
+    depth = 1 + max((int(match[1]) for key in state_dict if (match := re.match(r"blocks\.(\d+)\.", key))), default=-1)
+    if not depth:
+        raise KeyError("state_dict has no blocks.0.*, which every DiT has")
     out: dict[str, torch.Tensor] = {}
     for key, value in state_dict.items():
         if key == "pos_embed":

@@ -18,7 +18,7 @@ from fusewire.kernels.dispatch import recording
 from fusewire.models.configuration import StockConfig
 from fusewire.models.feed_forward import FeedForward, feed_forward_residual
 from fusewire.models.flux_attention import FluxAttention
-from fusewire.models.inputs import check_inputs, listed, present
+from fusewire.models.inputs import check_inputs, check_residuals, listed, present
 from fusewire.models.layers import (AdaLayerNormContinuous, AdaLayerNormZero, How, TimeTextEmbed, gate_residual_norm, gated_linear, linear,
                                     untouched)
 
@@ -183,8 +183,7 @@ class Flux(nn.Module):
             one whose dtype does not fit.
         """
         self._check(hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, guidance,
-                    listed("controlnet_block_samples", controlnet_block_samples)
-                    | listed("controlnet_single_block_samples", controlnet_single_block_samples))
+                    dict(controlnet_block_samples=controlnet_block_samples, controlnet_single_block_samples=controlnet_single_block_samples))
         how = self.norm_out.how
         x = linear(self.x_embedder, hidden_states, how)
         scale = (lambda value: None if value is None else value.to(x.dtype) * 1000)
@@ -199,7 +198,10 @@ class Flux(nn.Module):
         return linear(self.proj_out, self.norm_out(x, temb), how)
 
     def _check(self, x, context, pooled, timestep, img_ids, txt_ids, guidance, residuals) -> None:
-        check_inputs(self.x_embedder, dict(hidden_states=x, encoder_hidden_states=context, pooled_projections=pooled) | residuals,
+        floats = dict(hidden_states=x, encoder_hidden_states=context, pooled_projections=pooled)
+        for name, tensors in residuals.items():
+            floats |= listed(name, tensors)
+        check_inputs(self.x_embedder, floats,
                      reals=dict(timestep=timestep, img_ids=img_ids, txt_ids=txt_ids) | present(guidance=guidance))
         config = self.config
         if x.dim() != 3 or x.shape[2] != config.in_channels:
@@ -211,6 +213,8 @@ class Flux(nn.Module):
                                    ("img_ids", img_ids, (x.shape[1], axes)), ("txt_ids", txt_ids, (context.shape[1], axes))):
             if value.shape != shape:
                 raise ValueError(f"{name} has shape {list(value.shape)}; it should be {list(shape)}")
+        for name, tensors in residuals.items():
+            check_residuals(name, tensors, (*x.shape[:2], config.num_attention_heads * config.attention_head_dim))
         if (guidance is not None) != config.guidance_embeds or guidance is not None and guidance.shape != (batch,):
             raise ValueError(f"guidance is {'None' if guidance is None else list(guidance.shape)}; "
                              f"it should be {[batch] if config.guidance_embeds else None}, as guidance_embeds is {config.guidance_embeds}")

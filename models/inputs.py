@@ -42,6 +42,17 @@ def listed(name: str, tensors) -> dict[str, torch.Tensor]:
     return {f"{name}[{index}]": tensor for index, tensor in enumerate(() if tensors is None else tensors)}
 
 
+def check_residuals(name: str, tensors, shape: tuple[int, ...]) -> None:
+    """A list of tensors of this shape, at least one; or None."""
+    if tensors is None:
+        return
+    if not len(tensors):
+        raise ValueError(f"{name} is empty; it should be None or hold at least one residual")
+    for index, tensor in enumerate(tensors):
+        if tensor.shape != shape:
+            raise ValueError(f"{name}[{index}] has shape {list(tensor.shape)}; it should be {list(shape)}")
+
+
 def present(**tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """Optional arguments: those that are given."""
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}

@@ -17,7 +17,7 @@ from torch import nn
 from fusewire.models.attention import Attention
 from fusewire.models.configuration import StockConfig
 from fusewire.models.feed_forward import FeedForward, feed_forward_residual
-from fusewire.models.inputs import check_inputs, listed
+from fusewire.models.inputs import check_inputs, check_residuals, listed
 from fusewire.models.layers import (AdaLayerNormContinuous, AdaLayerNormZero, How, PatchEmbed, TimeTextEmbed, gate_residual_norm, linear,
                                     unpatchify)
 
@@ -44,6 +44,8 @@ class MMDiTConfig(StockConfig):
     mlp_ratio: float = 4.0
 
     def __post_init__(self):
+        if self.num_layers < 1:
+            raise ValueError(f"num_layers is {self.num_layers}; it should be at least 1")
         if self.qk_norm not in (None, "rms_norm"):
             raise ValueError(f"qk_norm is {self.qk_norm!r}; it should be None or 'rms_norm'")
         if self.caption_projection_dim != self.inner_dim:
@@ -172,6 +174,7 @@ class MMDiT(nn.Module):
             raise ValueError(f"pooled_projections has shape {list(pooled.shape)}; it should be [{batch}, {config.pooled_projection_dim}]")
         if timestep.shape != (batch,):
             raise ValueError(f"timestep has shape {list(timestep.shape)}; it should be [{batch}]")
+        check_residuals("block_controlnet_hidden_states", residuals, (batch, (x.shape[2] // p) * (x.shape[3] // p), config.inner_dim))
 
     def init_weights(self) -> None:
         """The initialisation for training of Peebles and Xie (2023): Xavier for the linears, zero for every modulation and for the output."""
@@ -225,7 +228,9 @@ def from_official(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
     """
     if any(key.startswith(_PREFIX) for key in state_dict):
         state_dict = {key[len(_PREFIX):]: value for key, value in state_dict.items() if key.startswith(_PREFIX)}
-    depth = 1 + max(int(match[1]) for key in state_dict if (match := re.match(r"joint_blocks\.(\d+)\.", key)))
+    depth = 1 + max((int(match[1]) for key in state_dict if (match := re.match(r"joint_blocks\.(\d+)\.", key))), default=-1)
+    if not depth:
+        raise KeyError("state_dict has no joint_blocks.0.*, which every MMDiTX has")
     out: dict[str, torch.Tensor] = {}
     for key, value in state_dict.items():
         if key == "pos_embed":

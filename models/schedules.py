@@ -75,12 +75,14 @@ def sigmas_at(times: torch.Tensor, bar: torch.Tensor) -> torch.Tensor:
 
 def karras_sigmas(steps: int, smallest: float, largest: float, rho: float = 7.0) -> torch.Tensor:
     """[steps + 1]: Karras et al. (2022), "Elucidating the Design Space of Diffusion-Based Generative Models", equation 5."""
+    _check_steps(steps)
     low, high = smallest ** (1 / rho), largest ** (1 / rho)
     return _ending_in_zero((high + linspace(0, 1, steps) * (low - high)) ** rho)
 
 
 def exponential_sigmas(steps: int, smallest: float, largest: float) -> torch.Tensor:
     """[steps + 1]: evenly spaced logarithms."""
+    _check_steps(steps)
     return _ending_in_zero(linspace(math.log(largest), math.log(smallest), steps).exp())
 
 

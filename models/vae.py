@@ -227,10 +227,13 @@ def from_official(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
     convolutions of the attention are linears.
 
     A ``first_stage_model.`` prefix is dropped, and with it whatever in a full checkpoint is not the autoencoder. Tensors are views.
+    Raises KeyError where there is no decoder among them.
     """
     if any(key.startswith(_PREFIX) for key in state_dict):
         state_dict = {key[len(_PREFIX):]: value for key, value in state_dict.items() if key.startswith(_PREFIX)}
-    last = max(int(match[1]) for key in state_dict if (match := re.match(r"decoder\.up\.(\d+)\.", key)))
+    last = max((int(match[1]) for key in state_dict if (match := re.match(r"decoder\.up\.(\d+)\.", key))), default=-1)
+    if last < 0:
+        raise KeyError("state_dict has no decoder.up.0.*, which every such autoencoder has")
     out: dict[str, torch.Tensor] = {}
     for key, value in state_dict.items():
         name = re.sub(r"^(decoder\.up\.)(\d+)", lambda m: f"{m[1]}{last - int(m[2])}", key)

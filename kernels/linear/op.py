@@ -131,7 +131,7 @@ def _fits(x, weight, bias, activation, gate, residual) -> bool:
     dtype, shape, given = x.dtype, weight.shape, x.shape
     device = None if x.is_cpu else x.device  # there is one CPU
     if residual is not None:
-        if activation is not None or not _fits_epilogue(gate, residual, dtype, (*given[:-1], shape[0]), x.device):
+        if activation is not None or len(shape) != 2 or not _fits_epilogue(gate, residual, dtype, (*given[:-1], shape[0]), x.device):
             return False
     elif gate is not None:
         return False

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from fusewire.kernels import checks
+
 COLUMNS = {"flow_euler": ("dt", "guidance")}
 # solver_step's columns and what they are where nothing is said: the term is absent (0), or nothing is scaled or divided (1).
 SOLVER = {
@@ -47,8 +49,9 @@ def flow_euler_table(sigmas: torch.Tensor, guidance_scale: float | Sequence[floa
         guidance_scale: one number for all steps, or S of them (guidance in an interval: 1 outside it).
 
     Returns: [S, 2] float64 on sigmas' device.
-    Raises: ValueError for sigmas of another rank, or fewer than two, or a number of guidance scales that is not S.
+    Raises: TypeError for sigmas that are no floating tensor, ValueError for sigmas of another rank, or fewer than two, or a number of guidance scales that is not S.
     """
+    checks.floating("sigmas", sigmas)
     if sigmas.dim() != 1 or len(sigmas) < 2:
         raise ValueError(f"sigmas has shape {list(sigmas.shape)}; it should be [S + 1] with S of at least 1")
     steps = len(sigmas) - 1

@@ -128,6 +128,8 @@ def test_gradients_against_diffusers(variant):
     ("img_ids", dict(img_ids=torch.zeros(14, 3))),
     ("txt_ids", dict(txt_ids=torch.zeros(7, 2))),
     ("guidance", dict(guidance=None)),
+    ("controlnet_block_samples", dict(controlnet_block_samples=[])),
+    (r"controlnet_single_block_samples\[1\]", dict(controlnet_single_block_samples=[torch.zeros(2, 15, 32), torch.zeros(2, 14, 32)])),
 ])
 def test_bad_input_is_named(name, change):
     with pytest.raises(ValueError, match=f"^{name} "):

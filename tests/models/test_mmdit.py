@@ -132,7 +132,14 @@ def test_bad_input_is_named(name, change):
         model(**dict(inputs(), **change))
 
 
-@pytest.mark.parametrize("change, name", [(dict(qk_norm="layer_norm"), "qk_norm"), (dict(caption_projection_dim=31), "caption_projection_dim")])
+@pytest.mark.parametrize("residuals, message", [([], "is empty"), ([torch.zeros(2, 24, 31)], r"\[0\] has shape")])
+def test_bad_residuals_are_named(residuals, message):
+    with pytest.raises(ValueError, match=f"^block_controlnet_hidden_states{' ' * (not residuals)}{message}"):
+        MMDiT(MMDiTConfig(**VARIANTS["sd3"]))(**inputs(), block_controlnet_hidden_states=residuals)
+
+
+@pytest.mark.parametrize("change, name", [(dict(qk_norm="layer_norm"), "qk_norm"), (dict(caption_projection_dim=31), "caption_projection_dim"),
+                                          (dict(num_layers=0), "num_layers")])
 def test_bad_config_is_named(change, name):
     with pytest.raises(ValueError, match=f"^{name} is"):
         MMDiTConfig(**dict(VARIANTS["sd3"], **change))
@@ -165,3 +172,6 @@ def test_golden_tensors_of_the_official_repository(dtype, bound):
 def test_a_name_the_official_repository_does_not_have():
     with pytest.raises(KeyError, match="joint_blocks.0.x_block.attn.bogus.weight"):
         from_official({"joint_blocks.0.x_block.attn.bogus.weight": torch.zeros(1)})
+    for nothing in ({}, {"foo.weight": torch.zeros(1)}):
+        with pytest.raises(KeyError, match="joint_blocks.0"):
+            from_official(nothing)

@@ -135,7 +135,8 @@ def test_conversions_are_diffusers(kind):
 
 @pytest.mark.parametrize("call, message", [
     (lambda: schedules.timesteps(0), "^steps is 0"), (lambda: schedules.timesteps(3, "even"), "^spacing is 'even'"),
-    (lambda: schedules.flow_sigmas(0), "^steps is 0"),
+    (lambda: schedules.flow_sigmas(0), "^steps is 0"), (lambda: schedules.karras_sigmas(0, 0.1, 10.0), "^steps is 0"),
+    (lambda: schedules.exponential_sigmas(0, 0.1, 10.0), "^steps is 0"),
     (lambda: schedules.x0_and_eps(torch.ones(1), torch.ones(1), "score", 1, 1), "^kind is 'score'"),
     (lambda: schedules.converted(torch.ones(1), torch.ones(1), "eps", "score", 1, 1), "^to is 'score'"),
 ])

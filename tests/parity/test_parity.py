@@ -10,6 +10,8 @@ from torch import nn
 import fusewire
 from fusewire.errors import BadInput, NothingToDo
 from fusewire.parity.pictures import float64_trajectory, generate, plan
+from fusewire.presets import inputs_for
+from fusewire.profile.bench import bench
 from tests.spoil import spoil
 from tests.tiny import CALL, tiny_pipeline
 
@@ -95,7 +97,7 @@ def test_the_float64_trajectory_is_stocks(pipe):
 
 @pytest.mark.parametrize("arguments, message", [
     (dict(numerics="fast"), "numerics is 'fast'"), (dict(levels=["pixel"]), "levels is"), (dict(levels=[]), "levels is"),
-    (dict(seeds=()), "seeds is"), (dict(steps=0), "steps is 0")])
+    (dict(seeds=()), "seeds is"), (dict(steps=0), "steps is 0"), (dict(steps=1.5), "steps is 1.5"), (dict(guidance="4"), "guidance is '4'")])
 def test_bad_arguments(pipe, arguments, message):
     with pytest.raises(BadInput, match=message):
         prove(pipe, **arguments)
@@ -106,14 +108,28 @@ def test_bad_targets(pipe):
         fusewire.parity("pipe")
     with pytest.raises(BadInput, match="inputs is None"):
         fusewire.parity(pipe.transformer.transformer_blocks[0], levels=["model"])
-    with pytest.raises(NothingToDo):
-        fusewire.parity(nn.Linear(3, 3), inputs=dict(input=torch.ones(1, 3)))
+    for inputs in (dict(input=torch.ones(1, 3)), None):
+        with pytest.raises(NothingToDo):
+            fusewire.parity(nn.Linear(3, 3), inputs=inputs)
     handle = fusewire.swap(pipe)
     try:
         with pytest.raises(BadInput, match="swapped already"):
             prove(pipe)
     finally:
         handle.restore()
+
+
+@pytest.mark.parametrize("run", (lambda model, inputs: fusewire.parity(model, inputs=inputs, levels=["model"]),
+                                 lambda model, inputs: fusewire.profile(model, inputs=inputs, rounds=1),
+                                 lambda model, inputs: bench(model, inputs=inputs, rounds=1)), ids=("parity", "profile", "bench"))
+@pytest.mark.parametrize("change, message", [
+    (lambda given: {**given, "hidden_states": torch.zeros(2, 3, 5)}, "inputs does not fit SD3Transformer2DModel, whose call said: "),
+    (lambda given: {**given, "timestep": given["timestep"].to("meta")}, "inputs does not fit SD3Transformer2DModel, whose call said: "),
+    (lambda given: {**given, "foo": 1}, "inputs does not fit SD3Transformer2DModel, whose call said: TypeError: .*foo"),
+    (lambda given: list(given), "inputs is a list; it should be a dictionary")], ids=("rank", "device", "name", "list"))
+def test_inputs_that_do_not_fit(pipe, run, change, message):
+    with pytest.raises(BadInput, match=message):
+        run(pipe.transformer, change(inputs_for(pipe.transformer)))
 
 
 def test_weights_that_are_not_finite():

@@ -76,15 +76,19 @@ def test_stage_clock(pipe):
     assert clock.medians(1)["denoiser"] > 0 and clock.medians(1)["scheduler"] > 0 and clock.medians(1)["VAE"] == 0
 
 
-@pytest.mark.parametrize("arguments, message", [(dict(rounds=0), "rounds is 0"), (dict(numerics="best"), "numerics is 'best'"), (dict(steps=0), "steps is 0")])
+@pytest.mark.parametrize("arguments, message", [(dict(rounds=0), "rounds is 0"), (dict(numerics="best"), "numerics is 'best'"), (dict(steps=0), "steps is 0"),
+                                                (dict(rounds=2.5), "rounds is 2.5")])
 def test_bad_arguments(pipe, arguments, message):
     with pytest.raises(BadInput, match=message):
         fusewire.profile(pipe, **arguments)
 
 
 def test_nothing_to_swap():
-    with pytest.raises(NothingToDo):
-        fusewire.profile(nn.Linear(3, 3), inputs=dict(input=torch.ones(1, 3)))
+    for inputs in (dict(input=torch.ones(1, 3)), None):
+        with pytest.raises(NothingToDo):
+            fusewire.profile(nn.Linear(3, 3), inputs=inputs)
+        with pytest.raises(NothingToDo):
+            bench(nn.Linear(3, 3), inputs=inputs)
 
 
 def test_bench(pipe):

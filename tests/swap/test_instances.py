@@ -306,6 +306,7 @@ def test_a_stock_forward_that_was_never_verified(monkeypatch):
     (lambda: stock_model("sd3"), dict(numerics="fast"), ValueError, "^numerics is 'fast'"),
     (lambda: stock_model("sd3"), dict(only="adaln"), ValueError, "^only is \\['adaln'\\]; it should name some of adaln_modulate"),
     (lambda: stock_model("sd3"), dict(only=[]), ValueError, "^only is \\[\\]"),
+    (lambda: stock_model("sd3"), dict(only=3), ValueError, "^only is 3; it should be the name of an op"),
     (lambda: torch.nn.Linear(2, 2), {}, ValueError, "^pipe_or_module is a Linear with nothing to swap"),
     (lambda: FeedForward(8), {}, ValueError, "^pipe_or_module is a FeedForward with nothing to swap"),
     (lambda: stock_model("sd3").to("meta"), {}, ValueError, "^pipe_or_module is not loaded: pos_embed.proj.weight is on the meta device"),

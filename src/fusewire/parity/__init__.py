@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from fusewire.callable_package import calls
 from fusewire.copies import check_target, denoiser_of, place_of, shared_copy
-from fusewire.errors import BadInput, NothingToDo
+from fusewire.errors import BadInput, NothingToDo, blaming, count
 from fusewire.machine import describe
 from fusewire.parity import blocks, ops, pictures
 from fusewire.parity.result import LEVELS, ParityResult, Pictures, Row, name_of
@@ -49,8 +49,7 @@ def parity(pipe_or_module, *, numerics: str = "both", levels: Sequence[str] = LE
     check_target(pipe_or_module)
     variants = parse_numerics(numerics)
     levels = _parse_levels(levels)
-    if not seeds or steps < 1:
-        raise BadInput(f"seeds is {list(seeds)} and steps is {steps}; there should be at least one of each")
+    check_run(seeds, steps, guidance)
     check_finite(pipe_or_module)
     tell = progress or (lambda what, done, total: None)
     is_pipe = not isinstance(pipe_or_module, nn.Module)
@@ -69,6 +68,9 @@ def parity(pipe_or_module, *, numerics: str = "both", levels: Sequence[str] = LE
         args, kwargs = blocks.captured(model, lambda: pictures.generate(stock, run, decode=False), which=steps // 2)
     else:
         args, kwargs = (), inputs_of(model, inputs, size)
+        if inputs is not None:
+            with blaming("inputs", type(model).__name__), torch.inference_mode():
+                model(**kwargs)
 
     if "op" in levels:
         for numerics, value in swapped.items():
@@ -146,7 +148,24 @@ def swap_copies(value, variants: Sequence[str], took: dict[str, float] | None = 
 
 def inputs_of(model: nn.Module, inputs: dict | None, size: int | None) -> dict:
     """The keyword arguments of one call of a denoiser: ``inputs``, or random ones for a class that a preset has. BadInput otherwise."""
-    return inputs_for(model, size=size) if inputs is None else inputs
+    if inputs is not None:
+        if not isinstance(inputs, Mapping):
+            raise BadInput(f"inputs is a {type(inputs).__name__}; it should be a dictionary of the keyword arguments of one call")
+        return dict(inputs)
+    try:
+        return inputs_for(model, size=size)
+    except BadInput:
+        swap_copies(model, ("exact", "close"))  # where nothing can be swapped, that is what there is to say
+        raise
+
+
+def check_run(seeds: Sequence[int], steps: int, guidance: float) -> None:
+    """BadInput naming what no pictures can be drawn with."""
+    if not seeds:
+        raise BadInput("seeds is empty; there should be at least one")
+    count("steps", steps)
+    if not isinstance(guidance, (int, float)):
+        raise BadInput(f"guidance is {guidance!r}; it should be a number")
 
 
 def ticker(tell: Progress, what: str, total: int) -> Callable[[], None]:

@@ -8,16 +8,16 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import torch
 from torch import nn
 
 from fusewire.callable_package import calls
 from fusewire.copies import check_target, denoiser_of, place_of, shared_copy
-from fusewire.errors import BadInput, NothingToDo
+from fusewire.errors import NothingToDo, blaming, count
 from fusewire.machine import describe, seconds
-from fusewire.parity import inputs_of, parse_numerics, pictures, swap_copies, ticker
+from fusewire.parity import check_run, inputs_of, parse_numerics, pictures, swap_copies, ticker
 from fusewire.parity.blocks import Counting
 from fusewire.parity.result import name_of
 from fusewire.profile.floor import Floor, floor_of
@@ -51,8 +51,8 @@ def profile(pipe_or_module, *, numerics: str = "both", compile: bool = False, ro
     """
     check_target(pipe_or_module)
     wanted = parse_numerics(numerics)
-    if rounds < 1 or steps < 1 or not seeds:
-        raise BadInput(f"rounds is {rounds}, steps is {steps}, seeds is {list(seeds)}; there should be at least one of each")
+    count("rounds", rounds)
+    check_run(seeds, steps, guidance)
     check_finite(pipe_or_module)
     tell = progress or (lambda what, done, total: None)
     is_pipe = not isinstance(pipe_or_module, nn.Module)
@@ -73,7 +73,8 @@ def profile(pipe_or_module, *, numerics: str = "both", compile: bool = False, ro
     values, first, order, kept = {"eager": stock}, {}, ["eager"], {}
     held = tensor_bytes()
     tick = ticker(tell, "warm-up", 1 + compile + len(wanted))
-    first["eager"] = seconds(caller(stock), device)
+    with blaming("inputs", type(model).__name__) if inputs is not None and not is_pipe else nullcontext():
+        first["eager"] = seconds(caller(stock), device)
     usual += tensor_bytes() - held
     tick()
     if compile and not has_compiler():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fusewire.copies import denoiser_of
-from fusewire.errors import BadInput, NothingToDo
+from fusewire.errors import BadInput, NothingToDo, blaming, count
 from fusewire.kernels.dispatch import TABLES
 from fusewire.machine import describe
 from fusewire.parity import inputs_of, ops, parse_numerics, swap_copies, ticker
@@ -74,7 +74,11 @@ def bench(module, *, numerics: str = "both", only: list[str] | None = None, inpu
         raise BadInput(f"op is {unknown[0]!r}; it should be one of {', '.join(sorted(TABLES))}")
     _, model = denoiser_of(module)
     kwargs, tell = inputs_of(model, inputs, None), progress or (lambda what, done, total: None)
+    count("rounds", rounds)
     copies, _ = swap_copies(model, parse_numerics(numerics))
+    if inputs is not None:
+        with blaming("inputs", type(model).__name__), torch.inference_mode():
+            model(**kwargs)
     work = []
     for label, copy in copies.items():
         with torch.inference_mode(), ops.recording() as calls:

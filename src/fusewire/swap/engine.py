@@ -188,6 +188,8 @@ def _check_loaded(parts: list[tuple[str, object]]) -> None:
 def _names(only, known: list[str]) -> set[str] | None:
     if only is None:
         return None
+    if not isinstance(only, Iterable):
+        raise BadInput(f"only is {only!r}; it should be the name of an op, or several")
     names = {only} if isinstance(only, str) else set(only)
     unknown = sorted(names.difference(known), key=str)
     if unknown or not names:

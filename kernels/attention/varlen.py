@@ -62,6 +62,15 @@ _attention = Table("attention_varlen", [
 ])
 
 
+def _fits(q, k, v) -> bool:
+    """The common call in few comparisons, on the CPU; ``_check`` looks at the rest and finds out what is wrong."""
+    if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)):
+        return False
+    dtype, shape, keys = q.dtype, q.shape, k.shape
+    return (dtype in checks.FLOATS and k.dtype is dtype and v.dtype is dtype and len(shape) == 3 and v.shape == keys and keys[1:] == shape[1:]
+            and q.is_cpu and k.is_cpu and v.is_cpu)
+
+
 def _check(q, k, v) -> None:
     """q [Tq, H, D], k and v [Tk, H_kv, D], one dtype, one device."""
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -79,7 +88,7 @@ def _check(q, k, v) -> None:
             raise ValueError(f"{name} is on {x.device}; it should be on {q.device}, where q is")
 
 
-def _check_cu_seqlens(name: str, cu_seqlens, x: str, tokens: int, device: torch.device, count: int | None) -> None:
+def _check_cu_seqlens(name: str, cu_seqlens, x: str, tokens: int, q: torch.Tensor, count: int | None) -> None:
     if not isinstance(cu_seqlens, torch.Tensor):
         raise TypeError(f"{name} is a {type(cu_seqlens).__name__}; it should be a torch.Tensor of int32")
     if cu_seqlens.dtype is not torch.int32:
@@ -88,20 +97,22 @@ def _check_cu_seqlens(name: str, cu_seqlens, x: str, tokens: int, device: torch.
         raise ValueError(f"{name} has shape {list(cu_seqlens.shape)}; it should be [sequences + 1]")
     if count is not None and cu_seqlens.shape[0] != count:
         raise ValueError(f"{name} has {cu_seqlens.shape[0]} elements; it should have {count}, as cu_seqlens_q has: one more than there are sequences")
-    if cu_seqlens.device != device:
-        raise ValueError(f"{name} is on {cu_seqlens.device}; it should be on {device}, where q is")
+    here = cu_seqlens.is_cpu and q.is_cpu
+    if not here and cu_seqlens.device != q.device:
+        raise ValueError(f"{name} is on {cu_seqlens.device}; it should be on {q.device}, where q is")
     # Values are looked at where that waits for no device; the CPU kernels look again, as these may be traced
-    if device.type != "cpu" or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if not here or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return
     values = cu_seqlens.tolist()
+    if values[0] == 0 and values[-1] == tokens and values == sorted(values):
+        return
     if values[0] != 0:
         raise ValueError(f"{name} begins with {values[0]}; it should begin with 0, the first token of the first sequence")
     if values[-1] != tokens:
         raise ValueError(f"{name} ends with {values[-1]}; it should end with {tokens}, the number of tokens of {x}")
-    if any(a > b for a, b in zip(values, values[1:])):
-        at = next(i for i, (a, b) in enumerate(zip(values, values[1:])) if a > b)
-        raise ValueError(f"{name} decreases from {values[at]} to {values[at + 1]} at index {at + 1}; it should be the cumulative sum of the lengths, "
-                         "after a 0: torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)")
+    at = next(i for i, (a, b) in enumerate(zip(values, values[1:])) if a > b)
+    raise ValueError(f"{name} decreases from {values[at]} to {values[at + 1]} at index {at + 1}; it should be the cumulative sum of the lengths, "
+                     "after a 0: torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)")
 
 
 def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k=None, *, causal: bool = False, scale: float | None = None,
@@ -128,12 +139,13 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k=None, *, causal: bool =
     """
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         q, k, v = cast((q, k, v))
-    _check(q, k, v)
+    if not _fits(q, k, v):
+        _check(q, k, v)
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
-    _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "q", q.shape[0], q.device, None)
+    _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "q", q.shape[0], q, None)
     if cu_seqlens_k is not cu_seqlens_q or k.shape[0] != q.shape[0]:
-        _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "k", k.shape[0], q.device, cu_seqlens_q.shape[0])
+        _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "k", k.shape[0], q, cu_seqlens_q.shape[0])
     if scale is not None:
         checks.number("scale", scale)
     if return_lse or learns(q, k, v):

@@ -62,12 +62,23 @@ def solver_step(sample, model_output, table, step, *, uncond=None, previous=None
     Source: Song et al. (2020), "Denoising Diffusion Implicit Models"; Karras et al. (2022); Lu et al. (2022), "DPM-Solver++".
     """
     checks.floating("sample", sample)
+    try:
+        mask = _checked_mask(sample, model_output, uncond, previous, base, noise, mask, known, known_noise)
+    except AttributeError:  # what is no tensor has no shape; to ask each beforehand would take a tenth of the call
+        for name, value in (("model_output", model_output), ("uncond", uncond), ("previous", previous), ("base", base), ("noise", noise), ("mask", mask),
+                            ("known", known), ("known_noise", known_noise)):
+            if not isinstance(value, torch.Tensor) and (value is not None or name == "model_output"):
+                raise TypeError(f"{name} is a {type(value).__name__}; it should be a torch.Tensor") from None
+        raise
+    step, counter = checked_row(table, step, SOLVER, sample.device)
+    return _solver(sample, model_output, uncond, previous, base, noise, mask, known, known_noise, table, step, counter, wide_x0, wide_out, keep_slope,
+                   reciprocal, is_exact(numerics))
+
+
+def _checked_mask(sample, model_output, uncond, previous, base, noise, mask, known, known_noise) -> torch.Tensor | None:
+    """The mask in sample's shape; all the tensors are as stated."""
     shape, dtype, device = sample.shape, sample.dtype, sample.device
-    for name, tensor in (("model_output", model_output), ("uncond", uncond), ("previous", previous), ("base", base), ("noise", noise), ("mask", mask),
-                         ("known", known), ("known_noise", known_noise)):
-        if not isinstance(tensor, torch.Tensor) and (tensor is not None or name == "model_output"):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; it should be a torch.Tensor")
-    if not sample.dim():
+    if not shape:
         raise ValueError("sample has no dimension; it should be [B, ...]")
     got = model_output.shape
     if got != shape and (uncond is not None or got != (2 * shape[0], *shape[1:])):
@@ -85,9 +96,7 @@ def solver_step(sample, model_output, table, step, *, uncond=None, previous=None
     for tensor in (previous, noise):
         if tensor is not None and not (tensor.dtype in (dtype, compute_dtype(dtype)) and tensor.shape == shape and tensor.device == device):
             _explain(sample, model_output, uncond, previous, base, noise, mask, known, known_noise)
-    step, counter = checked_row(table, step, SOLVER, device)
-    return _solver(sample, model_output, uncond, previous, base, noise, mask, known, known_noise, table, step, counter, wide_x0, wide_out, keep_slope,
-                   reciprocal, is_exact(numerics))
+    return mask
 
 
 def _explain(sample, model_output, uncond, previous, base, noise, mask, known, known_noise) -> None:

@@ -103,6 +103,16 @@ def test_bad_arguments(pipe, arguments, message):
         prove(pipe, **arguments)
 
 
+def test_dropout_is_off():
+    """A model in training mode: two calls of it differ, stock or not. It stays as it was."""
+    pipe = tiny_pipeline()
+    block = pipe.transformer.transformer_blocks[0]
+    block.ff.net[1].p = 0.5
+    pipe.transformer.train()
+    assert prove(pipe, levels=["block", "model"]).ok
+    assert block.training and block.ff.net[1].training
+
+
 def test_bad_targets(pipe):
     with pytest.raises(BadInput, match="pipe_or_module is a str"):
         fusewire.parity("pipe")

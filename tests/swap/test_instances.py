@@ -160,6 +160,36 @@ def test_nesting(outer_first):
     assert fusewire.restore(model) == 0 and classes(model) == before
 
 
+def test_a_handle_that_another_undid_touches_no_later_swap():
+    model = stock_model("sd3.5")
+    before = classes(model)
+    first, second = fusewire.swap(model, "exact"), fusewire.swap(model, "close")
+    first.restore()
+    third = fusewire.swap(model, "close")
+    blocks = classes(model.transformer_blocks[0].norm1)
+    second.restore()  # what "close" alone swaps is still its own, and goes
+    assert classes(model.transformer_blocks[0].norm1) == blocks != [AdaLayerNormZero]
+    third.restore()
+    assert classes(model) == before
+    one, twin = fusewire.swap(model, "exact"), copy.deepcopy(model)
+    one.restore()
+    assert classes(model) == before != classes(twin)
+    assert fusewire.restore(twin) and not any("fusewire" in key for part in twin.modules() for key in vars(part))
+
+
+def test_what_a_swapped_class_makes_is_stock():
+    """``type(pipe.scheduler).from_config`` while swapped: what it makes is in no handle."""
+    pipe = tiny_pipeline()
+    with fusewire.swapped(pipe):
+        block = pipe.transformer.transformer_blocks[0]
+        assert type(pipe.scheduler) is not FlowMatchEulerDiscreteScheduler and type(block) is not JointTransformerBlock
+        made = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=2.0)
+        assert type(made) is FlowMatchEulerDiscreteScheduler and made.config.shift == 2.0
+        assert type(type(block)(32, 2, 16)) is JointTransformerBlock
+        assert type(type(pipe.transformer).from_config(pipe.transformer.config)) is type(pipe.transformer)
+        assert type(copy.copy(pipe.scheduler)) is type(pipe.scheduler)
+
+
 def test_context_manager_restores_after_an_error():
     model = stock_model("sd3")
     before = classes(model)

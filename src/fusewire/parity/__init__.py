@@ -20,7 +20,7 @@ from fusewire.parity.result import LEVELS, ParityResult, Pictures, Row, name_of
 from fusewire.parity.verdict import measure
 from fusewire.presets import inputs_for
 from fusewire.swap.report import SIDES
-from fusewire.targets import check_finite
+from fusewire.targets import check_finite, modules_of
 from fusewire.targets import describe as describe_model
 
 __all__ = ["LEVELS", "ParityResult", "Pictures", "Row", "measure", "parity"]
@@ -34,7 +34,8 @@ def parity(pipe_or_module, *, numerics: str = "both", levels: Sequence[str] = LE
     """Swap a copy of a pipeline or denoiser, and judge it against the stock one by the project's rule.
 
     Args:
-        pipe_or_module: a diffusers pipeline or denoiser, not swapped; it is left as it is. Its dtype is the dtype of the comparison.
+        pipe_or_module: a diffusers pipeline or denoiser, not swapped; it is left as it is. Its dtype is the dtype of the comparison,
+            which is one in evaluation mode, without dropout.
         numerics: ``"exact"``, ``"close"`` or ``"both"``.
         levels: which of ``("op", "block", "model", "picture")`` to judge. Pictures need a pipeline.
         inputs: keyword arguments of one call of a denoiser; random ones unless given, for the classes that presets have.
@@ -55,6 +56,9 @@ def parity(pipe_or_module, *, numerics: str = "both", levels: Sequence[str] = LE
     is_pipe = not isinstance(pipe_or_module, nn.Module)
     stock = shared_copy(pipe_or_module)
     swapped, swaps = swap_copies(pipe_or_module, variants)
+    for value in (stock, *swapped.values()):  # two calls of a dropout differ, stock or not
+        for _, module in modules_of(value):
+            module.eval()
     component, model = denoiser_of(stock)
     models = {numerics: denoiser_of(value)[1] for numerics, value in swapped.items()}
     rows: list[Row] = []

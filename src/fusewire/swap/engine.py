@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterable, Iterator
 from types import MethodType
@@ -17,6 +18,8 @@ from fusewire.swap.fused import stock_of
 from fusewire.swap.report import Entry, Report, SwapError, warn_the_user
 
 ALREADY = "already swapped"
+IN_FORCE = "_fusewire_in_force"  # attribute of a swapped instance: the numbers of the swaps that made it what it is, in their order
+_numbers = itertools.count()
 
 _warned: set[tuple[str, str]] = set()
 
@@ -27,13 +30,18 @@ class Handle:
     def __init__(self, report: Report, changes: list[tuple[object, type]]):
         self.report = report
         self._changes = [(weakref.ref(instance), before) for instance, before in changes]  # the handle keeps no model alive
+        self._number = next(_numbers)
+        for instance, _ in changes:
+            vars(instance).setdefault(IN_FORCE, []).append(self._number)
 
     def restore(self) -> None:
-        """Give back the classes from before this swap. What is stock already, or no longer exists, is left as it is."""
+        """Give back the classes from before this swap, and so undo those made since. What it no longer is in force for, or no longer exists, stays."""
         for reference, before in reversed(self._changes):
             instance = reference()
-            if instance is not None and stock_of(instance) is not None:
+            in_force = () if instance is None else vars(instance).get(IN_FORCE, ())
+            if self._number in in_force:
                 set_class(instance, before)
+                del in_force[in_force.index(self._number):]
         self._changes = []
 
     def __repr__(self) -> str:

@@ -24,7 +24,7 @@ def fused_class(stock: type, how: How) -> type:
     ``compile_repeated_blocks``, ``save_pretrained``) finds it."""
     key = (stock, how)
     if key not in _classes:
-        namespace = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__, "__reduce_ex__": _reduce_ex,
+        namespace = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__, "__new__": _new, "__reduce_ex__": _reduce_ex,
                      "fusewire_stock": stock, "fusewire_how": how, **MAKERS[stock](how)}
         if hasattr(stock, "extra_repr"):
             namespace["extra_repr"] = _extra_repr
@@ -41,6 +41,13 @@ def stock_of(instance) -> type | None:
 def _extra_repr(self) -> str:
     mine, stock = f"fusewire: {self.fusewire_how.numerics}", self.fusewire_stock.extra_repr(self)
     return f"{stock}, {mine}" if stock else mine
+
+
+def _new(cls, *args, **kwargs):
+    """What is made by calling a swapped instance's class (``type(pipe.scheduler).from_config(...)``) is nobody's swap: an instance of the stock class."""
+    if "fusewire_stock" in vars(cls):
+        return cls.fusewire_stock(*args, **kwargs)
+    return object.__new__(cls)
 
 
 def _reduce_ex(self, protocol):

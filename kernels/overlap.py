@@ -10,11 +10,11 @@ import torch
 def refuse(outputs: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]) -> None:
     """ValueError where two outputs overlap, or an output and an input; but for the i-th output and the i-th input, where they are the same elements.
 
-    Tensors without memory of their own (compiled, traced, or within a transform of torch.func) are not looked at.
+    Tensors without memory (on the meta device, compiled, traced, or within a transform of torch.func) are not looked at.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
-    if not all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in (*outputs.values(), *inputs.values())):
+    if not all(type(x) in (torch.Tensor, torch.nn.Parameter) and not x.is_meta for x in (*outputs.values(), *inputs.values())):
         return
     pairs = [(name, out, other, x, i == j) for i, (name, out) in enumerate(outputs.items()) for j, (other, x) in enumerate(inputs.items())]
     pairs += [(*one, *other, False) for one, other in itertools.combinations(outputs.items(), 2)]

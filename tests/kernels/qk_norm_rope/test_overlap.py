@@ -54,6 +54,13 @@ def test_other_strides():
     assert not overlap(view((1, 0, 2, 8), (64, 16, 8, 1)), view((1, 4, 2, 8), (64, 16, 8, 1)))
 
 
+@pytest.mark.on_reference(reason="nothing is computed on the meta device")
+def test_without_memory():
+    q, k, q_out, k_out = (torch.empty(1, 4, 2, 8, device="meta") for _ in range(4))
+    with torch.no_grad():
+        ops.qk_norm_into(q, k, None, None, q_out, k_out)
+
+
 def packed():
     buffer = torch.randn(2, 6, 3, 4, 16)  # [B, T, (q, k, v), H, D]
     return buffer[:, :, 0], buffer[:, :, 1], buffer[:, :, 2]

@@ -14,6 +14,7 @@ from alternating import samples
 from fusewire import ops
 
 SIDES = ("eager", "compile", "exact", "close", "openvino")
+MORE_SIDES = ("exact compiled", "close compiled")  # torch.compile of the swapped model
 
 
 def swapped(model: torch.nn.Module, numerics: str) -> torch.nn.Module:
@@ -67,6 +68,9 @@ def sides(wanted: list[str], make: Callable[[], torch.nn.Module], example: dict,
         if numerics in wanted:
             ours = swapped(model, numerics)
             calls[numerics] = lambda ours=ours: ours(**example, return_dict=False)[0]
+        if f"{numerics} compiled" in wanted:
+            graph = torch.compile(swapped(model, numerics), fullgraph=True)
+            calls[f"{numerics} compiled"] = lambda graph=graph: graph(**example, return_dict=False)[0]
     if "openvino" in wanted:
         call = openvino_call(make(), example, dtype)
         if call is not None:
@@ -93,4 +97,4 @@ def measured(calls: dict[str, Callable[[], torch.Tensor]], arguments: argparse.N
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--sides", nargs="+", choices=(*SIDES, *MORE_SIDES), default=list(SIDES))

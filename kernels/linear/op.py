@@ -102,7 +102,8 @@ def linear(x, weight, bias=None, *, activation: str | None = None, gate=None, re
         residual: [..., N].
         numerics: ``"exact"`` makes the stock calls, each rounding; ``"close"`` may use another GEMM library and rounds the epilogue once.
 
-    Returns: [..., N] in the promoted dtype of the inputs.
+    Returns: [..., N] in the promoted dtype of the inputs. Where PyTorch's own product serves (``"exact"``, float64, and MKL's in ``"close"``), its last
+        bits depend on the layout of x and on the number of rows, so on the batch too.
     Raises: TypeError for a dtype, ValueError for a shape, a device, ``activation`` or ``numerics`` that is not as stated.
     Source: Shazeer (2020), "GLU Variants Improve Transformer", for the gated activations.
     """

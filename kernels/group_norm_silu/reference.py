@@ -26,6 +26,8 @@ def group_norm_silu(x, groups: int, weight, bias, eps: float, shift, scale, add,
     if not exact:
         wide = compute_dtype(dtype)
         x, weight, bias, shift, scale, add = (None if t is None else t.to(wide) for t in (x, weight, bias, shift, scale, add))
+    if memory_format is not torch.contiguous_format and _would_crash(x, weight, bias):
+        x = _TakesPart.apply(x, weight, bias)
     y = x if add is None else x + over_pixels(add, x)
     y = torch.group_norm(y, groups, weight, bias, eps) if y.numel() else y
     if scale is not None:
@@ -34,6 +36,25 @@ def group_norm_silu(x, groups: int, weight, bias, eps: float, shift, scale, add,
         y = y + over_pixels(shift, x)
     y = F.silu(y) if silu else y
     return y.to(dtype).contiguous(memory_format=memory_format)
+
+
+class _TakesPart(torch.autograd.Function):
+    """x itself, as if it depended on the parameters: it then gets a gradient wherever one of them does, which goes nowhere."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None, None
+
+
+def _would_crash(x, weight, bias) -> bool:
+    """Whether torch 2.13's channels-last backward would end the process: it does where x wants no gradient and a parameter does."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.requires_grad or torch._C._are_functorch_transforms_active():
+        return False
+    return any(t is not None and t.requires_grad for t in (weight, bias))
 
 
 def group_norm_silu_backward(grad, x, groups: int, weight, bias, eps: float, shift, scale, add, silu: bool, of_x: bool) -> tuple[torch.Tensor, ...]:

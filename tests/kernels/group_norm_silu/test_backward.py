@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
+from fusewire.kernels.dispatch import forced
 from fusewire.kernels.group_norm_silu import reference
 from fusewire.kernels.library import CPU
 from tests.effort import examples
@@ -62,6 +65,27 @@ def test_one_gradient_alone(wanted, memory_format):
     want = torch.autograd.grad(stock({**v, "x": v["x"].contiguous()}, 3).square().sum(), v[wanted])[0]
     assert_within(got, want, 1)
     assert CPU.loaded is (served("group_norm_silu_backward") == (1, 0))
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+@pytest.mark.parametrize("wanted", (("weight",), ("bias",), ("weight", "bias")), ids="+".join)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parameters_alone_in_exact(dtype, wanted, backend):
+    """Channels-last pictures that want no gradient: where F.group_norm ends the process, the gradients are those beside one of x; forwards stock's bits."""
+    if backend == "cpu" and not CPU.loaded:
+        pytest.skip(CPU.reason)
+    v = inputs((2, 6, 5, 7), dtype, "affine", "channels_last")
+    with torch.no_grad():
+        plain = stock(v, 3)
+    for name in wanted:
+        v[name].requires_grad_()
+    with forced("reference") if backend == "reference" else contextlib.nullcontext():
+        out = call(v, 3, numerics="exact")
+        got = torch.autograd.grad(out.square().sum(), [v[name] for name in wanted])
+    assert_exact(out.detach(), plain)
+    v["x"].requires_grad_()
+    for one, want in zip(got, torch.autograd.grad(stock(v, 3).square().sum(), [*(v[name] for name in wanted), v["x"]])):
+        assert_exact(one, want)
 
 
 @pytest.mark.parametrize("per_pixel", (False, True), ids=("[B, C]", "[B, C, 1, 1]"))

@@ -3,7 +3,7 @@
     python -m tests.cases [--room R] [--json FILE] [--write docs/cases.md]
 
 Runs the rooms' tests and notes, after each test, which ops it called (``ops.stats()``). A test with its parameters is one case of each op that it
-called, a property test as many as Hypothesis drew examples. FILE keeps the counts of rooms, so that they can be counted one by one.
+called, an example that Hypothesis drew one of each that it called. FILE keeps the counts of rooms, so that they can be counted one by one.
 """
 
 from __future__ import annotations
@@ -23,6 +23,13 @@ ROOT = Path(__file__).parents[1]
 ENOUGH, ENOUGH_OF_ALL, EFFORT = 300, 2000, 10  # `make test`, `make test-all`, by which it multiplies what Hypothesis draws
 
 
+def called() -> list[str]:
+    """The ops that were called since ``ops.reset_stats()``."""
+    from fusewire import ops
+
+    return [op for op, counts in ops.stats().items() if any(counts.values())]
+
+
 class Counting:
     """A pytest plugin: ``tests`` and ``examples`` by op."""
 
@@ -33,16 +40,17 @@ class Counting:
     def pytest_runtest_call(self, item):
         from fusewire import ops
 
-        drawn = 0
         function = getattr(item.obj, "hypothesis", None)
         if function is not None:
             inner = function.inner_test
 
             @functools.wraps(inner)
             def counted(*args, **kwargs):
-                nonlocal drawn
-                drawn += 1
-                return inner(*args, **kwargs)
+                ops.reset_stats()  # a test may draw which op it calls
+                try:
+                    return inner(*args, **kwargs)
+                finally:
+                    self.examples.update(called())
 
             function.inner_test = counted
         try:
@@ -50,9 +58,8 @@ class Counting:
         finally:
             if function is not None:
                 function.inner_test = inner
-            for op, counts in ops.stats().items():
-                if any(counts.values()):
-                    (self.tests if function is None else self.examples)[op] += 1 if function is None else drawn
+            else:
+                self.tests.update(called())
 
 
 def count(room: str) -> dict[str, dict[str, int]]:

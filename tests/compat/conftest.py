@@ -14,6 +14,7 @@ from tests.compat.families import FAMILIES
 from tests.one_thread import one_thread  # noqa: F401
 
 MARKS = ("<!-- compatibility -->", "<!-- /compatibility -->")
+COMPILED = ("test_two_resolutions", "test_compile", "test_compile_repeated_blocks")
 _cells: dict[tuple[str, str], str] = {}
 _columns: list[str] = []
 
@@ -25,6 +26,14 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "column(name): the column of the compatibility matrix that a test fills")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tracing SDXL's U-Net takes a third of the compiled columns' time, and SD1.5's is of the same classes: `make test` leaves it to `make compatibility`."""
+    for item in items:
+        if item.path.name == "test_matrix.py" and item.callspec.params.get("family") == "SDXL" and item.originalname in COMPILED:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

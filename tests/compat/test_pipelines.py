@@ -137,18 +137,42 @@ INPAINTING = {"SD3.5": "StableDiffusion3InpaintPipeline", "Flux.1": "FluxInpaint
               "SDXL": "StableDiffusionXLInpaintPipeline"}
 
 
+def inpainting(family):
+    """The parts that an inpainting pipeline wants beside the family's."""
+    parts = dict(requires_aesthetics_score=False)
+    if family == "SD3.5":  # this pipeline insists on 16 channels
+        parts |= dict(transformer=stock_sd3.stock_model("sd3.5", in_channels=16, out_channels=16), vae=_vae(torch.float32, 16, shift_factor=0.1))
+    return parts
+
+
 @column("inpainting")
 @BOTH
 def test_inpainting(family, numerics):
-    parts = {}
-    if family == "SD3.5":  # this pipeline insists on 16 channels
-        parts = dict(transformer=stock_sd3.stock_model("sd3.5", in_channels=16, out_channels=16), vae=_vae(torch.float32, 16, shift_factor=0.1))
-    pipe = become(family, INPAINTING, "inpainting", requires_aesthetics_score=False, **parts)
+    pipe = become(family, INPAINTING, "inpainting", **inpainting(family))
     mask = torch.zeros(1, 1, *SIZE.values())
     mask[..., :12] = 1
     given = dict(image=picture(), strength=0.7, num_inference_steps=4)
     _, want = check(family, pipe, numerics, mask_image=mask, **given)
     assert not same(generate(family, pipe, mask_image=1 - mask, **given), want, "close", 1e-2)
+
+
+CONDITIONED = {
+    "ControlNet": (CONTROLNETS, lambda family: dict(controlnet=controlnet(family)),
+                   lambda family: {"image" if family in ("SD1.5", "SDXL") else "control_image": picture(), "controlnet_conditioning_scale": 0.7}),
+    "T2I-Adapter": (T2I_ADAPTERS, lambda family: dict(adapter=t2i_adapter(family)), lambda family: dict(image=picture())),
+    "img2img": (IMG2IMG, lambda family: dict(requires_aesthetics_score=False), lambda family: dict(image=picture(), strength=0.7, num_inference_steps=4)),
+    "inpainting": (INPAINTING, inpainting,
+                   lambda family: dict(image=picture(), mask_image=(picture(1) > 0.5).float(), strength=0.7, num_inference_steps=4)),
+}
+
+
+@pytest.mark.parametrize("what", CONDITIONED)
+def test_exact_in_bfloat16(family, what):
+    """The bits of stock there too; the columns of these are in float32."""
+    names, parts, given = CONDITIONED[what]
+    pipe = become(family, names, what, **parts(family) if family in names else {}).to(torch.bfloat16)
+    _, want = check(family, pipe, "exact", **given(family))
+    assert want.isfinite().all()
 
 
 @column("model offload")

@@ -1,5 +1,5 @@
 """What is somebody's own in a model: classes derived from those that we know, linears that are none of PyTorch's, compiled modules, models unknown to us.
-Nothing of it is changed; the report names it."""
+The report names it; nothing of it is changed, but for what is swapped inside a compiled module."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from diffusers.models.attention import JointTransformerBlock
+from diffusers.models.controlnets.controlnet_sd3 import SD3ControlNetModel
 from diffusers.models.normalization import SD35AdaLayerNormZeroX
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
@@ -16,6 +17,7 @@ from fusewire.swap.families import Candidate, Family
 from fusewire.swap.fused import ANNOUNCE, CARRIES, MAKERS, announce_block, stock_of, unknown_forward
 from fusewire.swap.parts import NORMS, candidate, feed_forward_candidates, norm_candidates
 
+KEEPS_LAYOUT = "_fusewire_keeps_layout"  # attribute of a swapped block
 OPS = ("adaln_modulate", "adaln_modulate_dual", "gate_residual", "gate_residual_adaln", "qk_norm_rope", "attention", "linear")
 
 # The stock methods that our forwards stand for, as diffusers 0.40 to 0.42 has them.
@@ -27,9 +29,24 @@ def _block(how: How) -> dict:
     def forward(self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs=None):
         if self._chunk_size is not None:
             return JointTransformerBlock.forward(self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
-        return joint_block(self, hidden_states, encoder_hidden_states, temb, how, joint_attention_kwargs)
+        context, x = joint_block(self, hidden_states, encoder_hidden_states, temb, how, joint_attention_kwargs)
+        if KEEPS_LAYOUT in vars(self) and not hidden_states.is_contiguous():
+            x = x.mT.contiguous().mT
+        return context, x
 
     return {"forward": forward}
+
+
+def _controlnet(how: How) -> dict:
+    """Its blocks' outputs go into products, without a norm between, and the bits of a product in 16 bits depend on how its input lies in memory: as stock's
+    sums lie, which is as the first block's input does."""
+    def forward(self, *args, **kwargs):
+        for block in self.transformer_blocks:
+            if KEEPS_LAYOUT not in vars(block) and stock_of(block) is not None:
+                setattr(block, KEEPS_LAYOUT, True)
+        return SD3ControlNetModel.forward(self, *args, **kwargs)
+
+    return {"forward": forward if how.numerics == "exact" else SD3ControlNetModel.forward}
 
 
 def _adaln_zero_x(how: How) -> dict:
@@ -41,7 +58,7 @@ def _adaln_zero_x(how: How) -> dict:
     return {"forward": forward}
 
 
-MAKERS.update({JointTransformerBlock: _block, SD35AdaLayerNormZeroX: _adaln_zero_x})
+MAKERS.update({JointTransformerBlock: _block, SD3ControlNetModel: _controlnet, SD35AdaLayerNormZeroX: _adaln_zero_x})
 NORMS[SD35AdaLayerNormZeroX] = (ADALN_ZERO_X, "adaln_modulate_dual")
 ANNOUNCE[JointTransformerBlock] = announce_block
 CARRIES.update({JointTransformerBlock: ("gate_residual", "gate_residual_adaln"), SD35AdaLayerNormZeroX: ("adaln_modulate_dual",),
@@ -54,6 +71,8 @@ def candidates(name: str, instance, how: How) -> Iterator[Candidate]:
     dot = f"{name}." if name else ""
     if stock is SD3Transformer2DModel:
         yield from norm_candidates(f"{dot}norm_out", instance.norm_out, how)
+    if stock is SD3ControlNetModel and how.numerics == "exact":
+        yield candidate(name or "controlnet", instance, ("gate_residual", "gate_residual_adaln"), how, "")
     if stock is not JointTransformerBlock:
         return
     yield candidate(name or "block", instance, ("gate_residual", "gate_residual_adaln"), how, unknown_forward(BLOCK))

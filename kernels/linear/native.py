@@ -92,7 +92,7 @@ def onednn_serves(x, weight, activation, gate, residual) -> bool:
             and weight.shape[1] >= AMX_INPUTS_BFLOAT16 and weight.numel() >= AMX_WEIGHTS_BFLOAT16):
         return False
     # A graph serves any number of tokens: its first number must not become a guard, at which a second resolution is traced again.
-    if WIDENED and x.dim() > 2 and activation != "gelu" and (torch.compiler.is_compiling() or x.shape[-2] >= WIDENED_TOKENS):
+    if WIDENED and x.dim() > 2 and (torch.compiler.is_compiling() or x.shape[-2] >= WIDENED_TOKENS):
         return False
     return residual is None or gate is None or sums_gated(x, gate, residual)
 

@@ -144,7 +144,7 @@ def test_gradient_of_the_log_sum_exp():
     assert all((b != 0).any() and torch.allclose(a.double(), b, atol=1e-5) for a, b in zip(got, want))
 
 
-@settings(max_examples=examples(200), deadline=None)
+@settings(max_examples=examples(220), deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 70), st.integers(0, 90)), min_size=1, max_size=5), st.sampled_from((1, 2)), st.integers(1, 3),
        st.integers(1, 80), st.sampled_from(DTYPES), st.booleans(), st.tuples(*[st.sampled_from(LAYOUTS)] * 3), st.integers(0, 2**31))
 def test_property(lengths, key_heads, group, channels, dtype, causal, layouts, seed):

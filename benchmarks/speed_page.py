@@ -27,7 +27,7 @@ def name_of(row: dict, file: str) -> tuple[str, str, str]:
 
 
 def cell(value: float | None, aim: float, at_most: bool = False) -> str:
-    """Two digits; bold where it misses, as printed and as measured."""
+    """Two decimals; bold where it misses as measured, not as rounded."""
     if value is None:
         return ""
     holds = value <= aim if at_most else value >= aim

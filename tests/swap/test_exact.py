@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from diffusers import SD3ControlNetModel, StableDiffusion3Img2ImgPipeline
@@ -106,15 +109,30 @@ def test_controlnet_residuals_skipped_layers_and_keywords():
     assert not torch.equal(want[0], want[2]) and not torch.equal(want[1], want[2])
 
 
-def test_controlnet_model_is_built_of_the_same_blocks():
-    model = randomise(SD3ControlNetModel(**SD3)).eval()
-    data = dict(inputs(), controlnet_cond=torch.randn(2, 4, 8, 12))
-    with torch.no_grad():
-        want = model(**data, return_dict=False)[0]
-        with fusewire.swapped(model) as handle:
-            got = model(**data, return_dict=False)[0]
-    assert len(want) == len(got) and all(torch.equal(a, b) for a, b in zip(got, want))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_controlnet_model_is_built_of_the_same_blocks(dtype):
+    """Their outputs go into products, whose bits in 16 bits depend on how they lie in memory: compiled, copied, and swapped in close beside it too."""
+    model = randomise(SD3ControlNetModel(**SD3)).eval().to(dtype)
+    data = dict(inputs(2, 8, 12, 5, dtype), controlnet_cond=torch.randn(2, 4, 8, 12).to(dtype))
+
+    def call(model):
+        with torch.no_grad():
+            return model(**data, return_dict=False)[0]
+
+    def same(got):
+        return len(want) == len(got) and all(torch.equal(a, b) for a, b in zip(got, want))
+
+    want = call(model)
+    with fusewire.swapped(model) as handle:
+        ops.reset_stats()
+        assert same(call(model)) and (not CPU.loaded or ops.stats()["gate_residual_adaln"]["cpu"])
+        assert same(call(copy.deepcopy(model))) and same(call(pickle.loads(pickle.dumps(model))))
+        assert same(call(torch.compile(model, fullgraph=True, backend="eager")))
+        with fusewire.swapped(model, "close"):
+            call(model)
+        assert same(call(model))
     assert {"gate_residual_adaln", "adaln_modulate"} <= {entry.op for entry in handle.report.swapped}
+    assert same(call(model)) and not any("fusewire" in key for part in model.modules() for key in vars(part))
 
 
 def test_gradients_of_a_swapped_model():

@@ -47,7 +47,7 @@ def _new(cls, *args, **kwargs):
     """What is made by calling a swapped instance's class (``type(pipe.scheduler).from_config(...)``) is nobody's swap: an instance of the stock class."""
     if "fusewire_stock" in vars(cls):
         return cls.fusewire_stock(*args, **kwargs)
-    return object.__new__(cls)
+    return cls.fusewire_stock.__new__(cls)
 
 
 def _reduce_ex(self, protocol):

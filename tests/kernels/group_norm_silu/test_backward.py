@@ -83,6 +83,7 @@ def test_parameters_alone_in_exact(dtype, wanted, backend):
         out = call(v, 3, numerics="exact")
         got = torch.autograd.grad(out.square().sum(), [v[name] for name in wanted])
     assert_exact(out.detach(), plain)
+    assert served("group_norm_silu") == ((1, 0) if backend == "cpu" else (0, 1))
     v["x"].requires_grad_()
     for one, want in zip(got, torch.autograd.grad(stock(v, 3).square().sum(), [*(v[name] for name in wanted), v["x"]])):
         assert_exact(one, want)

@@ -110,3 +110,4 @@ def test_neighbours_are_taken(rope):
         wanted = ops.qk_norm_rope(heads[:, :, :4], heads[:, :, 4:], **options)
         ops.qk_norm_into(heads[:, :, :4], heads[:, :, 4:], None, None, joint[:, :, :4], joint[:, :, 4:], **options)
         assert torch.equal(joint, torch.cat(wanted, dim=2))
+    assert not CPU.loaded or ops.stats()["qk_norm_into"] == {"cpu": 3, "cuda": 0, "triton": 0, "reference": 0}

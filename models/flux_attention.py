@@ -49,15 +49,23 @@ def flux_attention(module, x, context, rope, how: How, attend: Callable | None =
     """
     q, k, v = _project(module, x, ("to_q", "to_k", "to_v"), "to_qkv", how)
     if context is None:
+        gains = _gains(module.norm_q, module.norm_k, q.dtype) if how.attention else None
+        if gains is not None:  # the norm and the rotation within attention
+            return ops.attention(q, k, v, q_weight=gains[0], k_weight=gains[1], rope=_pairs(rope), eps=gains[2]).flatten(2)
         q, k = _normed(module.norm_q, module.norm_k, q, k, _pairs(rope), how)
         return (ops.attention(q, k, v) if how.attention else (attend or _sdpa)(q, k, v)).flatten(2)
     q2, k2, v2 = _project(module, context, ("add_q_proj", "add_k_proj", "add_v_proj"), "to_added_qkv", how)
     tokens = context.shape[1]
     pairs2, pairs = _pairs(rope, end=tokens), _pairs(rope, start=tokens)
     if how.attention:
-        q, k = _normed(module.norm_q, module.norm_k, q, k, pairs, how)
-        q2, k2 = _normed(module.norm_added_q, module.norm_added_k, q2, k2, pairs2, how)
-        out, out2 = (part.flatten(2) for part in ops.joint_attention(q, k, v, q2, k2, v2))
+        gains, gains2 = _gains(module.norm_q, module.norm_k, q.dtype), _gains(module.norm_added_q, module.norm_added_k, q2.dtype)
+        within = {}
+        if gains is not None and gains2 is not None and gains[2] == gains2[2]:
+            within = dict(q_weight=gains[0], k_weight=gains[1], q2_weight=gains2[0], k2_weight=gains2[1], rope=pairs, rope2=pairs2, eps=gains[2])
+        else:
+            q, k = _normed(module.norm_q, module.norm_k, q, k, pairs, how)
+            q2, k2 = _normed(module.norm_added_q, module.norm_added_k, q2, k2, pairs2, how)
+        out, out2 = (part.flatten(2) for part in ops.joint_attention(q, k, v, q2, k2, v2, **within))
     else:
         q, k = _joint(module, (q2, k2), (q, k), pairs2, pairs, how)
         both = (attend or _sdpa)(q, k, torch.cat([v2, v], dim=1)).flatten(2)

@@ -120,7 +120,7 @@ class AmxOperands {
   bool stage(const AttentionTensor (&pieces)[2], int64_t head, int64_t token, __m512i* units) const {
     const Row<T> row = row_of<T>(pieces, task_.batch, head, token);
     if constexpr (parts == 1) {
-      if (row.stride == 1 && !row.weight) {
+      if (row.stride == 1 && row.as_stored()) {
         for (int64_t s = 0; s < steps_; ++s) units[s] = _mm512_maskz_loadu_epi16(first_lanes(call_.channels - s * kStep), row.data + s * kStep);
         return true;
       }

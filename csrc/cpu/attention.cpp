@@ -23,6 +23,31 @@ static const double* weight_of(const std::optional<Tensor>& weight, std::vector<
   return keep.back().data();
 }
 
+// A table of cosines or sines [T, D/2] whose rows lie one after the other: copied where they do not.
+static const float* table_of(const Tensor& table, std::vector<std::vector<float>>& keep) {
+  const int64_t tokens = table.size(0), angles = table.size(1), token = table.stride(0), angle = table.stride(1);
+  const float* p = static_cast<const float*>(table.const_data_ptr());
+  if (angle == 1 && token == angles) return p;
+  std::vector<float>& copy = keep.emplace_back(tokens * angles);
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t i = 0; i < angles; ++i) copy[t * angles + i] = p[t * token + i * angle];
+  }
+  return copy.data();
+}
+
+// The queries and keys of one piece turn by the same angles.
+static void turn(AttentionTensor& q, AttentionTensor& k, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, int64_t channels,
+                 std::vector<std::vector<float>>& keep) {
+  if (!cos) return;
+  const auto fits = [&](const Tensor& table) {
+    return table.scalar_type() == ScalarType::Float && table.dim() == 2 && table.size(0) == q.tokens && 2 * table.size(1) == channels;
+  };
+  STD_TORCH_CHECK(sin && q.tokens == k.tokens && fits(*cos) && fits(*sin), "attention: the tables are for other tokens or channels");
+  q.angles = k.angles = channels / 2;
+  q.cos = k.cos = table_of(*cos, keep);
+  q.sin = k.sin = table_of(*sin, keep);
+}
+
 // Cuts the queries of all calls into tasks and runs them. Threads take tasks as they become free; results do not depend on which thread ran what.
 void run_attention(const AttentionCall* calls, int64_t count, int64_t batch) {
   const auto vectors = FUSEWIRE_PICK(void (*)(const AttentionCall&, const AttentionTask&), attention_task);
@@ -75,12 +100,15 @@ static AttentionCall whole_call(const Tensor& q, const Tensor& k, const Tensor& 
 
 static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask, const std::optional<Tensor>& q_weight,
                         const std::optional<Tensor>& k_weight, bool causal, std::optional<double> scale, double eps,
-                        const std::optional<Tensor>& blocks, const std::optional<Tensor>& words) {
+                        const std::optional<Tensor>& blocks, const std::optional<Tensor>& words, const std::optional<Tensor>& cos,
+                        const std::optional<Tensor>& sin) {
   Tensor out = empty_contiguous(q);
   AttentionCall call = whole_call(q, k, v, mask, out, causal, scale, eps, blocks, words);
   std::vector<std::vector<double>> keep;
+  std::vector<std::vector<float>> tables;
   call.q[0].weight = weight_of(q_weight, keep);
   call.k[0].weight = weight_of(k_weight, keep);
+  turn(call.q[0], call.k[0], cos, sin, call.channels, tables);
   run_attention(&call, 1, q.size(0));
   return out;
 }
@@ -102,7 +130,9 @@ static std::tuple<Tensor, Tensor, Tensor> attention_softmax(const Tensor& q, con
 static std::tuple<Tensor, Tensor> joint_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q2, const Tensor& k2,
                                                   const Tensor& v2, const std::optional<Tensor>& q_weight, const std::optional<Tensor>& k_weight,
                                                   const std::optional<Tensor>& q2_weight, const std::optional<Tensor>& k2_weight,
-                                                  std::optional<double> scale, double eps) {
+                                                  std::optional<double> scale, double eps, const std::optional<Tensor>& cos,
+                                                  const std::optional<Tensor>& sin, const std::optional<Tensor>& cos2,
+                                                  const std::optional<Tensor>& sin2) {
   Tensor out = empty_contiguous(q), out2 = empty_contiguous(q2);
   AttentionCall call = attention_call(q, k, v, out, scale, eps);
   std::vector<std::vector<double>> keep;
@@ -116,6 +146,9 @@ static std::tuple<Tensor, Tensor> joint_attention(const Tensor& q, const Tensor&
   call.k[1].weight = weight_of(k2_weight, keep);
   call.queries += q2.size(1);
   call.keys += k2.size(1);
+  std::vector<std::vector<float>> tables;
+  turn(call.q[0], call.k[0], cos, sin, call.channels, tables);
+  turn(call.q[1], call.k[1], cos2, sin2, call.channels, tables);
   run_attention(&call, 1, q.size(0));
   return {out, out2};
 }

@@ -9,12 +9,15 @@ namespace fusewire {
 
 enum class AttentionType : int { f32, bf16, f16, f64, boolean };
 
-// One tensor [B, T, H, D] of any strides (in elements). `weight` [D], where it is not null, asks for RMS norm over D while packing.
+// One tensor [B, T, H, D] of any strides (in elements). `weight` [D], where it is not null, asks for RMS norm over D while packing; `cos` and `sin`
+// [T, angles = D/2], contiguous, for a turn of each pair (x[2i], x[2i+1]) after it.
 struct AttentionTensor {
   const void* data;
   int64_t batch, token, head, channel;
   int64_t tokens;
-  const double* weight;
+  const double* weight = nullptr;
+  const float *cos = nullptr, *sin = nullptr;
+  int64_t angles = 0;
 };
 
 // A mask read as [B, H, Tq, Tk]: broadcast dimensions have stride 0. Boolean (true: attend) or added to the scaled logits.

@@ -334,7 +334,7 @@ class AttentionBackward {
     const int64_t row_step = transposed ? 1 : kSquare;
     for (int64_t t = begin; t < end; ++t) {
       T* to = out + ((task_.batch * tokens + t) * heads + head) * call_.channels;
-      prefetch_row(Row<T>{to + std::min(kAhead, end - 1 - t) * heads * call_.channels, 1, nullptr}, call_.channels);
+      prefetch_row(Row<T>{to + std::min(kAhead, end - 1 - t) * heads * call_.channels, 1}, call_.channels);
       const float* from = x + (t - begin) / kSquare * channel_squares_ * kSquare * kSquare + t % kSquare * row_step;
       for (int64_t c = 0; c < channel_squares_; ++c, to += kSquare, from += kSquare * kSquare) {
         const int64_t count = within(c, call_.channels);

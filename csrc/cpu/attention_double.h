@@ -50,9 +50,11 @@ class DoubleTask {
       out[c] = row.data[c * row.stride];
       squares += out[c] * out[c];
     }
-    if (!norm || !row.weight) return;
-    const double scale = 1 / std::sqrt(squares / static_cast<double>(channels_) + call_.eps);
-    for (int64_t c = 0; c < channels_; ++c) out[c] = out[c] * scale * row.weight[c];
+    if (norm && row.weight) {
+      const double scale = 1 / std::sqrt(squares / static_cast<double>(channels_) + call_.eps);
+      for (int64_t c = 0; c < channels_; ++c) out[c] = out[c] * scale * row.weight[c];
+    }
+    if (row.cos) turn_pairs(out, channels_, row.cos, row.sin);
   }
 
   // What the mask adds for one query and key; -inf where it hides the key.

@@ -63,14 +63,22 @@ class Workspace {
   char* next_;
 };
 
-// The row of token t in a pair of pieces: its address, its stride and its norm weight.
+// The row of token t in a pair of pieces: its address, its stride, its norm weight, and the cosines and sines of its angles.
 template <typename T>
-struct Row { const T* data; int64_t stride; const double* weight; };
+struct Row {
+  const T* data = nullptr;
+  int64_t stride = 0;
+  const double* weight = nullptr;
+  const float *cos = nullptr, *sin = nullptr;
+  bool as_stored() const { return !weight && !cos; }
+};
 template <typename T>
 inline Row<T> row_of(const AttentionTensor (&pieces)[2], int64_t batch, int64_t head, int64_t t) {
   const bool second = t >= pieces[0].tokens;
   const AttentionTensor& x = pieces[second];
-  return {static_cast<const T*>(x.data) + batch * x.batch + head * x.head + (second ? t - pieces[0].tokens : t) * x.token, x.channel, x.weight};
+  if (second) t -= pieces[0].tokens;
+  const T* data = static_cast<const T*>(x.data) + batch * x.batch + head * x.head + t * x.token;
+  return {data, x.channel, x.weight, x.cos + t * x.angles, x.sin + t * x.angles};
 }
 
 // Rows of one head lie far apart: the processor does not foresee the next one.
@@ -105,20 +113,38 @@ inline void rms_norm(float* x, int64_t channels, const double* weight, float eps
   for (int64_t i = 0; i < channels; ++i) x[i] = x[i] * scale * static_cast<float>(weight[i]);
 }
 
-// A row as units, `padded` elements long with zeros at the end; norm applied where the row has a weight, rounded once if the unit is bf16.
+// (a, b) -> (a cos - b sin, b cos + a sin) for each pair, in place.
+template <typename C>
+inline void turn_pairs(C* x, int64_t channels, const float* cos, const float* sin) {
+#pragma omp simd
+  for (int64_t i = 0; i < channels / 2; ++i) {
+    const C a = x[2 * i], b = x[2 * i + 1];
+    x[2 * i] = a * cos[i] - b * sin[i];
+    x[2 * i + 1] = b * cos[i] + a * sin[i];
+  }
+}
+
+// What is done to a row of floats on the way in.
+template <typename T>
+inline void prepare(const Row<T>& row, int64_t channels, float eps, float* x) {
+  if (row.weight) rms_norm(x, channels, row.weight, eps);
+  if (row.cos) turn_pairs(x, channels, row.cos, row.sin);
+}
+
+// A row as units, `padded` elements long with zeros at the end; normalised and turned where the row asks for it, rounded once if the unit is bf16.
 template <typename Units, typename T>
 inline void stage_row(const Row<T>& row, int64_t channels, int64_t padded, float eps, uint32_t* units) {
   if constexpr (Units::pack == 1) {
     float* out = reinterpret_cast<float*>(units);
     load_row(row, channels, out);
-    if (row.weight) rms_norm(out, channels, row.weight, eps);
+    prepare(row, channels, eps, out);
     for (int64_t i = channels; i < padded; ++i) out[i] = 0;
   } else {
     bfloat16* out = reinterpret_cast<bfloat16*>(units);
-    if (row.weight) {
+    if (!row.as_stored()) {
       alignas(64) float wide[kPadded];
       load_row(row, channels, wide);
-      rms_norm(wide, channels, row.weight, eps);
+      prepare(row, channels, eps, wide);
       for (int64_t i = 0; i < channels; ++i) out[i] = from_float<bfloat16>(wide[i]);
     } else if (row.stride == 1) {
       std::memcpy(out, row.data, channels * sizeof(bfloat16));
@@ -135,7 +161,8 @@ inline void pack_queries(const AttentionCall& call, const AttentionTask& task, i
   const int64_t units = (call.channels + Units::pack - 1) / Units::pack;
   for (int64_t r = 0; r < rows; ++r) {
     prefetch_row(row_of<T>(call.q, task.batch, task.head, std::min(begin + r + kAhead, call.queries - 1)), call.channels);
-    stage_row<Units>(row_of<T>(call.q, task.batch, task.head, begin + r), call.channels, units * Units::pack, call.eps, packed + r * kPadded);
+    const Row<T> row = row_of<T>(call.q, task.batch, task.head, begin + r);
+    stage_row<Units>(row, call.channels, units * Units::pack, call.eps, packed + r * kPadded);
   }
   for (int64_t r = rows; r < round_up(rows, kRows); ++r) std::memset(packed + r * kPadded, 0, units * sizeof(uint32_t));
 }
@@ -153,7 +180,8 @@ inline void pack_keys(const AttentionCall& call, const AttentionTask& task, int6
         const int64_t key = first + lane + i;
         if (key < count) {
           prefetch_row(row_of<T>(call.k, task.batch, task.head / call.group, std::min(begin + key + kAhead, call.keys - 1)), call.channels);
-          stage_row<Units>(row_of<T>(call.k, task.batch, task.head / call.group, begin + key), call.channels, units * Units::pack, call.eps, staged[i]);
+          const Row<T> row = row_of<T>(call.k, task.batch, task.head / call.group, begin + key);
+          stage_row<Units>(row, call.channels, units * Units::pack, call.eps, staged[i]);
         } else {
           std::memset(staged[i], 0, units * sizeof(uint32_t));
         }

@@ -22,7 +22,7 @@ inline AttentionType attention_type(ScalarType type) {
 // x [B, T, H, D] or, of one sample, [T, H, D].
 inline AttentionTensor attention_view(const Tensor& x) {
   const int64_t t = x.dim() - 3;
-  return {x.data_ptr(), t ? x.stride(0) : 0, x.stride(t), x.stride(t + 1), x.stride(t + 2), x.size(t), nullptr};
+  return {x.data_ptr(), t ? x.stride(0) : 0, x.stride(t), x.stride(t + 1), x.stride(t + 2), x.size(t)};
 }
 
 // mask [B or 1, H or 1, Tq or 1, Tk].

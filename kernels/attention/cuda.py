@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 from fusewire.kernels.attention import hopper_limits
+from fusewire.kernels.attention.triton_limits import TURNED_BEFORE
 from fusewire.kernels.checks import kind_of
 from fusewire.kernels.dispatch import forced_backend, recording
 from fusewire.kernels.qk_norm_rope import op as qk_norm
@@ -194,7 +195,9 @@ def _ours(q, queries: int, keys: int, causal: bool) -> str:
     return ""
 
 
-def why_not_attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps, blocks=None, words=None) -> str:
+def why_not_attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps, blocks=None, words=None, cos=None, sin=None) -> str:
+    if cos is not None:
+        return TURNED_BEFORE
     if reason := _why_not(q, k, v, mask, q_weight, k_weight, causal, scale, blocks):
         return reason
     queries, keys = q.shape[1], k.shape[1]
@@ -212,7 +215,9 @@ def why_not_softmax(q, k, v, mask, causal, scale, blocks=None, words=None) -> st
     return _why_not(q, k, v, mask, None, None, causal, scale, blocks, attention_library_softmax)
 
 
-def why_not_joint(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale, eps) -> str:
+def why_not_joint(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale, eps, *tables) -> str:
+    if any(table is not None for table in tables):
+        return TURNED_BEFORE
     queries, keys = q.shape[1] + q2.shape[1], k.shape[1] + k2.shape[1]
     if reason := _choice(q, k, queries, keys, False, scale, _forward_library, ())[1] or _weights_differ(q, q_weight, k_weight, q2_weight, k2_weight):
         return reason

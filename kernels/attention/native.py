@@ -24,11 +24,11 @@ def why_not_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale) -> str:
     return _why_not(q)
 
 
-def why_not_attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps, blocks=None, words=None) -> str:
+def why_not_attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps, blocks=None, words=None, cos=None, sin=None) -> str:
     return _why_not(q)
 
 
-def why_not_joint(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale, eps) -> str:
+def why_not_joint(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale, eps, cos=None, sin=None, cos2=None, sin2=None) -> str:
     return _why_not(q)
 
 

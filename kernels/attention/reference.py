@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import torch
 
+from fusewire.kernels.qk_norm_rope.reference import rotate
 from fusewire.kernels.rounding import compute_dtype
 
 
-def widen(x, weight, eps: float) -> torch.Tensor:
-    """x [B, T, H, D] in the dtype that the op computes in, each head RMS-normalised where there is a weight [D]."""
+def widen(x, weight, eps: float, cos=None, sin=None) -> torch.Tensor:
+    """x [B, T, H, D] in the dtype that the op computes in, each head RMS-normalised where there is a weight [D], and turned where there are tables."""
     x = x.to(compute_dtype(x.dtype))
-    return x if weight is None else x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
+    x = x if weight is None else x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
+    return x if cos is None else rotate(x, cos, sin)
 
 
 BLOCK, EMPTY, FULL = 32, -2, -1  # of a pattern: kernels/attention/patterns.py
@@ -80,9 +82,10 @@ def _visible(q, k, blocks, words) -> torch.Tensor | None:
     return None if blocks is None else pattern_mask(blocks, words, q.shape[1], k.shape[1])
 
 
-def attention(q, k, v, mask, q_weight, k_weight, causal: bool, scale: float | None, eps: float, blocks=None, words=None) -> torch.Tensor:
+def attention(q, k, v, mask, q_weight, k_weight, causal: bool, scale: float | None, eps: float, blocks=None, words=None, cos=None,
+              sin=None) -> torch.Tensor:
     """-> [B, Tq, H, D] in q's dtype: one rounding, at the end."""
-    out, _, _ = attend(widen(q, q_weight, eps), widen(k, k_weight, eps), widen(v, None, eps), mask, causal, scale, _visible(q, k, blocks, words))
+    out, _, _ = attend(widen(q, q_weight, eps, cos, sin), widen(k, k_weight, eps, cos, sin), widen(v, None, eps), mask, causal, scale, _visible(q, k, blocks, words))
     return out.to(q.dtype).contiguous()
 
 
@@ -183,10 +186,11 @@ def attention_varlen_backward(grad, lse_grad, q, k, v, out, highest, total, cu_s
     return tuple(torch.cat([x[0] for x in each]) for each in zip(*parts))
 
 
-def joint_attention(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale: float | None, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def joint_attention(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale: float | None, eps: float, cos=None, sin=None,
+                    cos2=None, sin2=None) -> tuple[torch.Tensor, torch.Tensor]:
     """``attention`` over [q; q2], [k; k2], [v; v2], concatenated along the tokens -> (its rows for q, its rows for q2)."""
-    joint_q = torch.cat([widen(q, q_weight, eps), widen(q2, q2_weight, eps)], dim=1)
-    joint_k = torch.cat([widen(k, k_weight, eps), widen(k2, k2_weight, eps)], dim=1)
+    joint_q = torch.cat([widen(q, q_weight, eps, cos, sin), widen(q2, q2_weight, eps, cos2, sin2)], dim=1)
+    joint_k = torch.cat([widen(k, k_weight, eps, cos, sin), widen(k2, k2_weight, eps, cos2, sin2)], dim=1)
     joint_v = torch.cat([widen(v, None, eps), widen(v2, None, eps)], dim=1)
     out = attend(joint_q, joint_k, joint_v, None, False, scale)[0].to(q.dtype)
     return out[:, :q.shape[1]].contiguous(), out[:, q.shape[1]:].contiguous()

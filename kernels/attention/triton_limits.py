@@ -6,6 +6,7 @@ import torch
 
 from fusewire.kernels.triton_rows import why_not
 
+TURNED_BEFORE = "q and k are turned by qk_norm_rope before attention there"
 MAX_DIM = 512  # head dimensions; a block of queries and its result are held in registers and shared memory
 MAX_DIM_BACKWARD = 256  # there two results, and four blocks that are read; half of it in float32, whose three TF32 products err too much over more (on an H200)
 
@@ -25,12 +26,16 @@ def _why_not(q, scale, *tensors) -> str:
     return ""
 
 
-def why_not_attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps, blocks=None, words=None) -> str:
+def why_not_attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps, blocks=None, words=None, cos=None, sin=None) -> str:
+    if cos is not None:
+        return TURNED_BEFORE
     additive = None if mask is None or mask.dtype is torch.bool else mask
     return _why_not(q, scale, k, v, additive, q_weight, k_weight)
 
 
-def why_not_joint(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale, eps) -> str:
+def why_not_joint(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight, scale, eps, *tables) -> str:
+    if any(table is not None for table in tables):
+        return TURNED_BEFORE
     return _why_not(q, scale, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight)
 
 

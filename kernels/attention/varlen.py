@@ -6,7 +6,8 @@ import torch
 
 from fusewire.kernels import checks
 from fusewire.kernels.attention import native, reference, triton_limits
-from fusewire.kernels.attention.op import cast, gradients_by, learns, log_sum_exp
+from fusewire.kernels.attention.arguments import cast, learns
+from fusewire.kernels.attention.op import gradients_by, log_sum_exp
 from fusewire.kernels.autograd import fused, recomputing
 from fusewire.kernels.dispatch import Backend, Table, always
 from fusewire.kernels.library import define

@@ -30,29 +30,29 @@ def check_norm(name: str, x, weight, bias, log_scale, norm: str, across: bool) -
         raise ValueError(f"across_heads is True; for norm {norm!r} it should be False")
 
 
-def check_rope(q, k, rope) -> None:
-    """``rope`` is a pair of float32 tables or one of complex64, [T, R/2] or [B, T, R/2] for R <= D."""
+def check_rope(q, k, rope, name: str = "rope") -> None:
+    """``rope`` (in messages ``name``) is a pair of float32 tables or one of complex64, [T, R/2] or [B, T, R/2] for R <= D."""
     if isinstance(rope, torch.Tensor) and rope.dtype is torch.complex64:
-        tables = [("rope", rope)]
+        tables = [(name, rope)]
     elif isinstance(rope, (tuple, list)) and len(rope) == 2:
-        tables = [("rope's cos", rope[0]), ("rope's sin", rope[1])]
-        for name, table in tables:
-            checks.floating(name, table)
+        tables = [(f"{name}'s cos", rope[0]), (f"{name}'s sin", rope[1])]
+        for part, table in tables:
+            checks.floating(part, table)
             if table.dtype is not torch.float32:
-                raise TypeError(f"{name} has dtype {table.dtype}; it should be float32")
+                raise TypeError(f"{part} has dtype {table.dtype}; it should be float32")
     else:
-        raise TypeError(f"rope is a {type(rope).__name__}; it should be a pair (cos, sin) or a complex64 tensor")
+        raise TypeError(f"{name} is a {type(rope).__name__}; it should be a pair (cos, sin) or a complex64 tensor")
     batch, tokens, _, dim = q.shape
     if k.shape[1] != tokens or dim % 2:
-        raise ValueError(f"rope is given for q of shape {list(q.shape)} and k of shape {list(k.shape)}; T should be the same and D even")
-    for name, table in tables:
+        raise ValueError(f"{name} is given for q of shape {list(q.shape)} and k of shape {list(k.shape)}; T should be the same and D even")
+    for part, table in tables:
         if not (table.dim() in (2, 3) and table.shape[-2] == tokens and table.shape[-1] <= dim // 2 and table.shape[:-2] in ((), (1,), (batch,))):
-            raise ValueError(f"{name} has shape {list(table.shape)}; it should be [{tokens}, {dim // 2}] "
+            raise ValueError(f"{part} has shape {list(table.shape)}; it should be [{tokens}, {dim // 2}] "
                              f"or [{batch}, {tokens}, {dim // 2}], or narrower")
         if table.shape != tables[0][1].shape:
-            raise ValueError(f"{name} has shape {list(table.shape)}; it should be {list(tables[0][1].shape)}, as {tables[0][0]}")
+            raise ValueError(f"{part} has shape {list(table.shape)}; it should be {list(tables[0][1].shape)}, as {tables[0][0]}")
         if table.device != q.device:
-            raise ValueError(f"{name} is on {table.device}; it should be on {q.device}, where q is")
+            raise ValueError(f"{part} is on {table.device}; it should be on {q.device}, where q is")
 
 
 def normed(x, weight, bias, log_scale, eps: float, norm: str, across: bool, exact: bool) -> torch.Tensor:

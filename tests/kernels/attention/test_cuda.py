@@ -337,10 +337,10 @@ def test_what_is_served_at_once(monkeypatch):
     pretend(monkeypatch)
     monkeypatch.setattr(cuda, "_by_itself", {})
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda q, k, v, is_causal, scale: SDPBackend.CUDNN_ATTENTION.value)
-    enabled, checked, check = [True], [], op._check
+    enabled, checked, check = [True], [], op.check
     monkeypatch.setattr(torch._C, "_get_cudnn_sdp_enabled", lambda: enabled[0])
     monkeypatch.setattr(cuda, "_cudnn_op", lambda q, k, v, *rest: (torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=rest[1]), "lse"))
-    monkeypatch.setattr(op, "_check", lambda *arguments: (checked.append(1), check(*arguments))[1])
+    monkeypatch.setattr(op, "check", lambda *arguments: (checked.append(1), check(*arguments))[1])
     monkeypatch.setattr(op._attention, "rows", [row for row in op._attention.rows if row.name == "cuda"])
     q, k, v = qkv(1, 80, 80, 2, 64, torch.bfloat16)
     packed = torch.stack((q, k, v), 2)

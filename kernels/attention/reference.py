@@ -85,7 +85,8 @@ def _visible(q, k, blocks, words) -> torch.Tensor | None:
 def attention(q, k, v, mask, q_weight, k_weight, causal: bool, scale: float | None, eps: float, blocks=None, words=None, cos=None,
               sin=None) -> torch.Tensor:
     """-> [B, Tq, H, D] in q's dtype: one rounding, at the end."""
-    out, _, _ = attend(widen(q, q_weight, eps, cos, sin), widen(k, k_weight, eps, cos, sin), widen(v, None, eps), mask, causal, scale, _visible(q, k, blocks, words))
+    wide = widen(q, q_weight, eps, cos, sin), widen(k, k_weight, eps, cos, sin), widen(v, None, eps)
+    out, _, _ = attend(*wide, mask, causal, scale, _visible(q, k, blocks, words))
     return out.to(q.dtype).contiguous()
 
 

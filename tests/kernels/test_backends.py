@@ -37,13 +37,14 @@ CALLS = {
 # What those calls leave out: with it every tensor argument is there. Of QK norm's, those of a layer norm with rotation, and of an L2 norm
 VECTOR, COUNTER, OTHER, STARTS = HEADS[0, 0, 0], torch.tensor(1), torch.zeros(2, 32), torch.tensor([0, 2, 5], dtype=torch.int32)
 AFFINE = dict(weight=ROW[0], bias=ROW[0])
-QK = [dict(q_weight=VECTOR, k_weight=VECTOR, q_bias=VECTOR, k_bias=VECTOR, norm="layer", rope=(torch.zeros(5, 16), torch.ones(5, 16))),
+TURNS = (torch.zeros(5, 16), torch.ones(5, 16))
+QK = [dict(q_weight=VECTOR, k_weight=VECTOR, q_bias=VECTOR, k_bias=VECTOR, norm="layer", rope=TURNS),
       dict(norm="l2", q_log_scale=torch.zeros(2), k_log_scale=torch.zeros(2))]
 FULL = {
-    "adaln_modulate": [AFFINE], "adaln_modulate_dual": [AFFINE], "attention": [dict(mask=torch.zeros(5, 5), q_weight=VECTOR, k_weight=VECTOR)],
+    "adaln_modulate": [AFFINE], "adaln_modulate_dual": [AFFINE], "attention": [dict(mask=torch.zeros(5, 5), q_weight=VECTOR, k_weight=VECTOR, rope=TURNS)],
     "attention_varlen": [dict(cu_seqlens_k=STARTS)], "gate_residual_adaln": [AFFINE], "geglu": [dict(bias=torch.zeros(128))],
     "group_norm_silu": [dict(weight=VECTOR, bias=VECTOR, shift=OTHER, scale=OTHER, add=OTHER)],
-    "joint_attention": [dict(q_weight=VECTOR, k_weight=VECTOR, q2_weight=VECTOR, k2_weight=VECTOR)], "layer_norm": [AFFINE],
+    "joint_attention": [dict(q_weight=VECTOR, k_weight=VECTOR, q2_weight=VECTOR, k2_weight=VECTOR, rope=TURNS, rope2=TURNS)], "layer_norm": [AFFINE],
     "layer_norm_2d": [dict(weight=torch.ones(5), bias=torch.ones(5))],
     "linear": [dict(activation=None, bias=torch.zeros(192), gate=torch.zeros(2, 192), residual=torch.zeros(2, 64, 192))], "qk_norm_into": QK,
     "qk_norm_rope": QK, "quick_gelu": [dict(bias=ROW[0])], "rms_norm": [AFFINE | dict(rounding="diffusers")], "sampler_step": [dict(uncond=X, step=COUNTER)],

@@ -29,7 +29,8 @@ UNROUNDED = {
     ("gate_residual", "x"): HANDED_ON, ("linear", "residual"): HANDED_ON, ("sampler_step", "sample"): HANDED_ON,
     ("sampler_step", "table"): HOST, ("solver_step", "table"): HOST, ("sampler_step", "step"): INTEGERS, ("solver_step", "step"): INTEGERS,
     ("attention_varlen", "cu_seqlens_q"): INTEGERS, ("attention_varlen", "cu_seqlens_k"): INTEGERS,
-    ("qk_norm_rope", "rope"): TABLES, ("qk_norm_into", "rope"): TABLES, ("qk_norm_into", "q_out"): OVERWRITTEN, ("qk_norm_into", "k_out"): OVERWRITTEN,
+    ("qk_norm_rope", "rope"): TABLES, ("qk_norm_into", "rope"): TABLES, ("attention", "rope"): TABLES, ("joint_attention", "rope"): TABLES,
+    ("joint_attention", "rope2"): TABLES, ("qk_norm_into", "q_out"): OVERWRITTEN, ("qk_norm_into", "k_out"): OVERWRITTEN,
 }
 # float32, but made of weights that are rounded to 16 bits before they are summed, where they are so multiplied with the values
 LOG_SUM_EXP = {("attention", "result 1"), ("attention_varlen", "result 1")}
@@ -38,7 +39,7 @@ LOG_SUM_EXP = {("attention", "result 1"), ("attention_varlen", "result 1")}
 class Run(NamedTuple):
     """A call on tensors of these shapes, made ``times`` times on new numbers: of a vector as long as a head there are few elements in each.
 
-    ``least``: as for ``assert_unbiased``; 1 where an element is a sum of many products that were rounded before."""
+    ``least``: as for ``assert_unbiased``; 1 where an element is a sum of products that were rounded before."""
 
     tensors: dict[str, tuple[int, ...]]
     options: dict = {}
@@ -54,6 +55,7 @@ MANY, STREAMS = (1, 2, 2 * WIDE, 8), ("q", "k", "v", "q2", "k2", "v2")  # heads
 QK = [Run(dict(q=HEADS, k=HEADS), dict(rope=(ANGLES.cos(), ANGLES.sin()))), Run(dict(q=FEW, k=FEW, q_weight=HEAD, k_weight=HEAD), {}, 64),
       Run(dict(q=FEW, k=FEW, q_weight=HEAD, k_weight=HEAD, q_bias=HEAD, k_bias=HEAD), dict(norm="layer"), 64),
       Run(dict(q=MANY, k=MANY, q_log_scale=MANY[2:3], k_log_scale=MANY[2:3]), dict(norm="l2"), 1, 1.0)]
+TURNS = (ANGLES[:64].cos(), ANGLES[:64].sin())
 LATENT, STARTS = (2, 4, 64, 64), torch.tensor([0, 128, 512], dtype=torch.int32)
 TABLE = ops.flow_euler_table(torch.tensor([1.0, 0.8125, 0.0]), 4.3125)  # numbers that float32 holds, here and in the next
 SOLVER = ops.solver_table(1, x=0.875, x0=0.375, e=0.3125, x0_x=0.75, x0_m=-0.625, e_x=0.3125, e_m=0.875, e_x0=0.25, e_previous=0.5, noise=0.75, known=0.625,
@@ -66,8 +68,10 @@ CALLS = {
     "qk_norm_rope": QK, "qk_norm_into": QK,
     "attention": [Run(dict.fromkeys("qkv", (4, 256, 16, 16)), dict(return_lse=True)),
                   Run(dict.fromkeys("qkv", (4, 128, 8, 32)) | dict(mask=(1, 8, 128, 128))),
+                  Run(dict.fromkeys("qkv", HALF), dict(rope=TURNS), 1, 1.0),
                   Run(dict.fromkeys("qkv", FEW) | dict(q_weight=HEAD, k_weight=HEAD), {}, 128, 1.0)],
     "joint_attention": [Run(dict.fromkeys(STREAMS, HALF)),
+                        Run(dict.fromkeys(STREAMS, HALF), dict(rope=TURNS, rope2=TURNS), 1, 1.0),
                         Run(dict.fromkeys(STREAMS, FEW) | dict.fromkeys((f"{name}_weight" for name in ("q", "k", "q2", "k2")), HEAD), {}, 128, 1.0)],
     "attention_varlen": [Run(dict.fromkeys("qkv", (512, 32, 16)), dict(cu_seqlens_q=STARTS, return_lse=True)),
                          Run(dict.fromkeys("qkv", (512, 8, 32)), dict(cu_seqlens_q=STARTS))],

@@ -20,8 +20,9 @@ FILL_CHANNELS = 16 + 16 + 2 * 2 * 4
 KINDS = {"schnell": (FluxPipeline, {}, FlowMatchEulerDiscreteScheduler(shift=1.0)),
          "kontext": (FluxKontextPipeline, {}, FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)),
          "fill": (FluxFillPipeline, dict(in_channels=FILL_CHANNELS), FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True))}
-BOTH = {"adaln_modulate", "gate_residual_adaln", "qk_norm_rope", "group_norm_silu", "rms_norm", "flow_euler_step"}
-EXACT, CLOSE = {"gate_residual"}, {"joint_attention", "attention", "linear"}  # close: the gates of FLUX.1 go into its linears
+BOTH = {"adaln_modulate", "gate_residual_adaln", "group_norm_silu", "rms_norm", "flow_euler_step"}
+# close: the gates of FLUX.1 go into its linears, the norms and rotations of q and k into its attention
+EXACT, CLOSE = {"gate_residual", "qk_norm_rope"}, {"joint_attention", "attention", "linear"}
 
 
 def pipeline(kind: str, dtype: torch.dtype = torch.float32):

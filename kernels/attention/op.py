@@ -150,7 +150,7 @@ def attention(q, k, v, *, mask=None, causal: bool = False, scale: float | None =
         if not softmax and prologue.within(q, rope):
             return _attention(q, k, v, mask, q_weight, k_weight, causal, scale, eps, blocks, words, *prologue.full(rope, q.shape[3]))
         q, k = prologue.apart(q, k, q_weight, k_weight, rope, eps)
-        q_weight = k_weight = None
+        return attention(q, k, v, mask=mask, causal=causal, scale=scale, return_lse=return_lse, pattern=pattern)
     if softmax:
         q, k = prologue.normalised(q, q_weight, eps), prologue.normalised(k, k_weight, eps)
         out, highest, total = _softmax(q, k, v, mask, causal, scale, blocks, words)
@@ -203,6 +203,7 @@ def joint_attention(q, k, v, q2, k2, v2, *, q_weight=None, k_weight=None, q2_wei
         if rope2 is not None:
             q2, k2 = prologue.apart(q2, k2, q2_weight, k2_weight, rope2, eps)
             q2_weight = k2_weight = None
+        learning = torch.is_grad_enabled() and learns(q, k, v, q2, k2, v2, q_weight, k_weight, q2_weight, k2_weight)  # a table may
     if learning:
         pairs = (((q, q_weight), (q2, q2_weight)), ((k, k_weight), (k2, k2_weight)), ((v, None), (v2, None)))
         joined = (torch.cat([prologue.normalised(x, weight, eps) for x, weight in pair], dim=1) for pair in pairs)

@@ -15,16 +15,15 @@ GEGLU_PROJECTIONS: set[type] = set()
 
 
 class GELUProjection(nn.Module):
-    """Linear, then GELU in its tanh form."""
+    """Linear, then GELU in its tanh form, or with ``approximate="none"`` that of erf."""
 
-    approximate = "tanh"
-
-    def __init__(self, channels: int, hidden: int):
+    def __init__(self, channels: int, hidden: int, approximate: str = "tanh", bias: bool = True):
         super().__init__()
-        self.proj = nn.Linear(channels, hidden)
+        self.approximate = approximate
+        self.proj = nn.Linear(channels, hidden, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
+        return F.gelu(self.proj(x), approximate=self.approximate)
 
 
 GELU_PROJECTIONS.add(GELUProjection)
@@ -46,14 +45,17 @@ GEGLU_PROJECTIONS.add(GEGLUProjection)
 
 
 class FeedForward(nn.Module):
-    """[B, T, C] -> [B, T, C] through ``hidden`` channels; ``net`` as in diffusers: projection with GELU (``gated``: GEGLU), dropout, projection."""
+    """[B, T, C] -> [B, T, out_channels or C] through ``hidden`` channels; ``net`` as in diffusers: projection with GELU (in its tanh form, or
+    ``approximate="none"``; ``gated``: GEGLU), dropout, projection."""
 
     takes_gate = True  # feed_forward_residual may run it together with the gate behind it
 
-    def __init__(self, channels: int, hidden: int, how: How = How(), gated: bool = False):
+    def __init__(self, channels: int, hidden: int, how: How = How(), gated: bool = False, approximate: str = "tanh", out_channels: int | None = None,
+                 bias: bool = True):
         super().__init__()
         self.how = how
-        self.net = nn.ModuleList([(GEGLUProjection if gated else GELUProjection)(channels, hidden), nn.Dropout(0.0), nn.Linear(hidden, channels)])
+        projection = GEGLUProjection(channels, hidden) if gated else GELUProjection(channels, hidden, approximate, bias)
+        self.net = nn.ModuleList([projection, nn.Dropout(0.0), nn.Linear(hidden, out_channels or channels, bias=bias)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden, output = feed_forward_hidden(self, x, self.how)

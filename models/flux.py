@@ -19,6 +19,7 @@ from fusewire.models.configuration import StockConfig
 from fusewire.models.feed_forward import FeedForward, feed_forward_residual
 from fusewire.models.flux_attention import FluxAttention
 from fusewire.models.inputs import check_inputs, check_residuals, listed, present
+from fusewire.models.ip_adapter import Pictures, pictures_of
 from fusewire.models.layers import (AdaLayerNormContinuous, AdaLayerNormZero, How, TimeTextEmbed, gate_residual_norm, gated_linear, linear,
                                     untouched)
 
@@ -79,9 +80,11 @@ class FluxTransformerBlock(nn.Module):
         self.norm2_context = nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
         self.ff_context = FeedForward(channels, hidden, how)
 
-    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, temb: torch.Tensor, image_rotary_emb):
-        """(image [B, T, C], text [B, L, C], conditioning [B, C], tables) -> (text, image)."""
-        return double_block(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, self.how)
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, temb: torch.Tensor, image_rotary_emb,
+                pictures: Pictures | None = None):
+        """(image [B, T, C], text [B, L, C], conditioning [B, C], tables, what IP-Adapters see) -> (text, image)."""
+        more = None if pictures is None else dict(pictures=pictures)
+        return double_block(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, self.how, more)
 
 
 def double_block(block, x, context, temb, rope, how: How, attention_kwargs: Mapping | None = None):
@@ -152,7 +155,7 @@ class Flux(nn.Module):
 
     def __init__(self, config: FluxConfig, numerics: str = "close"):
         super().__init__()
-        how = How.of(numerics)
+        self.how = how = How.of(numerics)
         self.config, self.numerics = config, numerics
         channels, heads = config.inner_dim, config.num_attention_heads
         self.time_text_embed = TimeTextEmbed(channels, config.pooled_projection_dim, guidance=config.guidance_embeds)
@@ -163,11 +166,17 @@ class Flux(nn.Module):
             FluxSingleTransformerBlock(channels, heads, config.mlp_ratio, how) for _ in range(config.num_single_layers))
         self.norm_out = AdaLayerNormContinuous(channels, how)
         self.proj_out = nn.Linear(channels, config.patch_size**2 * config.out_channels)
+        self.encoder_hid_proj: nn.Module | None = None  # IP-Adapters' projections
+
+    def picture_layers(self) -> dict[int, str]:
+        """The attentions that IP-Adapters extend, by their number in an official checkpoint."""
+        return {index: f"transformer_blocks.{index}.attn" for index in range(len(self.transformer_blocks))}
 
     def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, pooled_projections: torch.Tensor, timestep: torch.Tensor,
                 img_ids: torch.Tensor, txt_ids: torch.Tensor, guidance: torch.Tensor | None = None,
                 controlnet_block_samples: Sequence[torch.Tensor] | None = None,
-                controlnet_single_block_samples: Sequence[torch.Tensor] | None = None) -> torch.Tensor:
+                controlnet_single_block_samples: Sequence[torch.Tensor] | None = None,
+                ip_adapter_image_embeds: Sequence[torch.Tensor] | None = None) -> torch.Tensor:
         """The velocity at ``hidden_states``.
 
         Args:
@@ -177,28 +186,32 @@ class Flux(nn.Module):
             timestep: [B], 0 to 1. guidance: [B], the scale that a model with ``guidance_embeds`` was distilled from.
             img_ids, txt_ids: [T, axes] and [L, axes], the position of each token along each axis.
             controlnet_block_samples, controlnet_single_block_samples: residuals [B, T, C], spread over the blocks of each kind and added behind them.
+            ip_adapter_image_embeds: for each IP-Adapter (``ip_adapter.attach``) [B, N, C] of N pictures.
 
         Returns: [B, T, out_channels].
         Raises: ValueError naming the argument whose shape or device does not fit, or ``guidance`` where the model wants it or not; TypeError naming
             one whose dtype does not fit.
         """
         self._check(hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, guidance,
-                    dict(controlnet_block_samples=controlnet_block_samples, controlnet_single_block_samples=controlnet_single_block_samples))
-        how = self.norm_out.how
+                    dict(controlnet_block_samples=controlnet_block_samples, controlnet_single_block_samples=controlnet_single_block_samples),
+                    ip_adapter_image_embeds)
+        pictures = pictures_of(self.encoder_hid_proj, "ip_adapter_image_embeds", ip_adapter_image_embeds, hidden_states.shape[0])
+        how = self.how
         x = linear(self.x_embedder, hidden_states, how)
         scale = (lambda value: None if value is None else value.to(x.dtype) * 1000)
         temb = self.time_text_embed(scale(timestep), pooled_projections, scale(guidance))
         context = linear(self.context_embedder, encoder_hidden_states, how)
         rope = rope_tables(torch.cat([txt_ids, img_ids]), self.config.axes_dims_rope)
-        for blocks, residuals in ((self.transformer_blocks, controlnet_block_samples), (self.single_transformer_blocks, controlnet_single_block_samples)):
+        for blocks, residuals, more in ((self.transformer_blocks, controlnet_block_samples, (pictures,)),
+                                        (self.single_transformer_blocks, controlnet_single_block_samples, ())):
             for index, block in enumerate(blocks):
-                context, x = block(x, context, temb, rope)
+                context, x = block(x, context, temb, rope, *more)
                 if residuals is not None:
                     x = x + residuals[index // -(-len(blocks) // len(residuals))]
         return linear(self.proj_out, self.norm_out(x, temb), how)
 
-    def _check(self, x, context, pooled, timestep, img_ids, txt_ids, guidance, residuals) -> None:
-        floats = dict(hidden_states=x, encoder_hidden_states=context, pooled_projections=pooled)
+    def _check(self, x, context, pooled, timestep, img_ids, txt_ids, guidance, residuals, embeds) -> None:
+        floats = dict(hidden_states=x, encoder_hidden_states=context, pooled_projections=pooled) | listed("ip_adapter_image_embeds", embeds)
         for name, tensors in residuals.items():
             floats |= listed(name, tensors)
         check_inputs(self.x_embedder, floats,

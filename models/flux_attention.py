@@ -24,6 +24,7 @@ class FluxAttention(nn.Module):
         def norm():
             return nn.RMSNorm(self.head_dim, eps=1e-6)
 
+        self.processor: nn.Module | None = None  # an IP-Adapter's, where there is one
         self.norm_q, self.norm_k = norm(), norm()
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         if context:
@@ -32,20 +33,22 @@ class FluxAttention(nn.Module):
             self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(channels, channels) for _ in range(3))
             self.to_add_out = nn.Linear(channels, channels)
 
-    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, image_rotary_emb=None):
-        """[B, T, C] -> [B, T, C] (no output projection), or with the text stream [B, L, C] -> ([B, T, C], [B, L, C])."""
-        return flux_attention(self, hidden_states, encoder_hidden_states, image_rotary_emb, self.how)
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, image_rotary_emb=None, pictures=None):
+        """[B, T, C] -> [B, T, C] (no output projection), or with the text stream [B, L, C] -> ([B, T, C], [B, L, C]), and a third [B, T, C] of
+        ``pictures`` (``ip_adapter.Pictures``) where an IP-Adapter's scale is not 0."""
+        return flux_attention(self, hidden_states, encoder_hidden_states, image_rotary_emb, self.how, pictures=pictures)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}"
 
 
-def flux_attention(module, x, context, rope, how: How, attend: Callable | None = None):
+def flux_attention(module, x, context, rope, how: How, attend: Callable | None = None, pictures=None):
     """The whole layer: projections, norms, rotation, attention over [context, x], output projections where there is a context.
 
     Args:
         rope: (cos, sin), each float32 [L + T, D], every value twice; or None.
         attend: PyTorch's attention of (q, k, v), each [B, L + T, H, D], to use where ``how`` leaves attention to it.
+        pictures: what ``module.processor``, of our own, attends to with the normed q before its rotation.
     """
     q, k, v = _project(module, x, ("to_q", "to_k", "to_v"), "to_qkv", how)
     if context is None:
@@ -55,6 +58,8 @@ def flux_attention(module, x, context, rope, how: How, attend: Callable | None =
         q, k = _normed(module.norm_q, module.norm_k, q, k, _pairs(rope), how)
         return (ops.attention(q, k, v) if how.attention else (attend or _sdpa)(q, k, v)).flatten(2)
     q2, k2, v2 = _project(module, context, ("add_q_proj", "add_k_proj", "add_v_proj"), "to_added_qkv", how)
+    adapts = pictures is not None and module.processor is not None
+    adapted = module.processor(module.norm_q(q), None, pictures) if adapts else None
     tokens = context.shape[1]
     pairs2, pairs = _pairs(rope, end=tokens), _pairs(rope, start=tokens)
     if how.attention:
@@ -69,12 +74,15 @@ def flux_attention(module, x, context, rope, how: How, attend: Callable | None =
     else:
         q, k = _joint(module, (q2, k2), (q, k), pairs2, pairs, how)
         both = (attend or _sdpa)(q, k, torch.cat([v2, v], dim=1)).flatten(2)
-        out2, out = (part.contiguous() for part in both.split_with_sizes([tokens, both.shape[1] - tokens], dim=1))
+        out2, out = both.split_with_sizes([tokens, both.shape[1] - tokens], dim=1)
+        if not adapts:  # as stock, which leaves them as they lie beside an IP-Adapter: another kernel with other bits multiplies them then
+            out2, out = out2.contiguous(), out.contiguous()
     projection, dropout = module.to_out
     out = linear(projection, out, how)
     if not inactive(dropout):
         out = dropout(out)
-    return out, linear(module.to_add_out, out2, how)
+    streams = out, linear(module.to_add_out, out2, how)
+    return streams if adapted is None else (*streams, adapted)
 
 
 def _project(module, x, names: tuple[str, str, str], packed: str, how: How):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fusewire.models.inputs import listed, present
+from fusewire.models.ip_adapter import pictures_of
 from fusewire.models.resnet import norm_activation
 from fusewire.models.unet_blocks import Text, UpBlock
 from fusewire.models.unet_encoder import EncoderConfig, UNetEncoder
@@ -21,6 +22,7 @@ from fusewire.models.unet_encoder import EncoderConfig, UNetEncoder
 # (attention, how the last layer resamples) of diffusers' blocks. "typed": as upsample_type says.
 UP_BLOCKS = {"UpBlock2D": (None, "conv"), "CrossAttnUpBlock2D": ("cross", "conv"), "AttnUpBlock2D": ("self", "typed"),
              "ResnetUpsampleBlock2D": (None, "resnet")}
+IMAGE_EMBEDS = "added_cond_kwargs['image_embeds']"
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,20 @@ class UNet(UNetEncoder):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps)
         self.conv_act = nn.SiLU()
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+        self.encoder_hid_proj: nn.Module | None = None  # IP-Adapters' projections
+
+    def picture_layers(self) -> dict[int, str]:
+        """The attentions to text, which IP-Adapters extend, by their number in an official checkpoint: the way down, the way up, the middle."""
+        parts = [(part, getattr(self, part)) for part in ("down_blocks", "up_blocks", "mid_block")]
+        names = [f"{part}.{name}" for part, module in parts if module is not None for name, _ in module.named_modules() if name.endswith(".attn2")]
+        return {2 * index + 1: name for index, name in enumerate(names)}
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor | float, encoder_hidden_states: torch.Tensor | None = None,
                 class_labels: torch.Tensor | None = None, timestep_cond: torch.Tensor | None = None,
-                added_cond_kwargs: Mapping[str, torch.Tensor] | None = None,
+                added_cond_kwargs: Mapping[str, torch.Tensor | Sequence[torch.Tensor]] | None = None,
                 down_block_additional_residuals: Sequence[torch.Tensor] | None = None, mid_block_additional_residual: torch.Tensor | None = None,
                 down_intrablock_additional_residuals: Sequence[torch.Tensor] | None = None,
-                encoder_attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+                encoder_attention_mask: torch.Tensor | None = None, ip_adapter_masks: Sequence[torch.Tensor | None] | None = None) -> torch.Tensor:
         """What the network predicts for ``sample``.
 
         Args:
@@ -92,25 +101,30 @@ class UNet(UNetEncoder):
             class_labels: [B] integers, where the model has classes.
             timestep_cond: [B, time_cond_proj_dim], the embedded guidance that a model was distilled from.
             added_cond_kwargs: of SDXL, ``text_embeds`` [B, P] pooled text and ``time_ids`` [B, 6] sizes and crop; or ``vector``
-                [B, projection_class_embeddings_input_dim], both assembled (``y`` of the official repository).
+                [B, projection_class_embeddings_input_dim], both assembled (``y`` of the official repository). Of IP-Adapters (``ip_adapter.attach``),
+                ``image_embeds``: for each of them [B, N, C], or [B, N, L, C] of those that take an encoder's tokens, of N pictures.
             down_block_additional_residuals, mid_block_additional_residual: of a ControlNet, one for each output of the way down and one for the
                 middle block. The latter may come alone.
             down_intrablock_additional_residuals: of a T2I-Adapter, one for each block of the way down, SDXL's last for the middle block.
             encoder_attention_mask: [B, L], 1 for states to see and 0 for those not to.
+            ip_adapter_masks: for each IP-Adapter [B or 1, N, H', W'], where each of its pictures counts (of the picture's aspect), or None for everywhere.
 
         Returns: [B, out_channels, H, W].
         Raises: ValueError naming the argument that is missing or whose shape or device does not fit, TypeError whose dtype does not.
         """
         added = dict(added_cond_kwargs or {})
-        more = present(timestep_cond=timestep_cond, mid_block_additional_residual=mid_block_additional_residual)
-        for name, residuals in (("down_block_additional_residuals", down_block_additional_residuals),
-                                ("down_intrablock_additional_residuals", down_intrablock_additional_residuals)):
-            more |= listed(name, residuals)
+        more = present(timestep_cond=timestep_cond, mid_block_additional_residual=mid_block_additional_residual,
+                       **listed("ip_adapter_masks", ip_adapter_masks))
+        for name, tensors in (("down_block_additional_residuals", down_block_additional_residuals),
+                              ("down_intrablock_additional_residuals", down_intrablock_additional_residuals),
+                              (IMAGE_EMBEDS, added.get("image_embeds"))):
+            more |= listed(name, tensors)
         self.check(sample, encoder_hidden_states, class_labels, added, more, present(encoder_attention_mask=encoder_attention_mask))
+        pictures = pictures_of(self.encoder_hid_proj, IMAGE_EMBEDS, added.get("image_embeds"), sample.shape[0], ip_adapter_masks)
         mask = None
         if encoder_attention_mask is not None:
             mask = ((1 - encoder_attention_mask.to(sample.dtype)) * -10000.0)[:, None, None]
-        text = Text(encoder_hidden_states, mask)
+        text = Text(encoder_hidden_states, mask, pictures)
         temb = self.conditioning(sample, timestep, timestep_cond, class_labels, added)
         adapted = down_intrablock_additional_residuals or ()
 

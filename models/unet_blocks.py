@@ -14,16 +14,18 @@ from torch import nn
 
 from fusewire.models.cross_attention import CrossAttention
 from fusewire.models.feed_forward import FeedForward
+from fusewire.models.ip_adapter import Pictures
 from fusewire.models.layers import How, linear
 from fusewire.models.resnet import Downsample, Residual, ResnetBlock, Upsample, norm_activation
 from fusewire.models.transformer_block import affine_block
 
 
 class Text(NamedTuple):
-    """What pictures attend to: states [B, L, C'] and a mask added to the logits, [B, 1, 1, L] or None."""
+    """What pictures attend to: states [B, L, C'] and a mask added to the logits, [B, 1, 1, L] or None; what IP-Adapters add to it."""
 
     states: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+    pictures: Pictures | None = None
 
 
 class TransformerBlock(nn.Module):
@@ -39,7 +41,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, text: Text) -> torch.Tensor:
         """[B, T, C] -> [B, T, C]."""
-        return affine_block(self, hidden_states, self.how, text.states, context_mask=text.mask)
+        more = None if text.pictures is None else dict(pictures=text.pictures)
+        return affine_block(self, hidden_states, self.how, text.states, context_mask=text.mask, attention_kwargs=more)
 
 
 class Transformer2D(nn.Module):

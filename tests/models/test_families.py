@@ -14,7 +14,7 @@ from fusewire.models.pixart import PixArt, PixArtConfig
 from fusewire.models.unet import UNet, UNetConfig
 from fusewire.models.vae import AutoencoderKL as OurAutoencoderKL
 from fusewire.models.vae import AutoencoderKLConfig
-from tests.models import stock_unet, test_dit, test_pixart, test_unet, test_vae
+from tests.models import stock_unet, test_dit, test_ip_adapter, test_pixart, test_unet, test_vae
 from tests.tolerance import MODEL_FLOAT32
 
 
@@ -26,6 +26,9 @@ def case(name: str, numerics: str):
     if name.startswith("PixArt"):
         stock = test_pixart.stock_model(name.removeprefix("PixArt "))
         return stock, test_pixart.ours(stock, numerics), test_pixart.inputs(name.removeprefix("PixArt "))
+    if name == "IP-Adapters":
+        stock, _ = test_ip_adapter.stock_model("sd", "three")
+        return stock, test_ip_adapter.ours("sd", stock, numerics), test_ip_adapter.inputs("sd", "three")
     if name == "VAE":
         stock = stock_unet.vae()
         return stock, test_vae.ours(stock, numerics), {"sample": test_vae.picture(2, 12, 8)}
@@ -37,7 +40,7 @@ def run(model, data: dict) -> torch.Tensor:
     return model(*data.values()) if list(data) == ["sample"] else model(**data)
 
 
-FAMILIES = ["DiT", "PixArt sigma", "PixArt alpha", "UNet sd", "UNet sdxl", "UNet adm", "UNet guided", "VAE"]
+FAMILIES = ["DiT", "PixArt sigma", "PixArt alpha", "UNet sd", "UNet sdxl", "UNet adm", "UNet guided", "VAE", "IP-Adapters"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -61,7 +64,7 @@ def test_bf16_autocast_trains(name, numerics):
 
 
 @pytest.mark.parametrize("numerics", [pytest.param("exact", marks=pytest.mark.slow), "close"])  # exact: the same forwards
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES[:-1], pytest.param(FAMILIES[-1], marks=pytest.mark.slow)])
 def test_compiles_without_a_graph_break(name, numerics):
     _, model, data = case(name, numerics)
     torch._dynamo.reset()

@@ -7,7 +7,8 @@ import torch
 
 from fusewire import ops
 from fusewire.models.inputs import check_inputs
-from tests.models import stock_flux, stock_sd3, stock_text, stock_unet, test_adapter, test_flux, test_mmdit, test_pixart, test_text_encoders, test_unet, test_vae
+from tests.models import (stock_flux, stock_sd3, stock_text, stock_unet, test_adapter, test_flux, test_ip_adapter, test_mmdit, test_pixart, test_text_encoders,
+                          test_unet, test_vae)
 from tests.models import test_dit as dit
 
 
@@ -18,6 +19,10 @@ def unet(variant: str, **more):
 def encoder(variant: str):
     ids = stock_text.tokens(2, 9)
     return test_text_encoders.ours(stock_text.stock_model(variant)), dict(input_ids=ids, attention_mask=stock_text.padding(ids))
+
+
+def adapted(variant: str, adapters: str, **more):
+    return test_ip_adapter.ours(variant, test_ip_adapter.stock_model(variant, adapters)[0]), test_ip_adapter.inputs(variant, adapters) | more
 
 
 def pixart():
@@ -47,6 +52,8 @@ CASES = {
                          down_block_additional_residuals=[torch.zeros(1)], down_intrablock_additional_residuals=[torch.zeros(1)]),
     "UNet of SDXL": lambda: unet("sdxl"),
     "UNet, distilled": lambda: unet("distilled"),
+    "UNet with IP-Adapters": lambda: adapted("sd", "two", ip_adapter_masks=[torch.zeros(1, 2, 8, 12)] * 2),
+    "Flux with an IP-Adapter": lambda: adapted("flux", "one"),
     "VAE's encoder": vae,
     "VAE's decoder": decoder,
     "T2I-Adapter": lambda: (test_adapter.ours(test_adapter.stock_model("light_adapter")), dict(x=test_adapter.picture("light_adapter"))),
@@ -65,7 +72,9 @@ def changed(given: dict, change) -> list[tuple[str, dict]]:
         elif isinstance(value, list):
             found += [(f"{name}[{i}]", given | {name: [*value[:i], change(one), *value[i + 1:]]}) for i, one in enumerate(value)]
         elif isinstance(value, dict):
-            found += [(f"{name}[{key!r}]", given | {name: value | {key: change(one)}}) for key, one in value.items() if one is not None]
+            for inner, other in changed(value, change):
+                key, bracket, index = inner.partition("[")
+                found.append((f"{name}[{key!r}]{bracket}{index}", given | {name: other}))
     return found
 
 

@@ -1,0 +1,254 @@
+"""IP-Adapters of the U-Nets (SD1.5, SD2, SDXL) and of FLUX.1: pictures as a prompt beside the text.
+
+Ye et al. (2023), "IP-Adapter: Text Compatible Image Prompt Adapter for Text-to-Image Diffusion Models"; FLUX.1's is XLabs'. An encoder's embeddings of
+pictures become tokens (``encoder_hid_proj``), to which attentions look with keys and values of their own (``processor``), one pair for each adapter. Names
+and state-dict keys are those of diffusers' models after ``load_ip_adapter``: ``attach(model, projections_of(state_dict))``, then ``load_state_dict``.
+``ip_adapter_official.py`` loads the official checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fusewire.models.cross_attention import CrossAttention, attended
+from fusewire.models.feed_forward import FeedForward, feed_forward_residual
+from fusewire.models.layers import How, linear
+from fusewire.models.transformer_block import sum_norm
+
+HEAD_DIM = 64  # of the resampler's attention, in every published checkpoint; the state dict does not tell
+
+
+class ImageProjection(nn.Module):
+    """diffusers' ``ImageProjection``: one embedding of a picture [B, image_channels] -> [B, tokens, channels]."""
+
+    takes_tokens = False
+
+    def __init__(self, image_channels: int, channels: int, tokens: int, how: How = How()):
+        super().__init__()
+        self.image_channels, self.channels, self.tokens, self.how = image_channels, channels, tokens, how
+        self.image_embeds = nn.Linear(image_channels, tokens * channels)
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(linear(self.image_embeds, x.to(self.image_embeds.weight.dtype), self.how).unflatten(-1, (self.tokens, self.channels)))
+
+
+class FullImageProjection(nn.Module):
+    """diffusers' ``IPAdapterFullImageProjection``: all tokens of the encoder, [B, L, image_channels] -> [B, L, channels]."""
+
+    takes_tokens = True
+
+    def __init__(self, image_channels: int, channels: int, how: How = How()):
+        super().__init__()
+        self.image_channels, self.channels = image_channels, channels
+        self.ff = FeedForward(image_channels, image_channels, how, approximate="none", out_channels=channels)
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.ff(x))
+
+
+class ResamplerBlock(nn.Module):
+    """Latents [B, K, C] look at the encoder's tokens [B, L, C] and at themselves; then a feed-forward."""
+
+    def __init__(self, channels: int, heads: int, head_dim: int, hidden: int, how: How):
+        super().__init__()
+        self.how = how
+        self.ln0, self.ln1 = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.attn = CrossAttention(channels, heads, head_dim, how=how, out_bias=False)
+        self.ff = nn.Sequential(nn.LayerNorm(channels), FeedForward(channels, hidden, how, approximate="none", bias=False))
+
+    def forward(self, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        y, (norm, feed_forward) = self.ln1(latents), self.ff
+        latents, y = sum_norm(norm, latents, self.attn(y, torch.cat([self.ln0(x), y], dim=1)), self.how)
+        return feed_forward_residual(feed_forward, y, None, latents, self.how)
+
+
+class PlusImageProjection(nn.Module):
+    """diffusers' ``IPAdapterPlusImageProjection``, a resampler (Alayrac et al., 2022, "Flamingo"): [B, L, image_channels] -> [B, tokens, channels]."""
+
+    takes_tokens = True
+
+    def __init__(self, image_channels: int, channels: int, width: int = 1280, depth: int = 4, heads: int = 16, head_dim: int = HEAD_DIM, tokens: int = 8,
+                 mlp_ratio: float = 4.0, how: How = How()):
+        super().__init__()
+        self.image_channels, self.channels, self.how = image_channels, channels, how
+        self.latents = nn.Parameter(torch.randn(1, tokens, width) / width**0.5)
+        self.proj_in = nn.Linear(image_channels, width)
+        self.proj_out = nn.Linear(width, channels)
+        self.norm_out = nn.LayerNorm(channels)
+        self.layers = nn.ModuleList(ResamplerBlock(width, heads, head_dim, int(mlp_ratio * width), how) for _ in range(depth))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        latents, x = self.latents.expand(x.shape[0], -1, -1), linear(self.proj_in, x, self.how)
+        for layer in self.layers:
+            latents = layer(x, latents)
+        return self.norm_out(linear(self.proj_out, latents, self.how))
+
+
+class MultiImageProjection(nn.Module):
+    """diffusers' ``MultiIPAdapterImageProjection``: for each adapter [B, N, ...] -> [B, N, tokens, channels]."""
+
+    def __init__(self, projections: Sequence[nn.Module]):
+        super().__init__()
+        self.image_projection_layers = nn.ModuleList(projections)
+
+    def forward(self, embeds: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [projection(one.flatten(0, 1)).unflatten(0, one.shape[:2]) for one, projection in zip(embeds, self.image_projection_layers)]
+
+
+class Pictures(NamedTuple):
+    """What attentions see of the pictures: for each adapter states [B, N, L, C], and [B or 1, N, H, W], where each picture counts, or None."""
+
+    states: list[torch.Tensor]
+    masks: Sequence[torch.Tensor | None]
+
+
+class DecoupledAttention(nn.Module):
+    """Keys and values of each adapter's pictures, and ``scale``, each adapter's: a number, or where there are masks one for each picture."""
+
+    def __init__(self, in_channels: Sequence[int], channels: int, bias: bool, how: How = How()):
+        super().__init__()
+        self.how, self.scale = how, [1.0] * len(in_channels)
+        self.to_k_ip, self.to_v_ip = (nn.ModuleList(nn.Linear(one, channels, bias=bias) for one in in_channels) for _ in range(2))
+
+    def forward(self, q: torch.Tensor, out: torch.Tensor | None, pictures: Pictures) -> torch.Tensor | None:
+        """q [B, T, H, D], the text's attention [B, T, H * D] or None for zeros -> the same with the pictures' added."""
+        for index, (states, scale, mask) in enumerate(zip(pictures.states, self.scale, pictures.masks)):
+            for part, factor, where in _terms(states, scale, mask):
+                if factor:
+                    k, v = (linear(layers[index], part, self.how).flatten(1, -2).unflatten(-1, q.shape[2:]) for layers in (self.to_k_ip, self.to_v_ip))
+                    where = None if where is None else over_tokens(where, q.shape[1]).to(q.dtype)
+                    out = _sum(out, attended(q, k, v, None, self.how), factor, where, self.how)
+        return out
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}"
+
+
+def _terms(states, scale, mask) -> Iterator[tuple]:
+    """(states, scale, mask [B or 1, H, W] or None) of one attention each: all pictures of an adapter together, or with a mask one by one."""
+    several = isinstance(scale, (list, tuple))
+    if mask is None:
+        if several and any(scale):
+            raise ValueError(f"scale is {list(scale)}, one for each picture; it should be a number where ip_adapter_masks has no mask of this adapter")
+        yield states, 0 if several else scale, None
+        return
+    if several and len(scale) != mask.shape[1]:
+        raise ValueError(f"scale is {list(scale)}; it should be a number, or {mask.shape[1]} of them, one for each picture")
+    for picture in range(mask.shape[1]):
+        yield states[:, picture], scale[picture] if several else scale, mask[:, picture]
+
+
+def _sum(out, y, scale: float, mask, how: How) -> torch.Tensor:
+    """out + scale * (y * mask); in ``close`` one pass."""
+    if out is None:
+        return scale * (y if mask is None else y * mask)
+    if how.numerics == "close":
+        return torch.add(out, y, alpha=scale) if mask is None else torch.addcmul(out, y, mask, value=scale)
+    return out + scale * (y if mask is None else y * mask)
+
+
+def over_tokens(mask: torch.Tensor, tokens: int) -> torch.Tensor:
+    """[B, H, W] -> [B, tokens, 1]: over so many tokens of a picture of the mask's aspect. Where that gives fewer, the last are 0, as stock has them."""
+    height, width = mask.shape[1:]
+    rows = min(max(int(math.sqrt(tokens / (width / height))), 1), tokens)
+    rows += tokens % rows != 0
+    small = F.interpolate(mask[None], size=(rows, tokens // rows), mode="bicubic")[0].flatten(1)
+    return F.pad(small, (0, tokens - small.shape[1]))[..., None]
+
+
+def attach(model: nn.Module, projections: Sequence[nn.Module]) -> None:
+    """Makes room in a ``UNet`` or ``Flux`` for one adapter of each projection, in the place of those that were there; new weights are random, scales 1."""
+    layers = model.picture_layers()
+    if not layers or not projections:
+        raise ValueError(f"{'projections is empty' if layers else 'model has no attention to text'}; an IP-Adapter needs one")
+    for name in layers.values():
+        layer = model.get_submodule(name)
+        new = DecoupledAttention([one.channels for one in projections], layer.to_k.out_features, layer.to_k.bias is not None, model.how)
+        layer.processor = new.to(layer.to_k.weight)
+    model.encoder_hid_proj = MultiImageProjection(projections).to(layer.to_k.weight)
+
+
+def detach(model: nn.Module) -> None:
+    """Takes all adapters away."""
+    for name in model.picture_layers().values():
+        model.get_submodule(name).processor = None
+    model.encoder_hid_proj = None
+
+
+def set_scale(model: nn.Module, scale, under: str = "") -> None:
+    """How much each adapter counts, in the layers whose names begin with ``under`` (``"up_blocks.0.attentions.1"``, InstantStyle's style). A number for all,
+    or one for each adapter: a number, or a list with one for each of its pictures, where there are masks. ValueError for another count."""
+    names = [name for name in model.picture_layers().values() if name.startswith(under)]
+    count = 0 if model.encoder_hid_proj is None else len(model.encoder_hid_proj.image_projection_layers)
+    scale = list(scale) if isinstance(scale, (list, tuple)) else [scale] * count
+    if len(scale) != count or not count:
+        raise ValueError(f"scale is {scale}; it should be a number or {count} of them, one for each IP-Adapter of the model")
+    if not names:
+        raise ValueError(f"under is {under!r}, with which no name begins; names are {', '.join(model.picture_layers().values())}")
+    for name in names:
+        model.get_submodule(name).processor.scale = [list(one) if isinstance(one, (list, tuple)) else one for one in scale]
+
+
+def pictures_of(projection: MultiImageProjection | None, name: str, embeds, batch: int, masks=None) -> Pictures | None:
+    """The projected pictures, or None where the model has no adapter. ``name``: of the argument ``embeds``, which errors tell.
+
+    Raises: ValueError naming what is missing, too much or of another count or shape.
+    """
+    layers = () if projection is None else projection.image_projection_layers
+    for given, tensors, needed in ((name, embeds, bool(layers)), ("ip_adapter_masks", masks, False)):
+        if tensors is None and not needed:
+            continue
+        if not layers:
+            raise ValueError(f"{given} is given; it should be None, as the model has no IP-Adapter")
+        if not isinstance(tensors, (list, tuple)) or len(tensors) != len(layers):
+            what = f"has {len(tensors)} entries" if isinstance(tensors, (list, tuple)) else f"is {'None' if tensors is None else 'a ' + type(tensors).__name__}"
+            raise ValueError(f"{given} {what}; it should be a list of {len(layers)}, one for each IP-Adapter")
+    if not layers:
+        return None
+    masks = [None] * len(layers) if masks is None else masks
+    for index, (one, mask, layer) in enumerate(zip(embeds, masks, layers)):
+        if one.dim() != 3 + layer.takes_tokens or one.shape[0] != batch or one.shape[-1] != layer.image_channels or 0 in one.shape:
+            wanted = f"[{batch}, N, {'L, ' if layer.takes_tokens else ''}{layer.image_channels}]"
+            raise ValueError(f"{name}[{index}] has shape {list(one.shape)}; it should be {wanted}")
+        if mask is not None and (mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] != one.shape[1] or 0 in mask.shape):
+            raise ValueError(f"ip_adapter_masks[{index}] has shape {list(mask.shape)}; it should be [{batch} or 1, {one.shape[1]}, H, W]")
+    return Pictures(projection(embeds), masks)
+
+
+def projections_of(state_dict: Mapping[str, torch.Tensor], how: How = How()) -> list[nn.Module]:
+    """Projections of the shapes that a diffusers state dict of a model with IP-Adapters has, in order; their weights are not loaded.
+
+    Raises KeyError for one of a kind that we do not have (FaceID's).
+    """
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in state_dict.items():
+        match = re.match(r"encoder_hid_proj\.image_projection_layers\.(\d+)\.", key)
+        if match:
+            found.setdefault(int(match[1]), {})[key[match.end():]] = value
+    return [_projection(found[index], how) for index in sorted(found)]
+
+
+def _projection(weights: Mapping[str, torch.Tensor], how: How) -> nn.Module:
+    if "image_embeds.weight" in weights:
+        channels, (outputs, inputs) = weights["norm.weight"].shape[0], weights["image_embeds.weight"].shape
+        return ImageProjection(inputs, channels, outputs // channels, how)
+    if "latents" in weights:
+        layers = len({key.split(".")[1] for key in weights if key.startswith("layers.")})
+        _, tokens, width = weights["latents"].shape
+        heads, hidden = weights["layers.0.attn.to_q.weight"].shape[0] // HEAD_DIM, weights["layers.0.ff.1.net.0.proj.weight"].shape[0]
+        return PlusImageProjection(weights["proj_in.weight"].shape[1], weights["proj_out.weight"].shape[0], width, layers, heads, tokens=tokens,
+                                   mlp_ratio=hidden / width, how=how)
+    if "ff.net.0.proj.weight" in weights:
+        channels, (hidden, inputs) = weights["norm.weight"].shape[0], weights["ff.net.0.proj.weight"].shape
+        if hidden == inputs and weights["ff.net.2.weight"].shape[0] == channels:
+            return FullImageProjection(inputs, channels, how)
+    raise KeyError(f"state_dict has a projection of {sorted(weights)}, which no IP-Adapter of ours has")

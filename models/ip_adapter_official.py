@@ -1,0 +1,70 @@
+"""The names of the official IP-Adapters (tencent-ailab's, in h94/IP-Adapter; XLabs' of FLUX.1) under ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from fusewire.models.ip_adapter import attach, detach, projections_of
+
+_SIMPLE = {"proj": "image_embeds", "norm": "norm"}
+_FULL = {"proj.0": "ff.net.0.proj", "proj.2": "ff.net.2", "proj.3": "norm"}
+_RESAMPLER = {"0.norm1": "ln0", "0.norm2": "ln1", "0.to_q": "attn.to_q", "0.to_out": "attn.to_out.0", "1.0": "ff.0", "1.1": "ff.1.net.0.proj",
+              "1.3": "ff.1.net.2"}
+_KEYS = r"(?:ip_adapter\.(\d+)\.to_([kv])_ip|double_blocks\.(\d+)\.processor\.ip_adapter_double_stream_([kv])_proj)\.(weight|bias)"
+
+
+def from_official(checkpoints: Sequence[Mapping], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Official checkpoints, one for each adapter, under our (diffusers') names.
+
+    h94/IP-Adapter's, ``image_proj`` and ``ip_adapter`` as dicts or as prefixes of the names, and XLabs' of FLUX.1. The resampler's packed keys and values are
+    split into views. Raises KeyError for a name that they or ``model`` do not have, as those of FaceID.
+    """
+    out, layers = {}, model.picture_layers()
+    for index, checkpoint in enumerate(checkpoints):
+        flat = {}
+        for key, value in checkpoint.items():
+            flat |= {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, Mapping) else {key: value}
+        projection = {re.sub(r"^(image_proj|ip_adapter_proj_model)\.", "", key): value for key, value in flat.items() if not re.fullmatch(_KEYS, key)}
+        for key, value in _official_projection(projection):
+            out[f"encoder_hid_proj.image_projection_layers.{index}.{key}"] = value
+        for key, value in flat.items():
+            match = re.fullmatch(_KEYS, key)
+            if match:
+                number, kind = int(match[1] or match[3]), match[2] or match[4]
+                if number not in layers:
+                    raise KeyError(f"checkpoint {index} has {key!r}, which this model has no layer for")
+                out[f"{layers[number]}.processor.to_{kind}_ip.{index}.{match[5]}"] = value
+    return out
+
+
+def _official_projection(weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    names = _SIMPLE if "proj.weight" in weights else _FULL if "proj.3.weight" in weights else {}
+    for key, value in weights.items():
+        stem, _, leaf = key.rpartition(".")
+        layer = re.fullmatch(r"layers\.(\d+)\.(.+)", stem)
+        if stem in names:
+            yield f"{names[stem]}.{leaf}", value
+        elif "latents" in weights and (key == "latents" or stem in ("proj_in", "proj_out", "norm_out")):
+            yield key, value
+        elif layer and layer[2] in _RESAMPLER:
+            yield f"layers.{layer[1]}.{_RESAMPLER[layer[2]]}.{leaf}", value
+        elif layer and layer[2] == "0.to_kv":
+            for kind, half in zip("kv", value.chunk(2)):
+                yield f"layers.{layer[1]}.attn.to_{kind}.{leaf}", half
+        else:
+            raise KeyError(f"checkpoint has {key!r}, which no IP-Adapter of ours has")
+
+
+def load(model: nn.Module, checkpoints: Sequence[Mapping]) -> None:
+    """Attaches one adapter for each official checkpoint, with its weights. KeyError for a name too much or too few, as ``from_official``."""
+    state_dict = from_official(checkpoints, model)
+    attach(model, projections_of(state_dict, model.how))
+    missing, unexpected = model.load_state_dict(state_dict, strict=False)
+    missing = [key for key in missing if key.startswith("encoder_hid_proj.") or ".processor." in key]
+    if missing or unexpected:
+        detach(model)
+        raise KeyError(f"checkpoints lack {missing} and have {unexpected}, which they should not")

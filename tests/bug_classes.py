@@ -50,7 +50,7 @@ CLASSES = {
 }
 # Of no op by itself: (what went wrong, why it is not looked for op by op)
 OF_THE_WHOLE = {
-    "cache-race": ("two processes and one cold cache", "the cache is Triton's, one for all kernels: four processes compile one of them at once"),
+    "cache-race": ("two processes and one cold cache", "the cache is Triton's, one for all kernels: four processes (eight in `make test-all`) compile one of them at once, eight threads launch"),
     "fork": ("importing touches the GPU", "all ops come by one import"),
     "patched-module": ("deepcopy, pickle or hooks of a patched module break", "ops are functions; the modules that call them are swap's"),
     "vacuous": ("a test that cannot fail", "a property of tests: [mutation.md](mutation.md) has it by room, the tolerances are tested here"),

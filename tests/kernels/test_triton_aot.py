@@ -18,6 +18,7 @@ from fusewire.kernels.aot.limits import WAIVERS, faults, unused_waivers
 from fusewire.kernels.aot.page import page
 from fusewire.kernels.aot.report import Compiled
 from fusewire.kernels.dispatch import TABLES
+from tests.effort import EFFORT
 from tests.kernels.test_backends import CALLS
 
 pytest.importorskip("triton")
@@ -163,11 +164,13 @@ def test_group_norm(hopper):
 
 
 def test_cache_race(tmp_path):
-    """cache-race: two commands of two processes each compile one kernel into one empty cache at once; then it is taken from there. Always the same code."""
-    given = ("--target=sm_90", *["--case=gate_residual exact 1536 bf16"] * 2), dict(TRITON_CACHE_DIR=str(tmp_path))
+    """cache-race: two commands of two processes each (`make test-all`: of four) compile one kernel into one empty cache at once; then it is taken from there.
+    Always the same code."""
+    each = 2 if EFFORT == 1 else 4
+    given = ("--target=sm_90", *["--case=gate_residual exact 1536 bf16"] * each), dict(TRITON_CACHE_DIR=str(tmp_path))
     found = [one for running in [start(*given[0], **given[1]) for _ in range(2)] for one in reports_of(running)]
     kept = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.cubin")}
-    assert len(found) == 4 and len(kept) == 1
+    assert len(found) == 2 * each and len(kept) == 1
     found += compiled(*given[0], **given[1])
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.cubin")} == kept
     assert all(one == found[0] for one in found), found

@@ -65,9 +65,14 @@ class SD3SingleTransformerBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         """(image [B, T, C], conditioning [B, C]) -> image."""
-        y, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=temb)
-        x, y = gate_residual_norm(self.norm2, hidden_states, self.attn(hidden_states=y), gate_msa, shift_mlp, scale_mlp, self.how)
-        return feed_forward_residual(self.ff, y, gate_mlp, x, self.how)
+        return single_block(self, hidden_states, temb, self.how)
+
+
+def single_block(block, x, temb, how: How) -> torch.Tensor:
+    """The forward of a block without text: our own, and of diffusers' ``SD3SingleTransformerBlock``."""
+    y, gate_msa, shift_mlp, scale_mlp, gate_mlp = block.norm1(x, emb=temb)
+    x, y = gate_residual_norm(block.norm2, x, block.attn(hidden_states=y, encoder_hidden_states=None), gate_msa, shift_mlp, scale_mlp, how)
+    return feed_forward_residual(block.ff, y, gate_mlp, x, how)
 
 
 class SD3ControlNet(nn.Module):

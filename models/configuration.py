@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import ClassVar
 
@@ -29,6 +29,10 @@ class StockConfig:
             if name in given and allowed and given[name] not in allowed:
                 raise ValueError(f"{name} is {given[name]!r}; it should be {' or '.join(map(repr, allowed))}")
         return cls(**{key: _frozen(value) for key, value in given.items() if key in known})
+
+    def check_choice(self, name: str, known: Sequence) -> None:
+        if getattr(self, name) not in known:
+            raise ValueError(f"{name} is {getattr(self, name)!r}; it should be {' or '.join(map(repr, known))}")
 
 
 def _frozen(value):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fusewire.models.inputs import present
+from fusewire.models.layers import zeroed
 from fusewire.models.unet_blocks import Text
 from fusewire.models.unet_encoder import EncoderConfig, UNetEncoder
 from fusewire.models.unet_official import ENCODER_TOP, encoder_layers, renamed
@@ -44,12 +45,6 @@ class ControlNetConfig(EncoderConfig):
         return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
 
 
-def _zero(module: nn.Conv2d) -> nn.Conv2d:
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
-
-
 class ConditioningEmbedding(nn.Module):
     """The control picture [B, C, f H, f W] -> features [B, C', H, W]: convolutions with SiLU between, every other one halves the size."""
 
@@ -59,7 +54,7 @@ class ConditioningEmbedding(nn.Module):
         self.blocks = nn.ModuleList()
         for width, wider in zip(widths, widths[1:]):
             self.blocks.extend([nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, wider, 3, padding=1, stride=2)])
-        self.conv_out = _zero(nn.Conv2d(widths[-1], out_channels, 3, padding=1))
+        self.conv_out = zeroed(nn.Conv2d(widths[-1], out_channels, 3, padding=1))
 
     def forward(self, picture: torch.Tensor) -> torch.Tensor:
         x = F.silu(self.conv_in(picture))
@@ -79,8 +74,8 @@ class ControlNet(UNetEncoder):
         widths = [config.width]
         for width, block in zip(channels, self.down_blocks):
             widths += [width] * (len(block.resnets) + len(block.downsamplers or ()))
-        self.controlnet_down_blocks = nn.ModuleList(_zero(nn.Conv2d(width, width, 1)) for width in widths)
-        self.controlnet_mid_block = _zero(nn.Conv2d(channels[-1], channels[-1], 1))
+        self.controlnet_down_blocks = nn.ModuleList(zeroed(nn.Conv2d(width, width, 1)) for width in widths)
+        self.controlnet_mid_block = zeroed(nn.Conv2d(channels[-1], channels[-1], 1))
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor | float, encoder_hidden_states: torch.Tensor | None, controlnet_cond: torch.Tensor,
                 conditioning_scale: float = 1.0, class_labels: torch.Tensor | None = None,

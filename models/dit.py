@@ -20,8 +20,8 @@ from fusewire.models.configuration import StockConfig
 from fusewire.models.cross_attention import CrossAttention
 from fusewire.models.feed_forward import FeedForward
 from fusewire.models.inputs import check_inputs
-from fusewire.models.layers import (AdaLayerNormZero, How, MLPEmbedder, PatchEmbed, ada_layer_norm_zero, linear, norm_input, timestep_waves,
-                                    unpatchify)
+from fusewire.models.layers import AdaLayerNormZero, How, MLPEmbedder, ada_layer_norm_zero, linear, norm_input, timestep_waves
+from fusewire.models.patches import PatchEmbed, unpatchify
 from fusewire.models.transformer_block import zero_block
 
 
@@ -146,7 +146,7 @@ class DiT(nn.Module):
         """
         self._check(hidden_states, timestep, class_labels)
         p, (height, width) = self.config.patch_size, hidden_states.shape[-2:]
-        x = self.pos_embed(hidden_states)
+        x = self.pos_embed(hidden_states).contiguous()
         for block in self.transformer_blocks:
             x = block(x, timestep, class_labels)
         conditioning = self.transformer_blocks[0].norm1.emb(timestep, class_labels, x.dtype)

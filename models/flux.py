@@ -150,8 +150,8 @@ def _kept_finite(x: torch.Tensor) -> torch.Tensor:
     return x.clip(-FLOAT16_LIMIT, FLOAT16_LIMIT) if x.dtype is torch.float16 else x
 
 
-class Flux(nn.Module):
-    """The velocity field of FLUX.1 (dev, schnell, Kontext, Fill). ``numerics`` as in ``fusewire.swap``."""
+class FluxTrunk(nn.Module):
+    """What the transformer and its ControlNet have in common: the embedders and the blocks."""
 
     def __init__(self, config: FluxConfig, numerics: str = "close"):
         super().__init__()
@@ -164,57 +164,16 @@ class Flux(nn.Module):
         self.transformer_blocks = nn.ModuleList(FluxTransformerBlock(channels, heads, config.mlp_ratio, how) for _ in range(config.num_layers))
         self.single_transformer_blocks = nn.ModuleList(
             FluxSingleTransformerBlock(channels, heads, config.mlp_ratio, how) for _ in range(config.num_single_layers))
-        self.norm_out = AdaLayerNormContinuous(channels, how)
-        self.proj_out = nn.Linear(channels, config.patch_size**2 * config.out_channels)
-        self.encoder_hid_proj: nn.Module | None = None  # IP-Adapters' projections
 
-    def picture_layers(self) -> dict[int, str]:
-        """The attentions that IP-Adapters extend, by their number in an official checkpoint."""
-        return {index: f"transformer_blocks.{index}.attn" for index in range(len(self.transformer_blocks))}
+    def conditioning(self, timestep: torch.Tensor, pooled: torch.Tensor, guidance: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """-> [B, C]; ``dtype``: that of the image stream, to which steps and scales are rounded."""
+        scale = (lambda value: None if value is None else value.to(dtype) * 1000)
+        return self.time_text_embed(scale(timestep), pooled, scale(guidance))
 
-    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, pooled_projections: torch.Tensor, timestep: torch.Tensor,
-                img_ids: torch.Tensor, txt_ids: torch.Tensor, guidance: torch.Tensor | None = None,
-                controlnet_block_samples: Sequence[torch.Tensor] | None = None,
-                controlnet_single_block_samples: Sequence[torch.Tensor] | None = None,
-                ip_adapter_image_embeds: Sequence[torch.Tensor] | None = None) -> torch.Tensor:
-        """The velocity at ``hidden_states``.
-
-        Args:
-            hidden_states: [B, T, in_channels] packed latents (2 x 2 pixels of 16 channels are a token).
-            encoder_hidden_states: [B, L, joint_attention_dim] text states.
-            pooled_projections: [B, pooled_projection_dim] pooled text.
-            timestep: [B], 0 to 1. guidance: [B], the scale that a model with ``guidance_embeds`` was distilled from.
-            img_ids, txt_ids: [T, axes] and [L, axes], the position of each token along each axis.
-            controlnet_block_samples, controlnet_single_block_samples: residuals [B, T, C], spread over the blocks of each kind and added behind them.
-            ip_adapter_image_embeds: for each IP-Adapter (``ip_adapter.attach``) [B, N, C] of N pictures.
-
-        Returns: [B, T, out_channels].
-        Raises: ValueError naming the argument whose shape or device does not fit, or ``guidance`` where the model wants it or not; TypeError naming
-            one whose dtype does not fit.
-        """
-        self._check(hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, guidance,
-                    dict(controlnet_block_samples=controlnet_block_samples, controlnet_single_block_samples=controlnet_single_block_samples),
-                    ip_adapter_image_embeds)
-        pictures = pictures_of(self.encoder_hid_proj, "ip_adapter_image_embeds", ip_adapter_image_embeds, hidden_states.shape[0])
-        how = self.how
-        x = linear(self.x_embedder, hidden_states, how)
-        scale = (lambda value: None if value is None else value.to(x.dtype) * 1000)
-        temb = self.time_text_embed(scale(timestep), pooled_projections, scale(guidance))
-        context = linear(self.context_embedder, encoder_hidden_states, how)
-        rope = rope_tables(torch.cat([txt_ids, img_ids]), self.config.axes_dims_rope)
-        for blocks, residuals, more in ((self.transformer_blocks, controlnet_block_samples, (pictures,)),
-                                        (self.single_transformer_blocks, controlnet_single_block_samples, ())):
-            for index, block in enumerate(blocks):
-                context, x = block(x, context, temb, rope, *more)
-                if residuals is not None:
-                    x = x + residuals[index // -(-len(blocks) // len(residuals))]
-        return linear(self.proj_out, self.norm_out(x, temb), how)
-
-    def _check(self, x, context, pooled, timestep, img_ids, txt_ids, guidance, residuals, embeds) -> None:
-        floats = dict(hidden_states=x, encoder_hidden_states=context, pooled_projections=pooled) | listed("ip_adapter_image_embeds", embeds)
-        for name, tensors in residuals.items():
-            floats |= listed(name, tensors)
-        check_inputs(self.x_embedder, floats,
+    def check(self, x, context, pooled, timestep, img_ids, txt_ids, guidance, floats: Mapping[str, torch.Tensor] = {},
+              integers: Mapping[str, torch.Tensor] = {}) -> None:
+        """``floats``, ``integers``: more tensors, of which only dtype and device are looked at."""
+        check_inputs(self.x_embedder, dict(hidden_states=x, encoder_hidden_states=context, pooled_projections=pooled) | floats, integers,
                      reals=dict(timestep=timestep, img_ids=img_ids, txt_ids=txt_ids) | present(guidance=guidance))
         config = self.config
         if x.dim() != 3 or x.shape[2] != config.in_channels:
@@ -226,11 +185,63 @@ class Flux(nn.Module):
                                    ("img_ids", img_ids, (x.shape[1], axes)), ("txt_ids", txt_ids, (context.shape[1], axes))):
             if value.shape != shape:
                 raise ValueError(f"{name} has shape {list(value.shape)}; it should be {list(shape)}")
-        for name, tensors in residuals.items():
-            check_residuals(name, tensors, (*x.shape[:2], config.num_attention_heads * config.attention_head_dim))
         if (guidance is not None) != config.guidance_embeds or guidance is not None and guidance.shape != (batch,):
             raise ValueError(f"guidance is {'None' if guidance is None else list(guidance.shape)}; "
                              f"it should be {[batch] if config.guidance_embeds else None}, as guidance_embeds is {config.guidance_embeds}")
+
+
+class Flux(FluxTrunk):
+    """The velocity field of FLUX.1 (dev, schnell, Kontext, Fill). ``numerics`` as in ``fusewire.swap``."""
+
+    def __init__(self, config: FluxConfig, numerics: str = "close"):
+        super().__init__(config, numerics)
+        self.norm_out = AdaLayerNormContinuous(config.inner_dim, self.how)
+        self.proj_out = nn.Linear(config.inner_dim, config.patch_size**2 * config.out_channels)
+        self.encoder_hid_proj: nn.Module | None = None  # IP-Adapters' projections
+
+    def picture_layers(self) -> dict[int, str]:
+        """The attentions that IP-Adapters extend, by their number in an official checkpoint."""
+        return {index: f"transformer_blocks.{index}.attn" for index in range(len(self.transformer_blocks))}
+
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, pooled_projections: torch.Tensor, timestep: torch.Tensor,
+                img_ids: torch.Tensor, txt_ids: torch.Tensor, guidance: torch.Tensor | None = None,
+                controlnet_block_samples: Sequence[torch.Tensor] | None = None,
+                controlnet_single_block_samples: Sequence[torch.Tensor] | None = None, controlnet_blocks_repeat: bool = False,
+                ip_adapter_image_embeds: Sequence[torch.Tensor] | None = None) -> torch.Tensor:
+        """The velocity at ``hidden_states``.
+
+        Args:
+            hidden_states: [B, T, in_channels] packed latents (2 x 2 pixels of 16 channels are a token).
+            encoder_hidden_states: [B, L, joint_attention_dim] text states.
+            pooled_projections: [B, pooled_projection_dim] pooled text.
+            timestep: [B], 0 to 1. guidance: [B], the scale that a model with ``guidance_embeds`` was distilled from.
+            img_ids, txt_ids: [T, axes] and [L, axes], the position of each token along each axis.
+            controlnet_block_samples, controlnet_single_block_samples: residuals [B, T, C], spread over the blocks of each kind and added behind them.
+            controlnet_blocks_repeat: those of ``controlnet_block_samples`` are not spread but taken in turn, as XLabs' ControlNets want it.
+            ip_adapter_image_embeds: for each IP-Adapter (``ip_adapter.attach``) [B, N, C] of N pictures.
+
+        Returns: [B, T, out_channels].
+        Raises: ValueError naming the argument whose shape or device does not fit, or ``guidance`` where the model wants it or not; TypeError naming
+            one whose dtype does not fit.
+        """
+        residuals = dict(controlnet_block_samples=controlnet_block_samples, controlnet_single_block_samples=controlnet_single_block_samples)
+        self.check(hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, guidance,
+                   {key: one for name, tensors in (residuals | dict(ip_adapter_image_embeds=ip_adapter_image_embeds)).items()
+                    for key, one in listed(name, tensors).items()})
+        for name, tensors in residuals.items():
+            check_residuals(name, tensors, (*hidden_states.shape[:2], self.config.inner_dim))
+        pictures = pictures_of(self.encoder_hid_proj, "ip_adapter_image_embeds", ip_adapter_image_embeds, hidden_states.shape[0])
+        x = linear(self.x_embedder, hidden_states, self.how)
+        temb = self.conditioning(timestep, pooled_projections, guidance, x.dtype)
+        context = linear(self.context_embedder, encoder_hidden_states, self.how)
+        rope = rope_tables(torch.cat([txt_ids, img_ids]), self.config.axes_dims_rope)
+        for blocks, samples, repeat, more in ((self.transformer_blocks, controlnet_block_samples, controlnet_blocks_repeat, (pictures,)),
+                                              (self.single_transformer_blocks, controlnet_single_block_samples, False, ())):
+            for index, block in enumerate(blocks):
+                context, x = block(x, context, temb, rope, *more)
+                if samples is not None:
+                    x = x + samples[index % len(samples) if repeat else index // -(-len(blocks) // len(samples))]
+        return linear(self.proj_out, self.norm_out(x, temb), self.how)
 
 
 _STREAMS = {"img": ("norm1", "attn.to_q attn.to_k attn.to_v", "attn.norm_q", "attn.norm_k", "attn.to_out.0", "ff"),

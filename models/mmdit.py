@@ -18,8 +18,8 @@ from fusewire.models.attention import Attention
 from fusewire.models.configuration import StockConfig
 from fusewire.models.feed_forward import FeedForward, feed_forward_residual
 from fusewire.models.inputs import check_inputs, check_residuals, listed
-from fusewire.models.layers import (AdaLayerNormContinuous, AdaLayerNormZero, How, PatchEmbed, TimeTextEmbed, gate_residual_norm, linear,
-                                    unpatchify)
+from fusewire.models.layers import AdaLayerNormContinuous, AdaLayerNormZero, How, TimeTextEmbed, gate_residual_norm, linear
+from fusewire.models.patches import PatchEmbed, unpatchify
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,23 @@ def joint_block(block, x, context, temb, how: How, attention_kwargs: Mapping | N
     return feed_forward_residual(block.ff_context, y, c_gate_mlp, context, how), x
 
 
+def check_latents(config: MMDiTConfig, x: torch.Tensor, table_size: int | None) -> None:
+    """[B, in_channels, H, W]: whole patches, not more along a side than a table of positions has."""
+    p = config.patch_size
+    if x.dim() != 4 or x.shape[1] != config.in_channels or x.shape[2] % p or x.shape[3] % p or table_size is not None and max(x.shape[2:]) > table_size * p:
+        raise ValueError(f"hidden_states has shape {list(x.shape)}; it should be [B, {config.in_channels}, H, W] with H and W multiples of {p}"
+                         + ("" if table_size is None else f", at most {table_size * p}"))
+
+
+def check_conditions(config: MMDiTConfig, batch: int, context: torch.Tensor | None, pooled: torch.Tensor, timestep: torch.Tensor) -> None:
+    """Text, pooled text and timestep of ``batch`` samples; a text of None is not looked at."""
+    if context is not None and (context.dim() != 3 or context.shape[0] != batch or context.shape[2] != config.joint_attention_dim):
+        raise ValueError(f"encoder_hidden_states has shape {list(context.shape)}; it should be [{batch}, L, {config.joint_attention_dim}]")
+    for name, value, shape in (("pooled_projections", pooled, (batch, config.pooled_projection_dim)), ("timestep", timestep, (batch,))):
+        if value.shape != shape:
+            raise ValueError(f"{name} has shape {list(value.shape)}; it should be {list(shape)}")
+
+
 class MMDiT(nn.Module):
     """The velocity field of SD3/SD3.5. ``numerics`` as in ``fusewire.swap``."""
 
@@ -147,7 +164,7 @@ class MMDiT(nn.Module):
         self._check(hidden_states, encoder_hidden_states, pooled_projections, timestep, block_controlnet_hidden_states)
         (height, width), p = hidden_states.shape[-2:], self.config.patch_size
         skip = frozenset(skip_layers or ())
-        x = self.pos_embed(hidden_states)
+        x = self.pos_embed(hidden_states).contiguous()
         temb = self.time_text_embed(timestep, pooled_projections)
         context = linear(self.context_embedder, encoder_hidden_states, self.norm_out.how)
         for index, block in enumerate(self.transformer_blocks):
@@ -162,19 +179,10 @@ class MMDiT(nn.Module):
     def _check(self, x, context, pooled, timestep, residuals) -> None:
         check_inputs(self.pos_embed.proj, dict(hidden_states=x, encoder_hidden_states=context, pooled_projections=pooled)
                      | listed("block_controlnet_hidden_states", residuals), reals=dict(timestep=timestep))
-        config = self.config
-        p, limit = config.patch_size, config.pos_embed_max_size * config.patch_size
-        if x.dim() != 4 or x.shape[1] != config.in_channels or x.shape[2] % p or x.shape[3] % p or max(x.shape[2:]) > limit:
-            raise ValueError(f"hidden_states has shape {list(x.shape)}; it should be [B, {config.in_channels}, H, W] with H and W multiples of {p}, "
-                             f"at most {limit}")
-        batch = x.shape[0]
-        if context.dim() != 3 or context.shape[0] != batch or context.shape[2] != config.joint_attention_dim:
-            raise ValueError(f"encoder_hidden_states has shape {list(context.shape)}; it should be [{batch}, L, {config.joint_attention_dim}]")
-        if pooled.shape != (batch, config.pooled_projection_dim):
-            raise ValueError(f"pooled_projections has shape {list(pooled.shape)}; it should be [{batch}, {config.pooled_projection_dim}]")
-        if timestep.shape != (batch,):
-            raise ValueError(f"timestep has shape {list(timestep.shape)}; it should be [{batch}]")
-        check_residuals("block_controlnet_hidden_states", residuals, (batch, (x.shape[2] // p) * (x.shape[3] // p), config.inner_dim))
+        config, p = self.config, self.config.patch_size
+        check_latents(config, x, config.pos_embed_max_size)
+        check_conditions(config, x.shape[0], context, pooled, timestep)
+        check_residuals("block_controlnet_hidden_states", residuals, (x.shape[0], (x.shape[2] // p) * (x.shape[3] // p), config.inner_dim))
 
     def init_weights(self) -> None:
         """The initialisation for training of Peebles and Xie (2023): Xavier for the linears, zero for every modulation and for the output."""

@@ -20,7 +20,8 @@ from fusewire.models.configuration import StockConfig
 from fusewire.models.cross_attention import CrossAttention
 from fusewire.models.feed_forward import FeedForward
 from fusewire.models.inputs import check_inputs, present
-from fusewire.models.layers import How, MLPEmbedder, PatchEmbed, linear, norm_input, timestep_waves, unpatchify
+from fusewire.models.layers import How, MLPEmbedder, linear, norm_input, timestep_waves
+from fusewire.models.patches import PatchEmbed, unpatchify
 from fusewire.models.transformer_block import single_block
 
 
@@ -171,7 +172,7 @@ class PixArt(nn.Module):
         masks = present(attention_mask=attention_mask, encoder_attention_mask=encoder_attention_mask)
         self._check(hidden_states, encoder_hidden_states, timestep, given, masks)
         p, (height, width) = self.config.patch_size, hidden_states.shape[-2:]
-        x = self.pos_embed(hidden_states)
+        x = self.pos_embed(hidden_states).contiguous()
         modulation, temb = self.adaln_single(timestep, given.get("resolution"), given.get("aspect_ratio"), x.dtype)
         mask, text_mask = _additive(attention_mask, x.dtype), _additive(encoder_attention_mask, x.dtype)
         text = encoder_hidden_states if self.caption_projection is None else self.caption_projection(encoder_hidden_states)

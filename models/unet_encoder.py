@@ -82,10 +82,6 @@ class EncoderConfig(StockConfig):
         if len(types) != levels or not set(types) <= set(known):
             raise ValueError(f"{name} is {types}; it should be {levels} of {sorted(known)}, as block_out_channels has {levels} levels")
 
-    def check_choice(self, name: str, known: Sequence) -> None:
-        if getattr(self, name) not in known:
-            raise ValueError(f"{name} is {getattr(self, name)!r}; it should be {' or '.join(map(repr, known))}")
-
     def at(self, name: str, level: int):
         """A field's value at one level."""
         value = getattr(self, name)

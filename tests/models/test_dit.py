@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fusewire.models.dit import DiT, DiTConfig, from_official
-from fusewire.models.layers import unpatchify
+from fusewire.models.patches import unpatchify
 from tests.models import stock_unet
 from tests.models.golden import golden
 from tests.models.stock_unet import DIT, dit_inputs, in_float64

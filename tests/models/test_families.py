@@ -6,9 +6,12 @@ import copy
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import (AutoencoderKL, ControlNetModel, DiTTransformer2DModel, FluxControlNetModel, PixArtTransformer2DModel, SD3ControlNetModel,
+                       UNet2DConditionModel, UNet2DModel)
 
 from fusewire.models.controlnet import ControlNet, ControlNetConfig
+from fusewire.models.controlnet_flux import FluxControlNet, FluxControlNetConfig
+from fusewire.models.controlnet_sd3 import SD3ControlNet, SD3ControlNetConfig
 from fusewire.models.dit import DiT, DiTConfig
 from fusewire.models.pixart import PixArt, PixArtConfig
 from fusewire.models.unet import UNet, UNetConfig
@@ -107,6 +110,16 @@ FULL = {"SD1.5": (UNet2DConditionModel, UNet, UNetConfig, dict(cross_attention_d
         "DDPM": (UNet2DModel, UNet, UNetConfig, DDPM),
         "SD1.5's ControlNet": (ControlNetModel, ControlNet, ControlNetConfig, dict(cross_attention_dim=768)),
         "SDXL's ControlNet": (ControlNetModel, ControlNet, ControlNetConfig, {key: value for key, value in XL.items() if key != "up_block_types"}),
+        "SD3's ControlNet": (SD3ControlNetModel, SD3ControlNet, SD3ControlNetConfig,
+                             dict(num_layers=6, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192)),
+        "SD3.5-large's ControlNet": (SD3ControlNetModel, SD3ControlNet, SD3ControlNetConfig,
+                                     dict(num_layers=19, num_attention_heads=38, joint_attention_dim=None, caption_projection_dim=2048, pos_embed_max_size=None,
+                                          pos_embed_type=None, use_pos_embed=False, force_zeros_for_pooled_projection=False)),
+        "FLUX.1's union of ControlNets": (FluxControlNetModel, FluxControlNet, FluxControlNetConfig,
+                                          dict(num_layers=5, num_single_layers=10, guidance_embeds=True, num_mode=10)),
+        "FLUX.1's ControlNet that sees pixels": (FluxControlNetModel, FluxControlNet, FluxControlNetConfig,
+                                                 dict(num_layers=2, num_single_layers=0, guidance_embeds=True, patch_size=2,
+                                                      conditioning_embedding_channels=16)),
         "DiT-XL/2": (DiTTransformer2DModel, DiT, DiTConfig, dict(out_channels=8)),
         "PixArt-alpha": (PixArtTransformer2DModel, PixArt, PixArtConfig, dict(caption_channels=4096)),
         "FLUX.1's autoencoder": (AutoencoderKL, OurAutoencoderKL, AutoencoderKLConfig,

@@ -17,8 +17,8 @@ from tests.tolerance import MODEL_FLOAT32
 GOLDEN = Path(__file__).parents[1] / "data" / "flux.safetensors"
 
 
-def ours(variant: str, stock: FluxTransformer2DModel, numerics: str = "close") -> Flux:
-    model = Flux(FluxConfig(**VARIANTS[variant]), numerics).eval()
+def ours(variant: str, stock: FluxTransformer2DModel, numerics: str = "close", **changes) -> Flux:
+    model = Flux(FluxConfig(**dict(VARIANTS[variant], **changes)), numerics).eval()
     model.load_state_dict(stock.state_dict(), strict=True)
     return model
 

@@ -7,8 +7,8 @@ import torch
 
 from fusewire import ops
 from fusewire.models.inputs import check_inputs
-from tests.models import (stock_flux, stock_sd3, stock_text, stock_unet, test_adapter, test_flux, test_ip_adapter, test_mmdit, test_pixart, test_text_encoders,
-                          test_unet, test_vae)
+from tests.models import (stock_flux, stock_sd3, stock_text, stock_unet, test_adapter, test_controlnet_flux, test_controlnet_sd3, test_flux, test_ip_adapter,
+                          test_mmdit, test_pixart, test_text_encoders, test_unet, test_vae)
 from tests.models import test_dit as dit
 
 
@@ -46,6 +46,8 @@ CASES = {
                       stock_sd3.inputs() | dict(block_controlnet_hidden_states=[torch.randn(2, 24, 32)] * 2)),
     "Flux": lambda: (test_flux.ours("dev", stock_flux.stock_model("dev")),
                      stock_flux.inputs("dev") | dict(controlnet_block_samples=[torch.randn(2, 15, 32)], controlnet_single_block_samples=[torch.randn(2, 15, 32)])),
+    "SD3's ControlNet": lambda: (test_controlnet_sd3.ours(test_controlnet_sd3.stock_model("sd3")), test_controlnet_sd3.inputs("sd3")),
+    "Flux's ControlNet": lambda: (test_controlnet_flux.ours(test_controlnet_flux.stock_model("union")), test_controlnet_flux.inputs("union")),
     "DiT": lambda: (dit.ours(stock_unet.dit(), "close"), stock_unet.dit_inputs()),
     "PixArt": pixart,
     "UNet": lambda: unet("sd", encoder_attention_mask=torch.ones(2, 5), mid_block_additional_residual=torch.zeros(2, 32, 4, 6),

@@ -13,10 +13,11 @@ import fusewire
 from fusewire import ops
 from fusewire.kernels.library import CPU
 from tests.models.stock_sd3 import SD3, VARIANTS, randomise
+from tests.models.test_controlnet_sd3 import CONFIGS
 from tests.swap.tiny import generate, inputs, run, stock_model, tiny_pipeline
 from tests.tolerance import MODEL_FLOAT32
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES, LARGE = [torch.float32, torch.bfloat16, torch.float16], CONFIGS["sd3.5-large"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -109,11 +110,15 @@ def test_controlnet_residuals_skipped_layers_and_keywords():
     assert not torch.equal(want[0], want[2]) and not torch.equal(want[1], want[2])
 
 
+@pytest.mark.parametrize("text", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_controlnet_model_is_built_of_the_same_blocks(dtype):
-    """Their outputs go into products, whose bits in 16 bits depend on how they lie in memory: compiled, copied, and swapped in close beside it too."""
-    model = randomise(SD3ControlNetModel(**SD3)).eval().to(dtype)
+def test_controlnet_model_is_built_of_the_same_blocks(dtype, text):
+    """Their outputs go into products, whose bits in 16 bits depend on how they lie in memory: compiled, copied, and swapped in close beside it too.
+    Without text they are blocks of one stream, as SD3.5-large's."""
+    model = randomise(SD3ControlNetModel(**SD3 if text else LARGE)).eval().to(dtype)
     data = dict(inputs(2, 8, 12, 5, dtype), controlnet_cond=torch.randn(2, 4, 8, 12).to(dtype))
+    if not text:
+        data |= dict(encoder_hidden_states=None, hidden_states=torch.randn(2, 24, 32).to(dtype))
 
     def call(model):
         with torch.no_grad():
@@ -128,9 +133,9 @@ def test_controlnet_model_is_built_of_the_same_blocks(dtype):
         assert same(call(model)) and (not CPU.loaded or ops.stats()["gate_residual_adaln"]["cpu"])
         assert same(call(copy.deepcopy(model))) and same(call(pickle.loads(pickle.dumps(model))))
         assert same(call(torch.compile(model, fullgraph=True, backend="eager")))
-        with fusewire.swapped(model, "close"):
-            call(model)
-        assert same(call(model))
+        with fusewire.swapped(model, "close") as close:
+            assert not same(call(model))
+        assert {"attention", "linear"} <= {entry.op for entry in close.report.swapped} and same(call(model))
     assert {"gate_residual_adaln", "adaln_modulate"} <= {entry.op for entry in handle.report.swapped}
     assert same(call(model)) and not any("fusewire" in key for part in model.modules() for key in vars(part))
 

@@ -1,15 +1,17 @@
-"""Stable Diffusion 3 and 3.5: what is swapped in ``SD3Transformer2DModel`` (and in whatever else is built of ``JointTransformerBlock``)."""
+"""Stable Diffusion 3 and 3.5: what is swapped in ``SD3Transformer2DModel`` and its ControlNets (and in whatever else is built of their blocks)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.controlnets.controlnet_sd3 import SD3ControlNetModel
 from diffusers.models.normalization import SD35AdaLayerNormZeroX
-from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from diffusers.models.transformers.transformer_sd3 import SD3SingleTransformerBlock, SD3Transformer2DModel
 
 from fusewire.models import layers
+from fusewire.models.controlnet_sd3 import single_block
 from fusewire.models.layers import How, plain_layer_norm
 from fusewire.models.mmdit import joint_block
 from fusewire.swap.attention import attention_candidates
@@ -22,7 +24,16 @@ OPS = ("adaln_modulate", "adaln_modulate_dual", "gate_residual", "gate_residual_
 
 # The stock methods that our forwards stand for, as diffusers 0.40 to 0.42 has them.
 BLOCK = {JointTransformerBlock.forward: ("f12a42101b07",)}
+SINGLE_BLOCK = {SD3SingleTransformerBlock.forward: ("6350df9ef738", "1aeb7e4de380")}
 ADALN_ZERO_X = {SD35AdaLayerNormZeroX.forward: ("4f1a3bc7c343",)}
+
+GATES = ("gate_residual", "gate_residual_adaln")
+# Stock block -> its forward, and what finds the candidates in which of its parts
+BLOCKS = {
+    JointTransformerBlock: (BLOCK, {norm_candidates: ("norm1", "norm1_context"), attention_candidates: ("attn", "attn2"),
+                                    feed_forward_candidates: ("ff", "ff_context")}),
+    SD3SingleTransformerBlock: (SINGLE_BLOCK, {norm_candidates: ("norm1",), attention_candidates: ("attn",), feed_forward_candidates: ("ff",)}),
+}
 
 
 def _block(how: How) -> dict:
@@ -30,11 +41,20 @@ def _block(how: How) -> dict:
         if self._chunk_size is not None:
             return JointTransformerBlock.forward(self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
         context, x = joint_block(self, hidden_states, encoder_hidden_states, temb, how, joint_attention_kwargs)
-        if KEEPS_LAYOUT in vars(self) and not hidden_states.is_contiguous():
-            x = x.mT.contiguous().mT
-        return context, x
+        return context, _laid_as(hidden_states, x, self)
 
     return {"forward": forward}
+
+
+def _single_block(how: How) -> dict:
+    def forward(self, hidden_states, temb):
+        return _laid_as(hidden_states, single_block(self, hidden_states, temb, how), self)
+
+    return {"forward": forward}
+
+
+def _laid_as(stream: torch.Tensor, x: torch.Tensor, block) -> torch.Tensor:
+    return x.mT.contiguous().mT if KEEPS_LAYOUT in vars(block) and not stream.is_contiguous() else x
 
 
 def _controlnet(how: How) -> dict:
@@ -58,32 +78,31 @@ def _adaln_zero_x(how: How) -> dict:
     return {"forward": forward}
 
 
-MAKERS.update({JointTransformerBlock: _block, SD3ControlNetModel: _controlnet, SD35AdaLayerNormZeroX: _adaln_zero_x})
+MAKERS.update({JointTransformerBlock: _block, SD3SingleTransformerBlock: _single_block, SD3ControlNetModel: _controlnet, SD35AdaLayerNormZeroX: _adaln_zero_x})
 NORMS[SD35AdaLayerNormZeroX] = (ADALN_ZERO_X, "adaln_modulate_dual")
 ANNOUNCE[JointTransformerBlock] = announce_block
-CARRIES.update({JointTransformerBlock: ("gate_residual", "gate_residual_adaln"), SD35AdaLayerNormZeroX: ("adaln_modulate_dual",),
+CARRIES.update({JointTransformerBlock: GATES, SD3SingleTransformerBlock: GATES, SD35AdaLayerNormZeroX: ("adaln_modulate_dual",),
                 SD3Transformer2DModel: ("adaln_modulate",)})
 
 
 def candidates(name: str, instance, how: How) -> Iterator[Candidate]:
-    """A ``JointTransformerBlock`` with its parts, or the final norm of an ``SD3Transformer2DModel``."""
+    """A block with its parts, or the final norm of an ``SD3Transformer2DModel``."""
     stock = stock_of(instance) or type(instance)
     dot = f"{name}." if name else ""
     if stock is SD3Transformer2DModel:
         yield from norm_candidates(f"{dot}norm_out", instance.norm_out, how)
     if stock is SD3ControlNetModel and how.numerics == "exact":
-        yield candidate(name or "controlnet", instance, ("gate_residual", "gate_residual_adaln"), how, "")
-    if stock is not JointTransformerBlock:
+        found = {stock_of(block) or type(block) for block in instance.transformer_blocks} & BLOCKS.keys()
+        if found:
+            yield candidate(name or "controlnet", instance, GATES, how, next(filter(None, (unknown_forward(BLOCKS[block][0]) for block in found)), ""))
+    if stock not in BLOCKS:
         return
-    yield candidate(name or "block", instance, ("gate_residual", "gate_residual_adaln"), how, unknown_forward(BLOCK))
-    for part in ("norm1", "norm1_context"):
-        yield from norm_candidates(dot + part, getattr(instance, part), how)
-    for part in ("attn", "attn2"):
-        if getattr(instance, part) is not None:
-            yield from attention_candidates(dot + part, getattr(instance, part), how)
-    for part in ("ff", "ff_context"):
-        if getattr(instance, part) is not None:
-            yield from feed_forward_candidates(dot + part, getattr(instance, part), how)
+    known, parts = BLOCKS[stock]
+    yield candidate(name or "block", instance, GATES, how, unknown_forward(known))
+    for find, names in parts.items():
+        for part in names:
+            if getattr(instance, part) is not None:
+                yield from find(dot + part, getattr(instance, part), how)
 
 
 FAMILY = Family("sd3", OPS, candidates)

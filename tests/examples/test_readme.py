@@ -24,9 +24,12 @@ def test_python_blocks(tmp_path):
     assert "swapped  adaln_modulate" in done.stdout and "eager:" in done.stdout
 
 
-def test_links():
-    targets = re.findall(r"\]\(([^)#]+)\)", README)
-    assert len(targets) > 8 and all(target.startswith("http") or (ROOT / target).exists() for target in targets)
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
+def test_links(page):
+    targets = re.findall(r"\]\(([^)#\s]+)\)", page.read_text())
+    missing = [target for target in targets if not target.startswith("http") and not (page.parent / target).exists()]
+    assert not missing, missing
+    assert page.name != "README.md" or len(targets) > 8
 
 
 def test_commands_of_the_makefile_and_the_command_line():

@@ -32,7 +32,7 @@ class Scalars:
 
     def __init__(self, dtype: torch.dtype, device: torch.device, scalars: torch.device, exact: bool):
         on_gpu, with_latents = device.type != "cpu", scalars.type != "cpu"
-        self.dtype, self.exact, self.on_gpu = dtype, exact, on_gpu
+        self.dtype, self.device, self.exact = dtype, device, exact
         self.reciprocal = exact and on_gpu and not with_latents
         self._left, self._right = exact and (with_latents or not on_gpu), exact and with_latents
 

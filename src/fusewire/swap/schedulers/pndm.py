@@ -92,7 +92,7 @@ def _columns(scheduler, scalars: Scalars) -> dict:
     ratio = config.num_train_timesteps // scheduler.num_inference_steps
     to = _way(scheduler, scalars, now, now - ratio)
     # A GPU divides by a number, wherever the alphas lie, by multiplying with its reciprocal.
-    twelfth = dict(x0_x=1 / torch.tensor(12.0)) if scalars.on_gpu else dict(x0_x=1.0, x_divisor=12.0)
+    twelfth = dict(x0_x=1 / torch.tensor(12.0)) if scalars.device.type != "cpu" else dict(x0_x=1.0, x_divisor=12.0)
     blocks = [dict(to, x0_m=1.0), dict(_way(scheduler, scalars, now + ratio, now), x0_x=1.0, x0_m=1.0, x0_divisor=2.0),
               dict(to, x0_x=-1.0, x0_m=3.0, x0_divisor=2.0),
               dict(x0_x=-16.0, x0_m=23.0, e_x0=1.0, e_previous=5.0, e=1.0), dict(to, **twelfth),

@@ -12,7 +12,7 @@ from fusewire import ops
 from fusewire.models.layers import How
 from fusewire.swap.families import Candidate, Family
 from fusewire.swap.fused import MAKERS, fused_class, stock_of, unknown_forward
-from fusewire.swap.schedulers import ddim, dpm, euler, flow_heun, lms, pndm, unipc  # noqa: F401: they fill KNOWN
+from fusewire.swap.schedulers import ddim, deis, dpm, euler, flow_heun, lms, pndm, singlestep, unipc  # noqa: F401: they fill KNOWN
 from fusewire.swap.schedulers.common import KNOWN, stamp, uploaded
 from fusewire.swap.schedulers.noise import of_sigmas
 

@@ -1,4 +1,4 @@
-"""The swapped DDIM, DDPM, LCM, Euler, Euler ancestral, Heun and DPM-Solver++ schedulers: stock's bits, noise and errors, and nothing asked of the device."""
+"""The swapped schedulers but flow matching's Euler: stock's bits, noise and errors, and nothing asked of the device."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from diffusers import (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler, EulerAncestralDiscreteScheduler,
-                       EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, HeunDiscreteScheduler, LCMScheduler,
-                       LMSDiscreteScheduler)
+from diffusers import (DDIMScheduler, DDPMScheduler, DEISMultistepScheduler, DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler,
+                       EDMDPMSolverMultistepScheduler, EDMEulerScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler,
+                       FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, HeunDiscreteScheduler, LCMScheduler, LMSDiscreteScheduler,
+                       PNDMScheduler, UniPCMultistepScheduler)
 
 import fusewire
 from fusewire import ops
@@ -19,9 +20,11 @@ from fusewire import ops
 SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 NO_CLIP = dict(SD, clip_sample=False)
 V, X0 = dict(prediction_type="v_prediction"), dict(prediction_type="sample")
-DPM = DPMSolverMultistepScheduler
+DPM, SINGLE, EDMDPM = DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler, EDMDPMSolverMultistepScheduler
 SDE = dict(SD, algorithm_type="sde-dpmsolver++")
 CHURN, SOME_CHURN = dict(s_churn=2.0), dict(s_churn=40.0, s_tmin=0.3, s_tmax=5.0, s_noise=1.1)
+PNDM = dict(SD, skip_prk_steps=True, steps_offset=1)  # as Stable Diffusion's repositories have it
+FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
 CONFIGS = [
     (DDIMScheduler, NO_CLIP, {}), (DDIMScheduler, SD | dict(clip_sample_range=1.3), {}), (DDIMScheduler, NO_CLIP | V, {}), (DDIMScheduler, NO_CLIP | X0, {}),
     (DDIMScheduler, SD | X0, {}), (DDIMScheduler, SD | X0, dict(eta=0.5, use_clipped_model_output=True)),
@@ -29,23 +32,34 @@ CONFIGS = [
     (DDIMScheduler, NO_CLIP | V | dict(rescale_betas_zero_snr=True, timestep_spacing="trailing"), {}), (DDIMScheduler, {}, dict(eta=0.3)),
     (DDPMScheduler, {}, {}), (DDPMScheduler, NO_CLIP, {}), (DDPMScheduler, NO_CLIP | V, {}), (DDPMScheduler, SD | X0, {}),
     (DDPMScheduler, NO_CLIP | dict(variance_type="fixed_large"), {}), (DDPMScheduler, SD | dict(variance_type="fixed_small_log"), {}),
+    (DDPMScheduler, dict(variance_type="learned_range"), {}), (DDPMScheduler, NO_CLIP | V | dict(variance_type="learned"), {}),
     (DDPMScheduler, dict(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing"), {}),
     (LCMScheduler, {}, {}), (LCMScheduler, V, {}), (LCMScheduler, X0 | dict(clip_sample=True), {}), (LCMScheduler, dict(timestep_scaling=1.0), {}),
     (EulerDiscreteScheduler, SD, {}), (EulerDiscreteScheduler, SD | V, {}), (EulerDiscreteScheduler, SD | X0, {}),
     (EulerDiscreteScheduler, SD | dict(use_karras_sigmas=True), {}), (EulerDiscreteScheduler, SD | dict(timestep_spacing="leading", steps_offset=1), {}),
     (EulerDiscreteScheduler, SD | V | dict(timestep_type="continuous", rescale_betas_zero_snr=True), {}),
     (EulerDiscreteScheduler, SD | dict(final_sigmas_type="sigma_min", interpolation_type="log_linear"), {}),
+    (EulerDiscreteScheduler, SD, CHURN), (EulerDiscreteScheduler, SD | V, SOME_CHURN), (EulerDiscreteScheduler, SD | X0, CHURN),
+    (EDMEulerScheduler, {}, {}), (EDMEulerScheduler, V | dict(sigma_schedule="exponential", final_sigmas_type="sigma_min"), {}), (EDMEulerScheduler, {}, CHURN),
     (EulerAncestralDiscreteScheduler, SD, {}), (EulerAncestralDiscreteScheduler, SD | V, {}),
     (HeunDiscreteScheduler, SD, {}), (HeunDiscreteScheduler, SD | V, {}), (HeunDiscreteScheduler, SD | X0 | dict(clip_sample=True), {}),
     (HeunDiscreteScheduler, SD | dict(use_karras_sigmas=True, clip_sample=True), {}),
+    (FlowMatchHeunDiscreteScheduler, dict(shift=3.0), {}), (FlowMatchHeunDiscreteScheduler, {}, CHURN), (FlowMatchHeunDiscreteScheduler, {}, SOME_CHURN),
+    (LMSDiscreteScheduler, SD, {}), (LMSDiscreteScheduler, SD | V, dict(order=3)), (LMSDiscreteScheduler, SD | X0 | dict(use_karras_sigmas=True), dict(order=2)),
+    (PNDMScheduler, PNDM, {}), (PNDMScheduler, {}, {}), (PNDMScheduler, PNDM | dict(set_alpha_to_one=True, timestep_spacing="trailing"), {}),
     (DPM, SD, {}), (DPM, SD | V, {}), (DPM, SD | X0, {}), (DPM, SD | dict(use_karras_sigmas=True), {}), (DPM, SD | dict(solver_type="heun"), {}),
     (DPM, SD | dict(solver_order=1), {}), (DPM, SD | dict(euler_at_final=True, lower_order_final=False, final_sigmas_type="sigma_min"), {}),
-    (DPM, dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0), {}), (DPM, SDE, {}), (DPM, SDE | V, {}),
-    (LMSDiscreteScheduler, SD, {}), (LMSDiscreteScheduler, SD | V, dict(order=3)), (LMSDiscreteScheduler, SD | X0 | dict(use_karras_sigmas=True), dict(order=2)),
-    (FlowMatchHeunDiscreteScheduler, dict(shift=3.0), {}), (FlowMatchHeunDiscreteScheduler, {}, CHURN), (FlowMatchHeunDiscreteScheduler, {}, SOME_CHURN),
-    (EDMEulerScheduler, {}, {}), (EDMEulerScheduler, V | dict(sigma_schedule="exponential", final_sigmas_type="sigma_min"), {}),
-    (EDMEulerScheduler, {}, CHURN), (EulerDiscreteScheduler, SD, CHURN), (EulerDiscreteScheduler, SD | V, SOME_CHURN), (EulerDiscreteScheduler, SD | X0, CHURN),
+    (DPM, FLOW, {}), (DPM, SDE, {}), (DPM, SDE | V, {}),
     (DPM, SDE | dict(solver_type="heun", use_karras_sigmas=True), {}), (DPM, SD | dict(rescale_betas_zero_snr=True, timestep_spacing="trailing"), {}),
+    (EDMDPM, {}, {}), (EDMDPM, V | dict(algorithm_type="sde-dpmsolver++", solver_type="heun"), {}),
+    (EDMDPM, dict(sigma_schedule="exponential", euler_at_final=True, final_sigmas_type="sigma_min"), {}),
+    (SINGLE, SD, {}), (SINGLE, SD | V | dict(solver_type="heun"), {}), (SINGLE, SD | dict(solver_order=3, final_sigmas_type="sigma_min"), {}),
+    (SINGLE, SDE | dict(solver_order=3), {}), (SINGLE, FLOW, {}), (SINGLE, SDE | X0 | dict(solver_type="heun", use_karras_sigmas=True), {}),
+    (UniPCMultistepScheduler, SD, {}), (UniPCMultistepScheduler, FLOW, {}), (UniPCMultistepScheduler, SD | dict(disable_corrector=[0, 2]), {}),
+    (UniPCMultistepScheduler, SD | V | dict(solver_type="bh1", final_sigmas_type="sigma_min"), {}),
+    (UniPCMultistepScheduler, SD | X0 | dict(lower_order_final=False), {}), (UniPCMultistepScheduler, SD | dict(solver_order=1, solver_type="bh1"), {}),
+    (DEISMultistepScheduler, SD, {}), (DEISMultistepScheduler, SD | V | dict(use_karras_sigmas=True), {}), (DEISMultistepScheduler, FLOW, {}),
+    (DEISMultistepScheduler, SD | X0 | dict(solver_order=1, lower_order_final=False), {}),
 ]
 IDS = [f"{cls.__name__.removesuffix('Scheduler')} {config} {options}".replace(str(SD)[1:-1], "SD") for cls, config, options in CONFIGS]
 ONE_EACH = [next(case for case in CONFIGS if case[0] is cls) for cls in dict.fromkeys(cls for cls, *_ in CONFIGS)]
@@ -77,10 +91,10 @@ def trajectory(scheduler, dtype=torch.float32, steps=7, start=0, options=None, w
     options = dict(options or {}, **({"generator": generator} if "generator" in takes else {}))
     draw = torch.Generator().manual_seed(5)
     x, seen = wrap((torch.randn(2, 4, 6, 5, generator=draw) * getattr(scheduler, "init_noise_sigma", 1.0)).to(dtype)), []
-    fused = 0
+    channels, fused = 8 if "learned" in str(scheduler.config.get("variance_type")) else 4, 0
     for timestep in scheduler.timesteps[start * scheduler.order:]:
         seen.append(scaled(scheduler, x, timestep))
-        output, before = wrap(torch.randn(2, 4, 6, 5, generator=draw).to(dtype)), fused_steps()
+        output, before = wrap(torch.randn(2, channels, 6, 5, generator=draw).to(dtype)), fused_steps()
         result = scheduler.step(output, timestep, x, return_dict=False, **options)
         fused += fused_steps() > before
         x = result[0]
@@ -193,10 +207,13 @@ def test_stock_asks_at_every_step(cls, monkeypatch):
 
 
 @pytest.mark.parametrize("cls, config, reason", [
-    (DDIMScheduler, dict(thresholding=True), "quantile"), (DDPMScheduler, dict(variance_type="learned_range"), "variance_type is 'learned_range'"),
+    (DDIMScheduler, dict(thresholding=True), "quantile"), (DDPMScheduler, dict(variance_type="fixed_large_log"), "variance_type is 'fixed_large_log'"),
     (DPM, dict(algorithm_type="sde-dpmsolver", final_sigmas_type="sigma_min"), "algorithm_type"), (DPM, dict(solver_order=3), "solver_order is 3"),
     (DPM, dict(thresholding=True), "quantile"), (LCMScheduler, dict(thresholding=True), "quantile"),
-    (EulerAncestralDiscreteScheduler, X0, "prediction_type is 'sample'"),
+    (EulerAncestralDiscreteScheduler, X0, "prediction_type is 'sample'"), (PNDMScheduler, V, "prediction_type is 'v_prediction'"),
+    (UniPCMultistepScheduler, dict(solver_order=3), "solver_order is 3"), (UniPCMultistepScheduler, dict(predict_x0=False), "predict_x0 is False"),
+    (UniPCMultistepScheduler, dict(solver_p=DDIMScheduler()), "solver_p is a DDIMScheduler"), (DEISMultistepScheduler, dict(solver_order=3), "solver_order is 3"),
+    (SINGLE, dict(solver_order=3, solver_type="heun"), "solver_order is 3 with solver_type 'heun'"), (EDMDPM, dict(thresholding=True), "quantile"),
 ])
 def test_refused_with_a_reason(cls, config, reason):
     with pytest.raises(ValueError, match=reason):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import torch
 from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler, LMSDiscreteSchedulerOutput
@@ -48,14 +49,20 @@ def _columns(scheduler, scalars: Scalars, order: int) -> dict:
 
     Stock adds the latents to the sum of all slopes: they come last, in the place of noise.
     """
-    steps = len(scheduler.sigmas) - 1
-    weights = torch.zeros(4, steps, dtype=torch.float64)
-    for i in range(steps):
-        of = min(i + 1, order)
-        weights[:of, i] = torch.tensor([scheduler.get_lms_coefficient(of, i, k) for k in range(of)], dtype=torch.float64)
+    weights, steps = _weights(tuple(scheduler.sigmas.tolist()), order), len(scheduler.sigmas) - 1
     slope = columns_at(scalars, scheduler.config.prediction_type, scheduler.sigmas[:-1], weights[0])
     return stacked(steps, slope, dict(slope, x=weights[1], noise=1.0), dict(slope, x=weights[1], noise=weights[2]), dict(x=1.0, noise=1.0),
                    dict(x=1.0, e_m=1.0, e=weights[3], noise=1.0))
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(levels: tuple[float, ...], order: int) -> torch.Tensor:
+    """[4, S] what multiplies the last four slopes: stock's integrals, which it takes at each step anew."""
+    holder, weights = SimpleNamespace(sigmas=torch.tensor(levels)), torch.zeros(4, len(levels) - 1, dtype=torch.float64)
+    for i in range(len(levels) - 1):
+        of = min(i + 1, order)
+        weights[:of, i] = torch.tensor([Stock.get_lms_coefficient(holder, of, i, k) for k in range(of)], dtype=torch.float64)
+    return weights
 
 
 MAKERS[Stock] = _maker

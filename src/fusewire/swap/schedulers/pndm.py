@@ -29,7 +29,9 @@ def _maker(how: How) -> dict:
         index = place(self, timestep) if self.num_inference_steps is not None and usable(model_output, sample) else None
         table, run = None, None if index is None else _stage if _in_stages(self) else _sum
         if run is not None:
-            table = prepared(self, (self.num_inference_steps,), (self.alphas_cumprod, self.timesteps), sample, exact, lambda scalars: _columns(self, scalars))
+            skipped = index - self.counter if run is _stage else 0
+            table = prepared(self, (self.num_inference_steps, skipped), (self.alphas_cumprod, self.timesteps), sample, exact,
+                             lambda scalars: _columns(self, scalars, skipped))
 
         def solve(block: int, x, m, **given):
             return ops.solver_step(x, m, table.rows, block * len(self.timesteps) + index, reciprocal=table.reciprocal, numerics=how.numerics, **NARROW, **given)
@@ -52,7 +54,7 @@ def _stage(scheduler, index: int, model_output, sample, solve: Callable) -> torc
     stage, total = scheduler.counter % 4, scheduler.cur_model_output
     base = sample if stage == 0 or scheduler.cur_sample is None else scheduler.cur_sample
     begun = usable(total, sample) if stage else isinstance(total, int) and total == 0
-    if index != scheduler.counter or not begun or not usable(base, sample):
+    if not begun or not usable(base, sample):
         return None
     if stage == 3:
         scheduler.cur_model_output = 0
@@ -87,7 +89,7 @@ def _sum(scheduler, index: int, model_output, sample, solve: Callable) -> torch.
     return previous
 
 
-def _columns(scheduler, scalars: Scalars) -> dict:
+def _columns(scheduler, scalars: Scalars, skipped: int) -> dict:
     config, now = scheduler.config, torch.tensor(times(scheduler))
     ratio = config.num_train_timesteps // scheduler.num_inference_steps
     to = _way(scheduler, scalars, now, now - ratio)
@@ -97,12 +99,12 @@ def _columns(scheduler, scalars: Scalars) -> dict:
               dict(to, x0_x=-1.0, x0_m=3.0, x0_divisor=2.0),
               dict(x0_x=-16.0, x0_m=23.0, e_x0=1.0, e_previous=5.0, e=1.0), dict(to, **twelfth),
               dict(x0_x=-59.0, x0_m=55.0, e_x0=1.0, e_previous=37.0, e=1.0, noise=-9.0), dict(to, x0_x=1 / 24)]
-    return stacked(len(now), *blocks, *([] if config.skip_prk_steps else [_stages(scheduler, scalars, now)]))
+    return stacked(len(now), *blocks, *([] if config.skip_prk_steps else [_stages(scheduler, scalars, now, skipped)]))
 
 
-def _stages(scheduler, scalars: Scalars, now: torch.Tensor) -> dict:
-    """Three stages step with the model's output, in the place of x0, and add a part of it to the sum in e; the fourth, with that sum."""
-    config, of, steps = scheduler.config, torch.as_tensor(scheduler.prk_timesteps), torch.arange(len(now))
+def _stages(scheduler, scalars: Scalars, now: torch.Tensor, skipped: int) -> dict:
+    """Of a run that leaves out the first ``skipped`` steps. Three stages step with the model's output, in the place of x0, and add a part of it to the sum in e; the fourth, with that sum."""
+    config, of, steps = scheduler.config, torch.as_tensor(scheduler.prk_timesteps), (torch.arange(len(now)) - skipped).clamp(min=0)
     half = config.num_train_timesteps // scheduler.num_inference_steps // 2
     way = _way(scheduler, scalars, of[(steps // 4 * 4).clamp(max=len(of) - 1)], torch.where(steps % 2 == 0, now - half, now))
     fourth, one = steps % 4 == 3, torch.ones(len(now), dtype=torch.float64)

@@ -16,6 +16,7 @@ from diffusers import (DDIMScheduler, DDPMScheduler, DEISMultistepScheduler, DPM
 
 import fusewire
 from fusewire import ops
+from fusewire.swap.schedulers.common import KNOWN
 
 SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 NO_CLIP = dict(SD, clip_sample=False)
@@ -114,19 +115,28 @@ def same(got: Path, want: Path) -> bool:
         for a, b in zip(got.seen, want.seen))
 
 
+def alike(got, want) -> bool:
+    """A part of a scheduler's state, tensors and what holds them by value."""
+    if isinstance(want, list):
+        return isinstance(got, list) and len(got) == len(want) and all(map(alike, got, want))
+    if isinstance(want, torch.Tensor):
+        return isinstance(got, torch.Tensor) and torch.equal(got.isfinite(), want.isfinite()) and torch.equal(got[got.isfinite()], want[want.isfinite()])
+    return not isinstance(want, (int, float, type(None))) or got == want
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cls, config, options", CONFIGS, ids=IDS)
 def test_trajectory_is_stock(cls, config, options, dtype):
     """x, x0 and the random numbers drawn, from the beginning and from the middle; 16 steps, as DPM-Solver++ and its like then end otherwise."""
     for steps, start in ((7, 0), (7, 3), *([(16, 0)] if "lower_order_final" in cls(**config).config else [])):
         scheduler = cls(**config)
-        want, state = trajectory(scheduler, dtype, steps, start, options), {k: v for k, v in vars(scheduler).items() if k[0] == "_"}
+        want, state = trajectory(scheduler, dtype, steps, start, options), dict(vars(scheduler))
         fused = cls(**config)
         with fusewire.swapped(fused):
             got = trajectory(fused, dtype, steps, start, options)
             assert got.fused == len(scheduler.timesteps) - start * scheduler.order and want.fused == 0
         assert same(got, want)
-        assert all(vars(fused)[key] == value for key, value in state.items() if isinstance(value, (int, type(None))))
+        assert all(alike(vars(fused)[key], value) for key, value in state.items())
         assert set(vars(fused)) == set(vars(scheduler))  # restored: nothing of ours is left
 
 
@@ -245,6 +255,61 @@ def test_what_the_op_does_not_serve_is_stock(cls, config, options):
         with fusewire.swapped(scheduler):
             got = outcome(scheduler, change)
         assert type(got) is type(want) and (got == want if isinstance(want, str) else torch.equal(got, want) and got.dtype is want.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("churns, change", [((2.0, 0.0), 1.0), ((0.0, 2.0), 1.0), ((1.0, 3.0), 1.0), ((0.0, 0.0), 0.5)])
+def test_second_stage_after_another_first(churns, change, dtype):
+    """Heun's method along a flow, churn or levels changed between the stages."""
+    def run(scheduler):
+        scheduler.set_timesteps(5)
+        x, seen = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1)).to(dtype), []
+        for i, t in enumerate(scheduler.timesteps):
+            x = scheduler.step((x * 0.5).to(dtype), t, x, s_churn=churns[i % 2], generator=torch.Generator().manual_seed(i)).prev_sample
+            seen.append(x)
+            if i == 2:
+                scheduler.sigmas[3:] *= change
+        return seen
+
+    scheduler = FlowMatchHeunDiscreteScheduler()
+    want = run(FlowMatchHeunDiscreteScheduler())
+    with fusewire.swapped(scheduler):
+        before = fused_steps()
+        assert all(map(torch.equal, run(scheduler), want)) and fused_steps() > before
+
+
+@pytest.mark.parametrize("cls, config, more", [(EDMEulerScheduler, {}, dict(pred_original_sample=torch.full((2, 4, 6, 5), 0.3))),
+                                               (EulerDiscreteScheduler, SD, dict(s_churn=-1.0)), (EDMEulerScheduler, {}, dict(s_churn=-1.0)),
+                                               (FlowMatchHeunDiscreteScheduler, {}, dict(s_churn=-1.0)), (LMSDiscreteScheduler, SD, dict(order=5))])
+def test_arguments_that_are_left_to_stock(cls, config, more):
+    want, scheduler = trajectory(cls(**config), options=more), cls(**config)
+    with fusewire.swapped(scheduler):
+        got = trajectory(scheduler, options=more)
+        assert same(got, want) and got.fused == 0
+
+
+def test_pndm_beyond_its_times_is_an_error_as_in_stock():
+    def message(scheduler):
+        scheduler.set_timesteps(5)
+        x = torch.ones(1, 4, 4, 4)
+        scheduler.step(x, scheduler.timesteps[0], x)
+        with pytest.raises(IndexError) as caught:
+            scheduler.step(x, scheduler.timesteps[0], x)
+        return str(caught.value)
+
+    scheduler, want = PNDMScheduler(**PNDM), message(PNDMScheduler(**PNDM))
+    with fusewire.swapped(scheduler):
+        assert message(scheduler) == want
+
+
+@pytest.mark.parametrize("cls", [*dict.fromkeys(cls for cls, *_ in ONE_EACH), FlowMatchEulerDiscreteScheduler])
+def test_stock_methods_that_were_never_verified(cls, monkeypatch):
+    known = KNOWN[cls]
+    assert cls.step in known.verified
+    for function in known.verified:
+        monkeypatch.setitem(KNOWN, cls, known._replace(verified=known.verified | {function: ("of another source",)}))
+        with pytest.raises(ValueError, match=f"{function.__name__} is not one that was verified"):
+            fusewire.swap(cls())
 
 
 @each_scheduler

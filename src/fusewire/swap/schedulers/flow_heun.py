@@ -11,7 +11,7 @@ from fusewire import ops
 from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
 from fusewire.swap.schedulers.churn import churned, excess
-from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, host_sigmas, indexed, prepared, usable
+from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, host_sigmas, indexed, prepared, stamp, usable
 from fusewire.swap.schedulers.ddim import NOISE
 
 Stock = FlowMatchHeunDiscreteScheduler
@@ -43,7 +43,7 @@ def _maker(how: How) -> dict:
             previous, _, slope = ops.solver_step(sample, model_output, table.rows, index, reciprocal=table.reciprocal, numerics=how.numerics, **given)
         if first:  # (where stock keeps its float32 copy of the latents, these are kept as they are: the same values)
             self.prev_derivative, self.sample, self.dt = slope, sample, self.sigmas[index + 1] - self.sigmas[index] * (before + 1)
-            self._fusewire_stage = (self.dt, before)
+            self._fusewire_stage = (self.dt, self.sigmas, stamp(self.sigmas), before)
         else:
             self.prev_derivative = self.dt = self.sample = None
         self._step_index += 1
@@ -62,13 +62,15 @@ def _stage(scheduler, s_churn: float, s_tmin: float, s_tmax: float, sample: torc
         return None
     if first:
         return first, extra, extra
-    dt, before = scheduler.__dict__.get("_fusewire_stage") or (None, 0.0)
+    *known, version, before = scheduler.__dict__.get("_fusewire_stage") or (None,) * 4
+    if known[0] is not scheduler.dt or known[1] is not scheduler.sigmas or version != stamp(scheduler.sigmas):
+        return None
     slope, base = scheduler.prev_derivative, scheduler.sample
     wanted = torch.float32 if extra else sample.dtype
     for tensor, dtype in ((slope, torch.float32), (base, wanted)):
         if not (tensor.dtype is dtype and tensor.shape == sample.shape and tensor.device == sample.device):
             return None
-    return (first, before, extra) if dt is scheduler.dt else None
+    return first, before, extra
 
 
 def _level(scheduler, first: bool) -> torch.Tensor:

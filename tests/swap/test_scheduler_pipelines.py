@@ -1,4 +1,4 @@
-"""Whole pictures of tiny Stable Diffusion pipelines (flows: of SD3's) with each swapped scheduler: torch.equal to stock in text-to-image, img2img and inpainting."""
+"""Whole pictures of tiny Stable Diffusion pipelines (flows: SD3's) with each swapped scheduler: torch.equal to stock in text, img2img and inpainting."""
 
 from __future__ import annotations
 

@@ -46,7 +46,8 @@ CONFIGS = [
     (HeunDiscreteScheduler, SD, {}), (HeunDiscreteScheduler, SD | V, {}), (HeunDiscreteScheduler, SD | X0 | dict(clip_sample=True), {}),
     (HeunDiscreteScheduler, SD | dict(use_karras_sigmas=True, clip_sample=True), {}),
     (FlowMatchHeunDiscreteScheduler, dict(shift=3.0), {}), (FlowMatchHeunDiscreteScheduler, {}, CHURN), (FlowMatchHeunDiscreteScheduler, {}, SOME_CHURN),
-    (LMSDiscreteScheduler, SD, {}), (LMSDiscreteScheduler, SD | V, dict(order=3)), (LMSDiscreteScheduler, SD | X0 | dict(use_karras_sigmas=True), dict(order=2)),
+    (LMSDiscreteScheduler, SD, {}), (LMSDiscreteScheduler, SD | V, dict(order=3)),
+    (LMSDiscreteScheduler, SD | X0 | dict(use_karras_sigmas=True), dict(order=2)),
     (PNDMScheduler, PNDM, {}), (PNDMScheduler, {}, {}), (PNDMScheduler, PNDM | dict(set_alpha_to_one=True, timestep_spacing="trailing"), {}),
     (DPM, SD, {}), (DPM, SD | V, {}), (DPM, SD | X0, {}), (DPM, SD | dict(use_karras_sigmas=True), {}), (DPM, SD | dict(solver_type="heun"), {}),
     (DPM, SD | dict(solver_order=1), {}), (DPM, SD | dict(euler_at_final=True, lower_order_final=False, final_sigmas_type="sigma_min"), {}),
@@ -228,7 +229,8 @@ def test_stock_asks_at_every_step(cls, monkeypatch):
     (DPM, dict(thresholding=True), "quantile"), (LCMScheduler, dict(thresholding=True), "quantile"),
     (EulerAncestralDiscreteScheduler, X0, "prediction_type is 'sample'"), (PNDMScheduler, V, "prediction_type is 'v_prediction'"),
     (UniPCMultistepScheduler, dict(solver_order=3), "solver_order is 3"), (UniPCMultistepScheduler, dict(predict_x0=False), "predict_x0 is False"),
-    (UniPCMultistepScheduler, dict(solver_p=DDIMScheduler()), "solver_p is a DDIMScheduler"), (DEISMultistepScheduler, dict(solver_order=3), "solver_order is 3"),
+    (UniPCMultistepScheduler, dict(solver_p=DDIMScheduler()), "solver_p is a DDIMScheduler"),
+    (DEISMultistepScheduler, dict(solver_order=3), "solver_order is 3"),
     (SINGLE, dict(solver_order=3, solver_type="heun"), "solver_order is 3 with solver_type 'heun'"), (EDMDPM, dict(thresholding=True), "quantile"),
 ])
 def test_refused_with_a_reason(cls, config, reason):

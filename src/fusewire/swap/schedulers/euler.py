@@ -125,7 +125,8 @@ def _ancestral(how: How) -> dict:
 
     @functools.wraps(stock)
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-        table = table_of_levels(self, model_output, timestep, sample, exact, lambda scalars: _ancestral_columns(scalars, self.config.prediction_type, self.sigmas))
+        kind = self._internal_dict["prediction_type"]
+        table = table_of_levels(self, model_output, timestep, sample, exact, lambda scalars: _ancestral_columns(scalars, kind, self.sigmas))
         if table is None:
             return stock(self, model_output, timestep, sample, generator, return_dict)
         noise = randn_tensor(model_output.shape, dtype=model_output.dtype, device=model_output.device, generator=generator)

@@ -103,7 +103,10 @@ def _columns(scheduler, scalars: Scalars, skipped: int) -> dict:
 
 
 def _stages(scheduler, scalars: Scalars, now: torch.Tensor, skipped: int) -> dict:
-    """Of a run that leaves out the first ``skipped`` steps. Three stages step with the model's output, in the place of x0, and add a part of it to the sum in e; the fourth, with that sum."""
+    """Three stages step with the model's output, in the place of x0, and add a part of it to the sum in e; the fourth, with that sum.
+
+    Of a run that leaves out the first ``skipped`` steps.
+    """
     config, of, steps = scheduler.config, torch.as_tensor(scheduler.prk_timesteps), (torch.arange(len(now)) - skipped).clamp(min=0)
     half = config.num_train_timesteps // scheduler.num_inference_steps // 2
     way = _way(scheduler, scalars, of[(steps // 4 * 4).clamp(max=len(of) - 1)], torch.where(steps % 2 == 0, now - half, now))

@@ -43,7 +43,8 @@ def _maker(how: How) -> dict:
             previous, x0, _ = ops.solver_step(sample, model_output, table.rows, index, noise=noise, **options)
         else:  # x0 where the step begins is an older one: it comes in the place of noise, and noise with the slope
             before, row = outputs[1 - order], steps * (order - 1) + index
-            part, x0, slope = ops.solver_step(sample, model_output, table.rows, row, previous=before, base=self.sample, noise=before, keep_slope=True, **options)
+            part, x0, slope = ops.solver_step(sample, model_output, table.rows, row, previous=before, base=self.sample, noise=before, keep_slope=True,
+                                              **options)
             previous, _, _ = ops.solver_step(part, slope, table.rows, row + 2 * steps, noise=noise, **options)
         self.model_outputs = [*outputs[1:], x0]
         self._step_index += 1

@@ -127,8 +127,10 @@ def _columns(scheduler, scalars: Scalars) -> dict:
 
 def reason(scheduler) -> str:
     config = scheduler.config
-    if not scheduler.predict_x0 or scheduler.solver_p:
-        return "predict_x0 is False" if not scheduler.predict_x0 else f"solver_p is a {type(scheduler.solver_p).__name__}"
+    if not scheduler.predict_x0:
+        return "predict_x0 is False"
+    if scheduler.solver_p:
+        return f"solver_p is a {type(scheduler.solver_p).__name__}"
     if config.solver_order > 2:
         return f"solver_order is {config.solver_order}"
     return no_thresholding(scheduler) or unknown_prediction(scheduler, "epsilon", "sample", "v_prediction", "flow_prediction")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline,
-                       StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline)
+from diffusers import (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, PNDMScheduler, StableDiffusion3Img2ImgPipeline,
+                       StableDiffusion3Pipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline)
 
 import fusewire
 from fusewire import ops
@@ -31,7 +31,7 @@ def pictures(pipe, kind: str, options: dict) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", PIPELINES)
-@pytest.mark.parametrize("cls, config, options", seldom(CASES, [f"{cls.__name__} {list(options)}" for cls, _, options in CASES]))
+@pytest.mark.parametrize("cls, config, options", seldom(CASES, [f"{cls.__name__} {list(options)}" for cls, _, options in CASES], PNDMScheduler))
 def test_pictures_are_stock(cls, config, options, kind, dtype):
     options = options if cls.__name__ == "DDIMScheduler" else {}
     pipe = PIPELINES[kind](vae=stock_unet.vae(dtype), text_encoder=None, tokenizer=None, unet=stock_unet.unet("sd", dtype), scheduler=cls(**config),

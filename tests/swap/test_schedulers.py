@@ -71,8 +71,8 @@ each_scheduler = pytest.mark.parametrize("cls, config, options", ONE_EACH, ids=[
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def seldom(cases: list[tuple], ids: list[str]) -> list:
-    return [pytest.param(*case, id=name, marks=pytest.mark.slow if case[0] in SELDOM else ()) for case, name in zip(cases, ids)]
+def seldom(cases: list[tuple], ids: list[str], *more: type) -> list:
+    return [pytest.param(*case, id=name, marks=pytest.mark.slow if case[0] in (*SELDOM, *more) else ()) for case, name in zip(cases, ids)]
 
 
 def fused_steps() -> int:

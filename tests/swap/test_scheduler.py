@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, PNDMScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, KDPM2DiscreteScheduler
 
 import fusewire
 from fusewire import ops
@@ -105,11 +105,19 @@ def test_errors_are_stock(call):
     assert messages[0] == messages[1]
 
 
-def test_stochastic_and_per_token_steps_are_stock():
-    scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
-    want = trajectory(scheduler, torch.float32)
+@pytest.mark.parametrize("dtype, sample_dtype, fused", [(torch.float32, None, 5), (torch.bfloat16, None, 5), (torch.float16, None, 5),
+                                                        (torch.bfloat16, torch.float32, 4), (torch.float64, None, 0)], ids=str)
+def test_stochastic_sampling(dtype, sample_dtype, fused):
+    """Its steps are another op's, which wants latents and predictions of one dtype: from the second step on these are of the prediction's."""
+    scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True, shift=3.0)
+    want, after = trajectory(scheduler, dtype, sample_dtype=sample_dtype), torch.get_rng_state()
     with fusewire.swapped(scheduler):
-        assert torch.equal(trajectory(scheduler, torch.float32), want) and steps_of() == 0
+        ops.reset_stats()
+        assert torch.equal(trajectory(scheduler, dtype, sample_dtype=sample_dtype), want) and torch.equal(torch.get_rng_state(), after)
+        assert sum(ops.stats()["solver_step"].values()) == fused and steps_of() == 0
+
+
+def test_per_token_steps_are_stock():
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(4)
     arguments = torch.randn(1, 3, 2), scheduler.timesteps[0], torch.randn(1, 3, 2)
@@ -145,5 +153,5 @@ def test_a_copy_has_its_own_schedule():
 
 
 def test_another_scheduler_is_left_with_a_reason():
-    with pytest.raises(ValueError, match="PNDMScheduler has no fused step"):
-        fusewire.swap(PNDMScheduler())
+    with pytest.raises(ValueError, match="KDPM2DiscreteScheduler has no fused step"):
+        fusewire.swap(KDPM2DiscreteScheduler())

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fusewire
 from fusewire import ops
 from fusewire.swap.schedulers import common
-from tests.swap.test_schedulers import DPM, ONE_EACH, SDE
+from tests.swap.test_schedulers import DPM, ONE_EACH, SDE, seldom
 
 CASES = [*ONE_EACH, (DPM, SDE, {}), (FlowMatchEulerDiscreteScheduler, dict(shift=3.0), {})]
-each_scheduler = pytest.mark.parametrize("cls, config, options", CASES, ids=[f"{cls.__name__} {'sde' if config is SDE else ''}" for cls, config, _ in CASES])
+IDS = [f"{cls.__name__} {'sde' if config is SDE else ''}" for cls, config, _ in CASES]
+each_scheduler = pytest.mark.parametrize("cls, config, options", seldom(CASES, IDS))
 SHAPE = (2, 4, 6, 5)
 
 
@@ -26,6 +27,7 @@ class Watch(TorchDispatchMode):
     """``meta`` stands for a GPU: an op with tensors on both sides copies. (A single number on the CPU is handed to a kernel as it is.)"""
 
     armed = False
+    fused = 0  # steps
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -35,6 +37,10 @@ class Watch(TorchDispatchMode):
         if self.armed and host and len({t.is_meta for t in tensors}) == 2:
             raise Copied(name)
         return out
+
+
+def solved() -> int:
+    return sum(sum(ops.stats()[name].values()) for name in ("solver_step", "flow_euler_step"))
 
 
 def noised(scheduler, picture, noise, timesteps):
@@ -65,7 +71,9 @@ def run(scheduler, kind: str, begin: bool, device: str, dtype=torch.float32, opt
         with watch:
             if hasattr(scheduler, "scale_model_input"):
                 scheduler.scale_model_input(x, t)
+            before = solved()
             x = scheduler.step(torch.tanh(x) * 0.7, t, x, return_dict=False, **options)[0]
+            watch.fused += solved() > before
             if kind == "inpainting":
                 known = noised(scheduler, picture, noise, torch.tensor([timesteps[i + 1]])) if i < len(timesteps) - 1 else picture
                 x = (1 - mask) * known + mask * x
@@ -90,15 +98,15 @@ def test_nothing_is_copied_to_the_device(cls, config, options, kind, begin, monk
 
     monkeypatch.setattr(common, "uploaded", unwatched)
     with fusewire.swapped(scheduler):
-        ops.reset_stats()
         seen = run(scheduler, kind, begin, "meta", options=options, watch=watch)
-        assert len(uploads) <= 2 and all(x.is_meta for x in seen)
-        assert sum(sum(ops.stats()[name].values()) for name in ("solver_step", "flow_euler_step")) == len(seen)
+        assert len(uploads) <= 2 and all(x.is_meta for x in seen) and watch.fused == len(seen)
 
 
 @each_scheduler
 def test_stock_copies_after_every_step(cls, config, options):
     """That the test above can fail."""
+    if cls is FlowMatchHeunDiscreteScheduler:
+        pytest.skip("its levels lie on the device: it waits for them instead")
     with pytest.raises((Copied, RuntimeError, NotImplementedError)):
         run(cls(**config), "inpainting", True, "meta", options=options)
 

@@ -1,18 +1,20 @@
-"""Whole pictures of tiny Stable Diffusion pipelines with each swapped scheduler: torch.equal to stock in text-to-image, img2img and inpainting."""
+"""Whole pictures of tiny Stable Diffusion pipelines (flows: SD3's) with each swapped scheduler: torch.equal to stock in text, img2img and inpainting."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from diffusers import (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, PNDMScheduler, StableDiffusion3Img2ImgPipeline,
+                       StableDiffusion3Pipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline)
 
 import fusewire
 from fusewire import ops
 from tests.models import stock_unet
-from tests.swap.test_schedulers import DPM, ONE_EACH, SD, SDE
+from tests.swap import tiny
+from tests.swap.test_schedulers import DPM, ONE_EACH, SD, SDE, seldom
 
 PIPELINES = {"text": StableDiffusionPipeline, "img2img": StableDiffusionImg2ImgPipeline, "inpainting": StableDiffusionInpaintPipeline}
-CASES = [*ONE_EACH, (DPM, SDE, {}), (ONE_EACH[0][0], SD, dict(eta=0.5))]
+CASES = [*(case for case in ONE_EACH if case[0] is not FlowMatchHeunDiscreteScheduler), (DPM, SDE, {}), (ONE_EACH[0][0], SD, dict(eta=0.5))]
 
 
 def pictures(pipe, kind: str, options: dict) -> torch.Tensor:
@@ -29,7 +31,7 @@ def pictures(pipe, kind: str, options: dict) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", PIPELINES)
-@pytest.mark.parametrize("cls, config, options", CASES, ids=[f"{cls.__name__} {list(options)}" for cls, _, options in CASES])
+@pytest.mark.parametrize("cls, config, options", seldom(CASES, [f"{cls.__name__} {list(options)}" for cls, _, options in CASES], PNDMScheduler))
 def test_pictures_are_stock(cls, config, options, kind, dtype):
     options = options if cls.__name__ == "DDIMScheduler" else {}
     pipe = PIPELINES[kind](vae=stock_unet.vae(dtype), text_encoder=None, tokenizer=None, unet=stock_unet.unet("sd", dtype), scheduler=cls(**config),
@@ -44,3 +46,21 @@ def test_pictures_are_stock(cls, config, options, kind, dtype):
     assert sum(ops.stats()["solver_step"].values()) >= 3
     handle.restore()
     assert torch.equal(pictures(pipe, kind, options), want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [StableDiffusion3Pipeline, StableDiffusion3Img2ImgPipeline])
+@pytest.mark.parametrize("cls, config", [(FlowMatchHeunDiscreteScheduler, {}), (FlowMatchEulerDiscreteScheduler, dict(stochastic_sampling=True))])
+def test_flows_are_stock(cls, config, kind, dtype):
+    pipe = tiny.tiny_pipeline(cls=kind, dtype=dtype)
+    pipe.scheduler = cls(**config, shift=3.0)
+    given = dict(image=torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(3)), strength=0.7) if "Img2Img" in kind.__name__ else {}
+    torch.manual_seed(4)
+    want = tiny.generate(pipe, steps=6, **given)
+    handle = fusewire.swap(pipe.scheduler)
+    ops.reset_stats()
+    torch.manual_seed(4)
+    assert torch.equal(tiny.generate(pipe, steps=6, **given), want) and want.isfinite().all()
+    assert sum(ops.stats()["solver_step"].values()) >= 4
+    handle.restore()

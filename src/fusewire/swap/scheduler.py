@@ -7,13 +7,15 @@ from collections.abc import Iterator
 
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler, FlowMatchEulerDiscreteSchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
 
 from fusewire import ops
 from fusewire.models.layers import How
 from fusewire.swap.families import Candidate, Family
 from fusewire.swap.fused import MAKERS, fused_class, stock_of, unknown_forward
-from fusewire.swap.schedulers import ddim, dpm, euler  # noqa: F401: they fill KNOWN
-from fusewire.swap.schedulers.common import KNOWN, stamp, uploaded
+from fusewire.swap.schedulers import ddim, deis, dpm, euler, flow_heun, lms, pndm, singlestep, unipc  # noqa: F401: they fill KNOWN
+from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, prepared, stamp, uploaded, usable
+from fusewire.swap.schedulers.ddim import NOISE
 from fusewire.swap.schedulers.noise import of_sigmas
 
 Stock = FlowMatchEulerDiscreteScheduler
@@ -27,10 +29,16 @@ def _maker(how: How) -> dict:
              return_dict=True):
         index = _index(self, timestep)
         sigmas = self.sigmas
-        if (index is None or per_token_timesteps is not None or self.config.stochastic_sampling or not 0 <= index < len(sigmas) - 1
-                or sigmas.dtype is not torch.float32 or not _same(model_output, sample)):
+        stochastic = self.config.stochastic_sampling
+        if (index is None or per_token_timesteps is not None or not 0 <= index < len(sigmas) - 1 or sigmas.dtype is not torch.float32
+                or not (usable if stochastic else _same)(model_output, sample)):
             return Stock.step(self, model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, per_token_timesteps, return_dict)
-        previous = ops.sampler_step(sample, model_output, _table(self, sigmas, sample.device), index, numerics=how.numerics)
+        if stochastic:
+            table = prepared(self, (), (sigmas,), sample, how.numerics == "exact", lambda scalars: _stochastic_columns(scalars, sigmas))
+            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=torch.float32)
+            previous, _, _ = ops.solver_step(sample, model_output, table.rows, index, noise=noise, numerics=how.numerics)
+        else:
+            previous = ops.sampler_step(sample, model_output, _table(self, sigmas, sample.device), index, numerics=how.numerics)
         self._step_index = index + 1
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=previous) if return_dict else (previous,)
 
@@ -44,6 +52,11 @@ def _maker(how: How) -> dict:
 
     return {"step": step, "set_timesteps": set_timesteps,
             **of_sigmas(Stock, "scale_noise", ("f2e3cdf77941",), lambda scheduler, sample, noise, sigma: sigma * noise + (1.0 - sigma) * sample)}
+
+
+def _stochastic_columns(scalars: Scalars, sigmas: torch.Tensor) -> dict:
+    """x0, noised anew to the next level."""
+    return dict(x0_x=1.0, x0_m=-scalars.left(sigmas[:-1]), x0=1.0 - sigmas[1:], noise=sigmas[1:])
 
 
 def _index(scheduler, timestep) -> int | None:
@@ -78,16 +91,15 @@ def _table(scheduler, sigmas: torch.Tensor, device: torch.device) -> torch.Tenso
 
 
 MAKERS[Stock] = _maker
+KNOWN[Stock] = Known(STEP, lambda scheduler: unknown_forward(NOISE) if scheduler.config.stochastic_sampling else "")
 
 
 def candidates(name: str, instance, how: How) -> Iterator[Candidate]:
     stock = stock_of(instance) or type(instance)
-    if stock is Stock:
-        reason = unknown_forward(STEP)
-        yield Candidate(name, instance, ("sampler_step",), None if reason else fused_class(Stock, how), reason)
-    elif stock in KNOWN:
+    if stock in KNOWN:
         reason = unknown_forward(KNOWN[stock].verified) or KNOWN[stock].why_not(instance)
-        yield Candidate(name, instance, ("solver_step",), None if reason else fused_class(stock, how), reason)
+        op = "sampler_step" if stock is Stock and not instance.config.stochastic_sampling else "solver_step"
+        yield Candidate(name, instance, (op,), None if reason else fused_class(stock, how), reason)
     elif hasattr(instance, "set_timesteps"):
         yield Candidate(name, instance, ("sampler_step",), None, f"{type(instance).__name__} has no fused step")
 

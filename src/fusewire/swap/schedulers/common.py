@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from fusewire import ops
+from fusewire.kernels.sampler_step.tables import SOLVER
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,7 +32,7 @@ class Scalars:
 
     def __init__(self, dtype: torch.dtype, device: torch.device, scalars: torch.device, exact: bool):
         on_gpu, with_latents = device.type != "cpu", scalars.type != "cpu"
-        self.dtype, self.exact = dtype, exact
+        self.dtype, self.device, self.exact = dtype, device, exact
         self.reciprocal = exact and on_gpu and not with_latents
         self._left, self._right = exact and (with_latents or not on_gpu), exact and with_latents
 
@@ -70,11 +71,35 @@ def uploaded(table: torch.Tensor, device: torch.device) -> torch.Tensor:
     return table.pin_memory().to(device, non_blocking=True) if table.is_cpu and device.type == "cuda" else table.to(device)
 
 
+def gathered(rows: list[dict]) -> dict[str, list[float]]:
+    """Columns from rows made one by one; what a row does not name has its default."""
+    return {name: [float(row.get(name, SOLVER[name])) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+
+
+def stacked(steps: int, *blocks: dict) -> dict[str, torch.Tensor]:
+    """Columns of a table that has for each block, one after the other, a row for each step."""
+    def column(name: str) -> torch.Tensor:
+        return torch.cat([torch.as_tensor(block.get(name, SOLVER[name]), dtype=torch.float64, device="cpu").expand(steps) for block in blocks])
+
+    return {name: column(name) for name in dict.fromkeys(name for block in blocks for name in block)}
+
+
 def host_alphas(scheduler) -> torch.Tensor:
     """``alphas_cumprod`` on the CPU; where ``add_noise`` has moved them, what they were moved from."""
     alphas = scheduler.alphas_cumprod
     moved, version, before = scheduler.__dict__.get("_fusewire_host") or (None, None, None)
     return before if moved is alphas and version == stamp(alphas) else alphas.cpu()
+
+
+def host_sigmas(scheduler) -> torch.Tensor:
+    """``scheduler.sigmas`` on the CPU, fetched once for each tensor that they are set to."""
+    sigmas = scheduler.sigmas
+    if sigmas.is_cpu:
+        return sigmas
+    known = scheduler.__dict__.get("_fusewire_sigmas")
+    if known is None or known[0] is not sigmas or known[1] != stamp(sigmas):
+        known = scheduler.__dict__["_fusewire_sigmas"] = (sigmas, stamp(sigmas), sigmas.cpu())
+    return known[2]
 
 
 class Prepared(NamedTuple):

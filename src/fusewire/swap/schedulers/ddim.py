@@ -18,6 +18,7 @@ from fusewire.swap.schedulers.noise import of_alphas
 
 NARROW = dict(wide_x0=False, wide_out=False)
 KINDS = ("epsilon", "sample", "v_prediction")
+LEARNED = ("learned", "learned_range")
 NOISE = {randn_tensor: ("051bb3b0a49a",)}
 
 
@@ -76,20 +77,41 @@ def _ddpm(how: How) -> dict:
 
     @functools.wraps(DDPMScheduler.step)
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-        index = place(self, timestep)
-        table = None
-        if index is not None and (self.num_inference_steps or self.custom_timesteps) and usable(model_output, sample):
+        index, table = place(self, timestep), None
+        mean, predicted = _halves(model_output) if self.variance_type in LEARNED else (model_output, None)
+        if index is not None and (self.num_inference_steps or self.custom_timesteps) and usable(mean, sample):
             table = prepared(self, (self.variance_type,), (self.alphas_cumprod, self.timesteps), sample, exact, lambda scalars: _ddpm_columns(self, scalars))
         if table is None or table.rows is None:
             return DDPMScheduler.step(self, model_output, timestep, sample, generator, return_dict)
         noise = None
         if times(self)[index] > 0:
-            noise = randn_tensor(model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype)
-        previous, x0, _ = ops.solver_step(sample, model_output, table.rows, index, noise=noise, **NARROW, reciprocal=table.reciprocal,
+            noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+            if predicted is not None:
+                noise = _spread(self, index, predicted) * noise
+        previous, x0, _ = ops.solver_step(sample, mean, table.rows, index, noise=noise, **NARROW, reciprocal=table.reciprocal,
                                           numerics=how.numerics)
         return DDPMSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
 
     return {"step": step, **of_alphas(DDPMScheduler)}
+
+
+def _halves(model_output) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(mean, variance) of a model that predicts both."""
+    if not isinstance(model_output, torch.Tensor) or model_output.dim() < 2 or model_output.shape[1] % 2:
+        return None, None
+    return torch.split(model_output, model_output.shape[1] // 2, dim=1)
+
+
+def _spread(scheduler, index: int, predicted: torch.Tensor) -> torch.Tensor:
+    """The square root of the variance that the model predicts, by PyTorch's calls."""
+    if scheduler.variance_type == "learned":
+        return predicted**0.5
+    now, bar = times(scheduler), scheduler.alphas_cumprod
+    alpha, before = bar[now[index]], bar[now[index + 1]] if index + 1 < len(now) else scheduler.one
+    own = 1 - alpha / before
+    least, most = torch.log(torch.clamp((1 - before) / (1 - alpha) * own, min=1e-20)), torch.log(own)
+    part = (predicted + 1) / 2
+    return torch.exp(0.5 * (part * most + (1 - part) * least))
 
 
 def _ddpm_columns(scheduler, scalars: Scalars) -> dict:
@@ -97,7 +119,9 @@ def _ddpm_columns(scheduler, scalars: Scalars) -> dict:
     bar, before, beta = _bar(scheduler, (now, [*now[1:], -1]), scheduler.one)
     ratio = bar / before
     own = 1 - ratio
-    if scheduler.variance_type == "fixed_large":
+    if scheduler.variance_type in LEARNED:
+        spread = torch.ones(len(now))  # the noise comes multiplied already
+    elif scheduler.variance_type == "fixed_large":
         spread = own**0.5
     else:
         variance = ((1 - before) / beta * own).clamp(min=1e-20)
@@ -110,7 +134,7 @@ def _ddpm_columns(scheduler, scalars: Scalars) -> dict:
 
 
 def ddpm_reason(scheduler) -> str:
-    if scheduler.variance_type not in ("fixed_small", "fixed_small_log", "fixed_large") or scheduler.variance_type != scheduler.config.variance_type:
+    if scheduler.variance_type not in ("fixed_small", "fixed_small_log", "fixed_large", *LEARNED) or scheduler.variance_type != scheduler.config.variance_type:
         return f"variance_type is {scheduler.variance_type!r}"
     return ddim_reason(scheduler)
 

@@ -79,4 +79,12 @@ MUTANTS = (
     mutant("C++: the log-sum-exp of every sequence is the first one's", "csrc/cpu/attention_varlen.cpp",
            "call.highest = whole.highest + one.query, call.total = whole.total + one.query;", "call.highest = whole.highest, call.total = whole.total;", "test_varlen.py"),
     mutant("C++: keys that no query sees keep a gradient", "csrc/cpu/attention_varlen.cpp", "causal ? std::min(one.keys, one.queries) : one.keys;", "one.keys;", "test_varlen.py"),
+    mutant("rope: turned the other way", "reference.py", "return x if cos is None else rotate(x, cos, sin)", "return x if cos is None else rotate(x, cos, -sin)",
+           "test_prologue.py"),
+    mutant("rope: apart, k is not normalised", "prologue.py", "normalised(k, k_weight, eps)", "k", "test_prologue.py"),
+    mutant("rope: tables of each sample are taken for all", "prologue.py", "tables(rope)[0].dim() == 2 for rope", "True for rope", "test_prologue.py"),
+    mutant("C++: rope turns the other way", "csrc/cpu/attention_pack.h", "x[2 * i] = a * cos[i] - b * sin[i];", "x[2 * i] = a * cos[i] + b * sin[i];", "test_prologue.py"),
+    mutant("C++: every token turns as the first", "csrc/cpu/attention_pack.h", "x.cos + t * x.angles", "x.cos", "test_prologue.py"),
+    mutant("C++: a table's strides are forgotten", "csrc/cpu/attention.cpp", "p[t * token + i * angle]", "p[t * angles + i]", "test_prologue.py"),
+    mutant("C++: the second stream turns by the first's angles", "csrc/cpu/attention.cpp", "call.k[1], cos2, sin2,", "call.k[1], cos, sin,", "test_prologue.py"),
 )

@@ -126,18 +126,18 @@ def test_strided_input(layout):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("normed", [(), (0, 1), (1,)], ids=["rope", "normed", "k normed"])
 def test_in_triton(normed):
     """There, and where no library is, the rotation is a pass of ``qk_norm_rope``; so it is where the log-sum-exp is asked for."""
     q, k, v = qkv(2, 33, 33, 2, 32, torch.bfloat16)
-    rope, weight = angles(33, 32), torch.rand(32).bfloat16() + 0.5 if normed else None
+    rope, pair = angles(33, 32), [torch.rand(32).bfloat16() + 0.5 if i in normed else None for i in range(2)]
     q2, k2, v2 = qkv(2, 5, 5, 2, 32, torch.bfloat16)
-    weights = dict(q_weight=weight, k_weight=weight)
+    weights = dict(q_weight=pair[0], k_weight=pair[1])
     with in_triton("attention"), in_triton("qk_norm_rope"):
         got = ops.attention(q, k, v, **weights, rope=rope)
     with in_triton("joint_attention"), in_triton("qk_norm_rope"):
-        joint = ops.joint_attention(q2, k2, v2, q, k, v, q2_weight=weight, k2_weight=weight, rope2=rope)[1]
-    wide, plain = ([prepared(x, weight, rope, dtype=kind) for x in (q, k)] for kind in (torch.float64, q.dtype))
+        joint = ops.joint_attention(q2, k2, v2, q, k, v, q2_weight=pair[0], k2_weight=pair[1], rope2=rope)[1]
+    wide, plain = ([prepared(x, weight, rope, dtype=kind) for x, weight in zip((q, k), pair)] for kind in (torch.float64, q.dtype))
     assert_close(got, stock(*wide, v), stock(*plain, v, dtype=q.dtype))
     both = [torch.cat([x2.double(), x.double()], 1) for x2, x in zip((q2, k2, v2), (*wide, v))]
     assert_close(joint, stock(*both)[:, 5:], stock(*(x.bfloat16() for x in both), dtype=q.dtype)[:, 5:])

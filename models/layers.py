@@ -21,11 +21,13 @@ from fusewire.kernels.rounding import compute_dtype, is_exact
 
 
 class How(NamedTuple):
-    """How a fused forward computes. ``attention`` and ``linear`` permit the ops of those rooms, which do not give stock's bits."""
+    """How a fused forward computes. ``attention`` and ``linear`` permit the ops of those rooms, which do not give stock's bits; ``keeps_layout``: a block's
+    output lies in memory as its input does, as the bits of a product in 16 bits depend on that."""
 
     numerics: str = "exact"
     attention: bool = False
     linear: bool = False
+    keeps_layout: bool = False
 
     @classmethod
     def of(cls, numerics: str) -> How:

@@ -140,6 +140,35 @@ def test_controlnet_model_is_built_of_the_same_blocks(dtype, text):
     assert same(call(model)) and not any("fusewire" in key for part in model.modules() for key in vars(part))
 
 
+class Derived(SD3ControlNetModel):
+    """Somebody's own."""
+
+
+@pytest.mark.parametrize("part", [lambda model: model, lambda model: model.transformer_blocks, lambda model: model.transformer_blocks[0]],
+                         ids=["derived", "all blocks", "one block"])
+@pytest.mark.parametrize("config", [SD3, LARGE], ids=["text", "no text"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_blocks_of_a_controlnet_swapped_by_themselves(dtype, config, part):
+    model = randomise(Derived(**config)).eval().to(dtype)
+    data = dict(inputs(2, 8, 12, 5, dtype), controlnet_cond=torch.randn(2, 4, 8, 12).to(dtype))
+    if config is LARGE:
+        data |= dict(encoder_hidden_states=None, hidden_states=torch.randn(2, 24, 32).to(dtype))
+    want = model(**data, return_dict=False)[0]
+    with fusewire.swapped(part(model)):
+        ops.reset_stats()
+        assert all(map(torch.equal, model(**data, return_dict=False)[0], want)) and (not CPU.loaded or ops.stats()["gate_residual_adaln"]["cpu"])
+
+
+def test_the_transformers_blocks_need_no_copies():
+    """Its final norm makes the stream contiguous whatever the blocks did: theirs stays as the kernels leave it."""
+    model = stock_model("sd3")
+    with fusewire.swapped(model):
+        assert not any(block.fusewire_how.keeps_layout for block in model.transformer_blocks)
+    with fusewire.swapped(model.transformer_blocks):
+        assert all(block.fusewire_how.keeps_layout for block in model.transformer_blocks)
+
+
 def test_gradients_of_a_swapped_model():
     model = stock_model("sd3.5").train()
     data = inputs()

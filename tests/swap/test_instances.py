@@ -322,7 +322,7 @@ def test_a_stock_forward_that_was_never_verified(monkeypatch):
         return encoder_hidden_states, hidden_states
 
     monkeypatch.setattr(JointTransformerBlock, "forward", forward)
-    monkeypatch.setattr(sd3, "BLOCK", {forward: ("f12a42101b07",)})
+    monkeypatch.setitem(sd3.BLOCKS, JointTransformerBlock, ({forward: ("f12a42101b07",)}, sd3.BLOCKS[JointTransformerBlock][1]))
     monkeypatch.setattr(engine, "_warned", set())
     model = stock_model("sd3")
     with pytest.warns(SwapWarning, match="is not one that was verified"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import pickle
@@ -35,6 +36,7 @@ CONFIGS = [
     (DDPMScheduler, NO_CLIP | dict(variance_type="fixed_large"), {}), (DDPMScheduler, SD | dict(variance_type="fixed_small_log"), {}),
     (DDPMScheduler, dict(variance_type="learned_range"), {}), (DDPMScheduler, NO_CLIP | V | dict(variance_type="learned"), {}),
     (DDPMScheduler, dict(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing"), {}),
+    (DDPMScheduler, dict(variance_type="learned_range", timestep_spacing="trailing"), {}),
     (LCMScheduler, {}, {}), (LCMScheduler, V, {}), (LCMScheduler, X0 | dict(clip_sample=True), {}), (LCMScheduler, dict(timestep_scaling=1.0), {}),
     (EulerDiscreteScheduler, SD, {}), (EulerDiscreteScheduler, SD | V, {}), (EulerDiscreteScheduler, SD | X0, {}),
     (EulerDiscreteScheduler, SD | dict(use_karras_sigmas=True), {}), (EulerDiscreteScheduler, SD | dict(timestep_spacing="leading", steps_offset=1), {}),
@@ -112,8 +114,12 @@ def trajectory(scheduler, dtype=torch.float32, steps=7, start=0, options=None, w
 
 def same(got: Path, want: Path) -> bool:
     return got.state.equal(want.state) and len(got.seen) == len(want.seen) and all(
-        a.dtype is b.dtype and (torch.equal(a, b) or torch.equal(a.isfinite(), b.isfinite()) and torch.equal(a[a.isfinite()], b[b.isfinite()]))
-        for a, b in zip(got.seen, want.seen))
+        a.dtype is b.dtype and equal(a, b) for a, b in zip(got.seen, want.seen))
+
+
+def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Infinities too, and NaN where the other has it."""
+    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=0, atol=0, equal_nan=True)
 
 
 def alike(got, want) -> bool:
@@ -121,7 +127,7 @@ def alike(got, want) -> bool:
     if isinstance(want, list):
         return isinstance(got, list) and len(got) == len(want) and all(map(alike, got, want))
     if isinstance(want, torch.Tensor):
-        return isinstance(got, torch.Tensor) and torch.equal(got.isfinite(), want.isfinite()) and torch.equal(got[got.isfinite()], want[want.isfinite()])
+        return isinstance(got, torch.Tensor) and equal(got, want)
     return not isinstance(want, (int, float, type(None))) or got == want
 
 
@@ -139,6 +145,110 @@ def test_trajectory_is_stock(cls, config, options, dtype):
         assert same(got, want)
         assert all(alike(vars(fused)[key], value) for key, value in state.items())
         assert set(vars(fused)) == set(vars(scheduler))  # restored: nothing of ours is left
+
+
+def test_timesteps_that_end_before_the_first():
+    """Trailing, 61 steps of 1000: the last one is -1, before which there is none."""
+    given = dict(variance_type="learned_range", timestep_spacing="trailing")
+    want, fused = trajectory(DDPMScheduler(**given), steps=61), DDPMScheduler(**given)
+    with fusewire.swapped(fused):
+        assert same(trajectory(fused, steps=61), want) and fused.timesteps[-1] == -1 and want.seen[-1].isfinite().all()
+
+
+def test_subnormal_weights():
+    """UniPC on a cosine schedule at Karras' levels: halves of float16's smallest numbers must not be rounded once more."""
+    def run(scheduler):
+        scheduler.set_timesteps(20)
+        scheduler.set_begin_index(0)  # (two of its timesteps are the same)
+        draw = torch.Generator().manual_seed(2)
+        x, seen = torch.randn(2, 4, 6, 5, generator=draw).half(), []
+        for timestep in scheduler.timesteps:
+            noise = x.tanh() * 0.7 + 0.1 * torch.randn(2, 4, 6, 5, generator=draw).half()  # much like the latents', so that nothing overflows
+            seen.append(x := scheduler.step(noise, timestep, x, return_dict=False)[0])
+        return seen
+
+    scheduler = UniPCMultistepScheduler(beta_schedule="squaredcos_cap_v2", use_karras_sigmas=True)
+    want = run(scheduler)
+    with fusewire.swapped(scheduler):
+        ops.reset_stats()
+        assert all(map(torch.equal, run(scheduler), want)) and fused_steps() and all(x.isfinite().all() for x in want)
+
+
+@each_scheduler
+def test_other_defaults(cls, config, options):
+    """Tables that are made while another dtype or device is the default one are what they always are."""
+    scheduler, fused = cls(**config), cls(**config)
+    draw, noise = torch.Generator().manual_seed(1), dict(generator=None) if "generator" in inspect.signature(cls.step).parameters else {}
+    x, output = torch.randn(1, 4, 3, 2, generator=draw), torch.randn(1, 4, 3, 2, generator=draw)
+
+    def steps(scheduler, context) -> list[torch.Tensor]:
+        scheduler.set_timesteps(5)
+        torch.manual_seed(0)
+        with context():
+            scaled(scheduler, x, scheduler.timesteps[0])
+            first = scheduler.step(output, scheduler.timesteps[0], x, return_dict=False, **noise, **options)[0]
+        return [first, scheduler.step(output, scheduler.timesteps[1], first.float(), return_dict=False, **noise, **options)[0]]
+
+    for context in (float64_by_default, lambda: torch.device("meta")):
+        if context is not float64_by_default and cls in (DDPMScheduler, EDMDPM):
+            continue  # stock itself needs the CPU to be the default
+        want = steps(scheduler, context)
+        with fusewire.swapped(fused):
+            ops.reset_stats()
+            assert all(map(equal, steps(fused, context), want)) and fused_steps()
+
+
+@contextlib.contextmanager
+def float64_by_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("cls", [DDIMScheduler, LCMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, EDMEulerScheduler,
+                                 FlowMatchEulerDiscreteScheduler])
+def test_a_table_of_inference_mode_serves_a_graph(cls):
+    scheduler, x = cls(), torch.randn(1, 4, 3, 2)
+    with fusewire.swapped(scheduler):
+        scheduler.set_timesteps(5)
+        with torch.inference_mode():
+            scheduler.step(x, scheduler.timesteps[0], x)
+        leaf = x.clone().requires_grad_()
+        scheduler.step(leaf, scheduler.timesteps[1], x).prev_sample.sum().backward()
+        assert leaf.grad.isfinite().all() and leaf.grad.any()
+
+
+def test_levels_that_change_between_heuns_stages():
+    def run(scheduler):
+        scheduler.set_timesteps(5)
+        first = scheduler.step(x, scheduler.timesteps[0], x).prev_sample
+        scheduler.sigmas = scheduler.sigmas * 1.5
+        return scheduler.step(x, scheduler.timesteps[1], first).prev_sample
+
+    x, scheduler = torch.randn(1, 4, 3, 2), HeunDiscreteScheduler(**SD)
+    want = run(scheduler)
+    with fusewire.swapped(scheduler):
+        assert torch.equal(run(scheduler), want)
+
+
+@pytest.mark.parametrize("cls, config, name", [(DDIMScheduler, {}, "final_alpha_cumprod"), (PNDMScheduler, dict(skip_prk_steps=True), "final_alpha_cumprod"),
+                                               (DDPMScheduler, {}, "one")])
+def test_an_end_that_is_set_by_hand(cls, config, name):
+    def run(scheduler):
+        scheduler.set_timesteps(3)
+        setattr(scheduler, name, end)
+        steps = [scheduler.step(x, timestep, x, return_dict=False)[0] for timestep in scheduler.timesteps[:2]]
+        setattr(scheduler, name, end - 5e-5)
+        return [*steps, scheduler.step(x, scheduler.timesteps[2], x, return_dict=False)[0]]
+
+    x, scheduler, end = torch.randn(1, 4, 3, 2), cls(**config), torch.tensor(1.0)
+    torch.manual_seed(0)
+    want = run(scheduler)
+    with fusewire.swapped(scheduler):
+        torch.manual_seed(0)
+        assert all(map(torch.equal, run(scheduler), want))
 
 
 @each_scheduler

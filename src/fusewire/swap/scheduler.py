@@ -3,6 +3,7 @@ device; the others are in schedulers/."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -14,7 +15,7 @@ from fusewire.models.layers import How
 from fusewire.swap.families import Candidate, Family
 from fusewire.swap.fused import MAKERS, fused_class, stock_of, unknown_forward
 from fusewire.swap.schedulers import ddim, deis, dpm, euler, flow_heun, lms, pndm, singlestep, unipc  # noqa: F401: they fill KNOWN
-from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, prepared, stamp, uploaded, usable
+from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, kept, prepared, stamp, uploaded, usable
 from fusewire.swap.schedulers.ddim import NOISE
 from fusewire.swap.schedulers.noise import of_sigmas
 
@@ -45,7 +46,8 @@ def _maker(how: How) -> dict:
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
         # Made on the CPU, so that whether all timesteps differ is known without asking the device, and then moved: the same bits.
         Stock.set_timesteps(self, num_inference_steps, None, sigmas, mu, timesteps)
-        distinct = len(set(self.timesteps.tolist())) == len(self.timesteps)
+        values = self.timesteps.tolist()
+        distinct = len(set(values)) == len(values) and all(map(math.isfinite, values))
         if device is not None:
             self.sigmas, self.timesteps = self.sigmas.to(device), self.timesteps.to(device)
         self._fusewire_distinct = (self.timesteps, stamp(self.timesteps)) if distinct else None
@@ -86,7 +88,8 @@ def _table(scheduler, sigmas: torch.Tensor, device: torch.device) -> torch.Tenso
     """The step's scalars, made again when sigmas were set or changed, or the latents live elsewhere."""
     cached = scheduler.__dict__.get("_fusewire_table")
     if cached is None or cached[0] is not sigmas or cached[1] != stamp(sigmas) or cached[2].device != device:
-        cached = scheduler.__dict__["_fusewire_table"] = (sigmas, stamp(sigmas), uploaded(ops.flow_euler_table(sigmas), device))
+        with kept():
+            cached = scheduler.__dict__["_fusewire_table"] = (sigmas, stamp(sigmas), uploaded(ops.flow_euler_table(sigmas), device))
     return cached[2]
 
 

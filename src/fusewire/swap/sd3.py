@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 from diffusers.models.attention import JointTransformerBlock
-from diffusers.models.controlnets.controlnet_sd3 import SD3ControlNetModel
 from diffusers.models.normalization import SD35AdaLayerNormZeroX
 from diffusers.models.transformers.transformer_sd3 import SD3SingleTransformerBlock, SD3Transformer2DModel
 
@@ -19,7 +18,6 @@ from fusewire.swap.families import Candidate, Family
 from fusewire.swap.fused import ANNOUNCE, CARRIES, MAKERS, announce_block, stock_of, unknown_forward
 from fusewire.swap.parts import NORMS, candidate, feed_forward_candidates, norm_candidates
 
-KEEPS_LAYOUT = "_fusewire_keeps_layout"  # attribute of a swapped block
 OPS = ("adaln_modulate", "adaln_modulate_dual", "gate_residual", "gate_residual_adaln", "qk_norm_rope", "attention", "linear")
 
 # The stock methods that our forwards stand for, as diffusers 0.40 to 0.42 has them.
@@ -41,32 +39,20 @@ def _block(how: How) -> dict:
         if self._chunk_size is not None:
             return JointTransformerBlock.forward(self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
         context, x = joint_block(self, hidden_states, encoder_hidden_states, temb, how, joint_attention_kwargs)
-        return context, _laid_as(hidden_states, x, self)
+        return context, _laid_as(hidden_states, x, how)
 
     return {"forward": forward}
 
 
 def _single_block(how: How) -> dict:
     def forward(self, hidden_states, temb):
-        return _laid_as(hidden_states, single_block(self, hidden_states, temb, how), self)
+        return _laid_as(hidden_states, single_block(self, hidden_states, temb, how), how)
 
     return {"forward": forward}
 
 
-def _laid_as(stream: torch.Tensor, x: torch.Tensor, block) -> torch.Tensor:
-    return x.mT.contiguous().mT if KEEPS_LAYOUT in vars(block) and not stream.is_contiguous() else x
-
-
-def _controlnet(how: How) -> dict:
-    """Its blocks' outputs go into products, without a norm between, and the bits of a product in 16 bits depend on how its input lies in memory: as stock's
-    sums lie, which is as the first block's input does."""
-    def forward(self, *args, **kwargs):
-        for block in self.transformer_blocks:
-            if KEEPS_LAYOUT not in vars(block) and stock_of(block) is not None:
-                setattr(block, KEEPS_LAYOUT, True)
-        return SD3ControlNetModel.forward(self, *args, **kwargs)
-
-    return {"forward": forward if how.numerics == "exact" else SD3ControlNetModel.forward}
+def _laid_as(stream: torch.Tensor, x: torch.Tensor, how: How) -> torch.Tensor:
+    return x.mT.contiguous().mT if how.keeps_layout and not stream.is_contiguous() else x
 
 
 def _adaln_zero_x(how: How) -> dict:
@@ -78,7 +64,7 @@ def _adaln_zero_x(how: How) -> dict:
     return {"forward": forward}
 
 
-MAKERS.update({JointTransformerBlock: _block, SD3SingleTransformerBlock: _single_block, SD3ControlNetModel: _controlnet, SD35AdaLayerNormZeroX: _adaln_zero_x})
+MAKERS.update({JointTransformerBlock: _block, SD3SingleTransformerBlock: _single_block, SD35AdaLayerNormZeroX: _adaln_zero_x})
 NORMS[SD35AdaLayerNormZeroX] = (ADALN_ZERO_X, "adaln_modulate_dual")
 ANNOUNCE[JointTransformerBlock] = announce_block
 CARRIES.update({JointTransformerBlock: GATES, SD3SingleTransformerBlock: GATES, SD35AdaLayerNormZeroX: ("adaln_modulate_dual",),
@@ -86,19 +72,23 @@ CARRIES.update({JointTransformerBlock: GATES, SD3SingleTransformerBlock: GATES, 
 
 
 def candidates(name: str, instance, how: How) -> Iterator[Candidate]:
-    """A block with its parts, or the final norm of an ``SD3Transformer2DModel``."""
+    """A block with its parts, or the final norm of an ``SD3Transformer2DModel``.
+
+    A block's output may go into a product without a norm between, as a ControlNet's does: in ``exact`` it lies as stock's, which is as the block's input.
+    Not in the transformer, whose final norm makes it contiguous.
+    """
     stock = stock_of(instance) or type(instance)
     dot = f"{name}." if name else ""
     if stock is SD3Transformer2DModel:
         yield from norm_candidates(f"{dot}norm_out", instance.norm_out, how)
-    if stock is SD3ControlNetModel and how.numerics == "exact":
-        found = {stock_of(block) or type(block) for block in instance.transformer_blocks} & BLOCKS.keys()
-        if found:
-            yield candidate(name or "controlnet", instance, GATES, how, next(filter(None, (unknown_forward(BLOCKS[block][0]) for block in found)), ""))
+        for index, block in enumerate(instance.transformer_blocks):
+            kind = stock_of(block) or type(block)
+            if kind in BLOCKS and not unknown_forward(BLOCKS[kind][0]):
+                yield candidate(f"{dot}transformer_blocks.{index}", block, GATES, how, "")
     if stock not in BLOCKS:
         return
     known, parts = BLOCKS[stock]
-    yield candidate(name or "block", instance, GATES, how, unknown_forward(known))
+    yield candidate(name or "block", instance, GATES, how._replace(keeps_layout=how.numerics == "exact"), unknown_forward(known))
     for find, names in parts.items():
         for part in names:
             if getattr(instance, part) is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -56,7 +57,16 @@ class Scalars:
         return dict(x0_m=1.0)
 
     def limit(self, config) -> dict[str, float]:
-        return dict(x0_limit=self.stored(torch.tensor(config.clip_sample_range)) if self.exact else config.clip_sample_range) if config.clip_sample else {}
+        if not config.clip_sample:
+            return {}
+        return dict(x0_limit=self.stored(torch.tensor(config.clip_sample_range, dtype=torch.float32)) if self.exact else config.clip_sample_range)
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """What is made inside serves later calls too: on the CPU unless told otherwise, and outside inference mode, whose tensors no graph can hold."""
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        yield
 
 
 def stamp(tensor: torch.Tensor) -> int | bytes:
@@ -129,9 +139,10 @@ def prepared(scheduler, key: tuple, sources: tuple[torch.Tensor, ...], sample: t
         tables.clear()
     rows, scalars = None, Scalars(sample.dtype, sample.device, sources[0].device, exact)
     if sources[0].dtype is torch.float32 and not KNOWN[scheduler.fusewire_stock].why_not(scheduler):
-        named = columns(scalars)
-        steps = max(len(values) for values in named.values() if not isinstance(values, (int, float)) and torch.as_tensor(values).dim())
-        rows = uploaded(ops.solver_table(steps, **named), sample.device)
+        with kept():
+            named = columns(scalars)
+            steps = max(len(values) for values in named.values() if not isinstance(values, (int, float)) and torch.as_tensor(values).dim())
+            rows = uploaded(ops.solver_table(steps, **named), sample.device)
     found = tables[place] = Prepared(sources, tuple(map(stamp, sources)), config, rows, scalars.reciprocal)
     return found
 
@@ -148,7 +159,7 @@ def times(scheduler) -> list:
 def host_times(scheduler) -> torch.Tensor:
     """``scheduler.timesteps`` on the CPU."""
     timesteps = scheduler.timesteps
-    return timesteps if timesteps.is_cpu else torch.tensor(times(scheduler), dtype=timesteps.dtype)
+    return timesteps if timesteps.is_cpu else torch.tensor(times(scheduler), dtype=timesteps.dtype, device="cpu")
 
 
 def place(scheduler, timestep) -> int | None:

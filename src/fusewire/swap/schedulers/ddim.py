@@ -39,7 +39,8 @@ def _ddim(how: How) -> dict:
         table = None
         if (index is not None and self.num_inference_steps is not None and usable(model_output, sample)
                 and (variance_noise is None or eta <= 0 or (generator is None and usable(variance_noise, sample)))):
-            table = prepared(self, (eta, use_clipped_model_output, self.num_inference_steps), (self.alphas_cumprod, self.timesteps), sample, exact,
+            sources = self.alphas_cumprod, self.timesteps, self.final_alpha_cumprod
+            table = prepared(self, (eta, use_clipped_model_output, self.num_inference_steps), sources, sample, exact,
                              lambda scalars: _ddim_columns(self, scalars, eta, use_clipped_model_output))
         if table is None or table.rows is None:
             return DDIMScheduler.step(self, model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict)
@@ -80,7 +81,8 @@ def _ddpm(how: How) -> dict:
         index, table = place(self, timestep), None
         mean, predicted = _halves(model_output) if self.variance_type in LEARNED else (model_output, None)
         if index is not None and (self.num_inference_steps or self.custom_timesteps) and usable(mean, sample):
-            table = prepared(self, (self.variance_type,), (self.alphas_cumprod, self.timesteps), sample, exact, lambda scalars: _ddpm_columns(self, scalars))
+            sources = self.alphas_cumprod, self.timesteps, self.one
+            table = prepared(self, (self.variance_type,), sources, sample, exact, lambda scalars: _ddpm_columns(self, scalars))
         if table is None or table.rows is None:
             return DDPMScheduler.step(self, model_output, timestep, sample, generator, return_dict)
         noise = None
@@ -107,7 +109,8 @@ def _spread(scheduler, index: int, predicted: torch.Tensor) -> torch.Tensor:
     if scheduler.variance_type == "learned":
         return predicted**0.5
     now, bar = times(scheduler), scheduler.alphas_cumprod
-    alpha, before = bar[now[index]], bar[now[index + 1]] if index + 1 < len(now) else scheduler.one
+    then = now[index + 1] if index + 1 < len(now) else -1
+    alpha, before = bar[now[index]], bar[then] if then >= 0 else scheduler.one
     own = 1 - alpha / before
     least, most = torch.log(torch.clamp((1 - before) / (1 - alpha) * own, min=1e-20)), torch.log(own)
     part = (predicted + 1) / 2
@@ -151,8 +154,8 @@ def _lcm(how: How) -> dict:
                 self._init_step_index(timestep)
             if self._step_index == index:  # stock takes coefficients from both: the index and the timestep
                 of_times = Scalars(sample.dtype, sample.device, self.timesteps.device, exact)
-                table = prepared(self, (self.num_inference_steps,), (self.alphas_cumprod, self.timesteps), sample, exact,
-                                 lambda scalars: _lcm_columns(self, scalars, of_times))
+                sources = self.alphas_cumprod, self.timesteps, self.final_alpha_cumprod
+                table = prepared(self, (self.num_inference_steps,), sources, sample, exact, lambda scalars: _lcm_columns(self, scalars, of_times))
         if table is None or table.rows is None:
             return LCMScheduler.step(self, model_output, timestep, sample, generator, return_dict)
         self.sigma_data = 0.5  # as stock leaves it

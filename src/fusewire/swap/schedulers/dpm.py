@@ -124,7 +124,7 @@ def way_of(scheduler, start: int, end: int) -> Way:
     h, ratio = log_ratio(scheduler, end) - log_ratio(scheduler, start), sigma / scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[start])[1]
     if scheduler.config.algorithm_type == "sde-dpmsolver++":
         return Way(ratio * torch.exp(-h), alpha * (1 - torch.exp(-2.0 * h)), sigma * torch.sqrt(1.0 - torch.exp(-2 * h)), alpha, h)
-    return Way(ratio, -(alpha * (torch.exp(-h) - 1.0)), torch.zeros(()), alpha, h)
+    return Way(ratio, -(alpha * (torch.exp(-h) - 1.0)), torch.zeros((), dtype=torch.float32), alpha, h)
 
 
 def slope_weight(scheduler, way: Way, midpoint: bool | None = None) -> torch.Tensor:

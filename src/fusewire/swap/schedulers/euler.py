@@ -15,7 +15,7 @@ from fusewire import ops
 from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
 from fusewire.swap.schedulers.churn import churned, excess
-from fusewire.swap.schedulers.common import KNOWN, Known, Prepared, Scalars, indexed, prepared, unknown_prediction, usable
+from fusewire.swap.schedulers.common import KNOWN, Known, Prepared, Scalars, indexed, prepared, stamp, unknown_prediction, usable
 from fusewire.swap.schedulers.ddim import NOISE
 from fusewire.swap.schedulers.noise import of_sigmas
 
@@ -152,7 +152,7 @@ def _heun(how: How) -> dict:
     def step(self, model_output, timestep, sample, return_dict=True):
         first = self.dt is None
         sigmas, table = self.sigmas, None
-        if first or (usable(self.prev_derivative, sample) and usable(self.sample, sample)):
+        if first or (_goes_on(self) and usable(self.prev_derivative, sample) and usable(self.sample, sample)):
             table = table_of_levels(self, model_output, timestep, sample, exact, lambda scalars: _heun_columns(scalars, self.config, sigmas, first), (first,))
         if table is None:
             return stock(self, model_output, timestep, sample, return_dict)
@@ -162,12 +162,19 @@ def _heun(how: How) -> dict:
             keep_slope=first, wide_x0=False, wide_out=False, reciprocal=table.reciprocal, numerics=how.numerics)
         if first:
             self.prev_derivative, self.dt, self.sample = slope, sigmas[index + 1] - sigmas[index], sample
+            self._fusewire_stage = (self.dt, sigmas, stamp(sigmas))
         else:
             self.prev_derivative = self.dt = self.sample = None
         self._step_index += 1
         return HeunDiscreteSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
 
     return {"step": step, **indexed(HeunDiscreteScheduler), **noise_of_levels(HeunDiscreteScheduler)}
+
+
+def _goes_on(scheduler) -> bool:
+    """Whether the second stage goes the way of the first: by levels that have not changed since."""
+    dt, sigmas, version = scheduler.__dict__.get("_fusewire_stage") or (None,) * 3
+    return dt is scheduler.dt and sigmas is scheduler.sigmas and version == stamp(sigmas)
 
 
 def _heun_columns(scalars: Scalars, config, sigmas: torch.Tensor, first: bool) -> dict:

@@ -58,7 +58,7 @@ def _columns(scheduler, scalars: Scalars, order: int) -> dict:
 @functools.lru_cache(maxsize=64)
 def _weights(levels: tuple[float, ...], order: int) -> torch.Tensor:
     """[4, S] what multiplies the last four slopes: stock's integrals, which it takes at each step anew."""
-    holder, weights = SimpleNamespace(sigmas=torch.tensor(levels)), torch.zeros(4, len(levels) - 1, dtype=torch.float64)
+    holder, weights = SimpleNamespace(sigmas=torch.tensor(levels, dtype=torch.float32)), torch.zeros(4, len(levels) - 1, dtype=torch.float64)
     for i in range(len(levels) - 1):
         of = min(i + 1, order)
         weights[:of, i] = torch.tensor([Stock.get_lms_coefficient(holder, of, i, k) for k in range(of)], dtype=torch.float64)

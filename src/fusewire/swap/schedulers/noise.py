@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from fusewire.swap.fused import fingerprint
-from fusewire.swap.schedulers.common import host_times, stamp
+from fusewire.swap.schedulers.common import host_times, kept, stamp
 
 
 def of_alphas(stock: type) -> dict:
@@ -33,7 +33,8 @@ def _on_device(scheduler, timesteps, device: torch.device):
         return timesteps
     numbers = scheduler.__dict__.setdefault("_fusewire_numbers", {})
     if device not in numbers:
-        numbers[device] = torch.arange(len(scheduler.alphas_cumprod), device=device)
+        with kept():
+            numbers[device] = torch.arange(len(scheduler.alphas_cumprod), device=device)
     value = int(timesteps)
     return numbers[device][value:value + 1] if 0 <= value < len(numbers[device]) else timesteps
 
@@ -77,5 +78,6 @@ def _levels(scheduler, sample: torch.Tensor) -> torch.Tensor:
     levels, sigmas, key = scheduler.__dict__.setdefault("_fusewire_levels", {}), scheduler.sigmas, (sample.dtype, sample.device)
     known = levels.get(key)
     if known is None or known[0] is not sigmas or known[1] != stamp(sigmas):
-        known = levels[key] = (sigmas, stamp(sigmas), sigmas.to(device=sample.device, dtype=sample.dtype))
+        with kept():
+            known = levels[key] = (sigmas, stamp(sigmas), sigmas.to(device=sample.device, dtype=sample.dtype))
     return known[2]

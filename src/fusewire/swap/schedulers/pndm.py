@@ -30,8 +30,8 @@ def _maker(how: How) -> dict:
         table, run = None, None if index is None else _stage if _in_stages(self) else _sum
         if run is not None:
             skipped = index - self.counter if run is _stage else 0
-            table = prepared(self, (self.num_inference_steps, skipped), (self.alphas_cumprod, self.timesteps), sample, exact,
-                             lambda scalars: _columns(self, scalars, skipped))
+            sources = self.alphas_cumprod, self.timesteps, self.final_alpha_cumprod
+            table = prepared(self, (self.num_inference_steps, skipped), sources, sample, exact, lambda scalars: _columns(self, scalars, skipped))
 
         def solve(block: int, x, m, **given):
             return ops.solver_step(x, m, table.rows, block * len(self.timesteps) + index, reciprocal=table.reciprocal, numerics=how.numerics, **NARROW, **given)
@@ -94,7 +94,7 @@ def _columns(scheduler, scalars: Scalars, skipped: int) -> dict:
     ratio = config.num_train_timesteps // scheduler.num_inference_steps
     to = _way(scheduler, scalars, now, now - ratio)
     # A GPU divides by a number, wherever the alphas lie, by multiplying with its reciprocal.
-    twelfth = dict(x0_x=1 / torch.tensor(12.0)) if scalars.device.type != "cpu" else dict(x0_x=1.0, x_divisor=12.0)
+    twelfth = dict(x0_x=1 / torch.tensor(12.0, dtype=torch.float32)) if scalars.device.type != "cpu" else dict(x0_x=1.0, x_divisor=12.0)
     blocks = [dict(to, x0_m=1.0), dict(_way(scheduler, scalars, now + ratio, now), x0_x=1.0, x0_m=1.0, x0_divisor=2.0),
               dict(to, x0_x=-1.0, x0_m=3.0, x0_divisor=2.0),
               dict(x0_x=-16.0, x0_m=23.0, e_x0=1.0, e_previous=5.0, e=1.0), dict(to, **twelfth),

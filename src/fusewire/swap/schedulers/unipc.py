@@ -91,11 +91,11 @@ class Way(NamedTuple):
 def _way(scheduler, i: int) -> Way:
     """From sigmas[i] to the next, by 0-dim tensors in stock's order."""
     (alpha, sigma), (_, sigma_s) = (scheduler._sigma_to_alpha_sigma_t(level) for level in (scheduler.sigmas[i + 1], scheduler.sigmas[i]))
-    here, one = log_ratio(scheduler, i), torch.ones(())
+    here, one = log_ratio(scheduler, i), torch.ones((), dtype=torch.float32)
     h = log_ratio(scheduler, i + 1) - here
     phi_1 = torch.expm1(-h)
     scale = -h if scheduler.config.solver_type == "bh1" else phi_1
-    ratio, rhos = one, torch.zeros(2)
+    ratio, rhos = one, torch.zeros(2, dtype=torch.float32)
     if i > 0:
         ratio = (log_ratio(scheduler, i - 1) - here) / h
         phi_2 = phi_1 / -h - 1
@@ -121,7 +121,7 @@ def _columns(scheduler, scalars: Scalars) -> dict:
         *(dict(to(last[i]), x0_m=1.0, e_previous=1.0, e=moved.left(last[i].change)) for i in steps),
         *(dict(x0[i], **to(ways[i]), scale=1 + 0 * ways[i].change) for i in steps),
         *(dict(to(ways[i]), x0_m=1.0, scale=1 + 0 * ways[i].change) for i in steps),
-        *(dict(to(ways[i]), x0_m=1.0, e_x=1.0, e_x0=-1.0, e_divisor=moved.divisor(ways[i].ratio), e=0.5 * moved.left(ways[i].change)) for i in steps),
+        *(dict(to(ways[i]), x0_m=1.0, e_x=1.0, e_x0=-1.0, e_divisor=moved.divisor(ways[i].ratio), e=0.5 * moved.left(ways[i].change).double()) for i in steps),
     ])
 
 

@@ -11,13 +11,13 @@ import re
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
-MODELS = {"SD3.5-medium": "sd3_block", "FLUX.1-dev": "flux-dev", "SD1.5 U-Net, 512 x 512": "sd1.5", "SDXL U-Net, 512 x 512": "sdxl", "DiT-XL/2": "dit-xl-2",
-          "VAE, 256 x 256": "sd-vae"}
+MODELS = {"SD3.5-medium, 3 of 24 blocks": "sd3_block", "FLUX.1-dev, 1 + 2 of 19 + 38": "flux-dev", "SD1.5 U-Net, 512 x 512": "sd1.5",
+          "SDXL U-Net, 512 x 512": "sdxl", "DiT-XL/2, 4 of 28 blocks": "dit-xl-2", "VAE, encoded and decoded, 256 x 256": "sd-vae",
+          "VAE, decoded, 256 x 256": "sd-vae-decode"}
 CPUS = {"AMD Zen 5, AVX512-BF16": "zen5", "Intel, AMX": "", "Intel, AVX512-BF16": "xeon-avx512"}
 DTYPES = ("bfloat16", "float32")
-GPU, ON_GPU = "NVIDIA H200, CUDA graphs", {"SD3.5-medium": "sd3.5-large:1024", "FLUX.1-dev": "flux-dev:1024", "SD1.5 U-Net, 512 x 512": "sd1.5",
-                                    "SDXL U-Net, 512 x 512": "sdxl:1024"}
-OTHERS = {"SD3.5-medium": "SD3.5-large", "SDXL U-Net, 512 x 512": "1024 x 1024"}  # what the GPU's row is of, where it is another
+GPU, ON_GPU = "NVIDIA H200, CUDA graphs", {"sd3_block": ("sd3.5-large:1024", " (SD3.5-large)"), "flux-dev": ("flux-dev:1024", ""),
+                                           "sd1.5": ("sd1.5", " (512 x 512)"), "sdxl": ("sdxl:1024", "")}
 MARKS = ("<!-- headline -->", "<!-- /headline -->")
 
 
@@ -35,16 +35,25 @@ def file_of(folder: str, name: str, dtype: str) -> Path:
     return found if found.is_file() else RESULTS / folder / f"compiled-{name}-{dtype}.json"
 
 
-def cell(value: float | None, path: Path, more: str = "") -> str:
-    return "" if value is None else f"[{value:.2f}x](benchmarks/results/{path.relative_to(RESULTS)}){more}"
+def option(path: Path, name: str) -> str:
+    """What the file's command gave for an option, or ""."""
+    words = json.loads(path.read_text())["command"].split()
+    return words[words.index(name) + 1] if name in words else ""
 
 
-def on_gpu(model: str) -> str:
-    path = RESULTS / "gpu-models.json"
-    times = {row["side"]: row["ms"] for row in json.loads(path.read_text())["rows"] if row["model"] == ON_GPU.get(model)}
-    if not times:
-        return ""
-    return cell(times["eager, CUDA graph"] / times["close, CUDA graph"], path, f" ({OTHERS[model]})" if model in OTHERS else "")
+def cell(value: float, path: Path, more: str = "") -> str:
+    return f"[{value:.2f}x](benchmarks/results/{path.relative_to(RESULTS)}){more}"
+
+
+def on_cpu(path: Path) -> str:
+    found = ratio(path)
+    return "" if found is None else cell(found, path, f" (batch of {option(path, '--batch')})" if option(path, "--batch") else "")
+
+
+def on_gpu(name: str) -> str:
+    path, (model, more) = RESULTS / "gpu-models.json", ON_GPU.get(name, ("", ""))
+    times = {row["side"]: row["ms"] for row in json.loads(path.read_text())["rows"] if row["model"] == model}
+    return cell(times["eager, CUDA graph"] / times["close, CUDA graph"], path, more) if times else ""
 
 
 def table() -> str:
@@ -52,7 +61,7 @@ def table() -> str:
     for model, name in MODELS.items():
         for dtype in DTYPES:
             files = [file_of(folder, name, dtype) for folder in CPUS.values()]
-            lines.append([model, dtype, *(cell(ratio(path), path) for path in files), on_gpu(model) if dtype == "bfloat16" else ""])
+            lines.append([model, dtype, *map(on_cpu, files), on_gpu(name) if dtype == "bfloat16" else ""])
     rows = ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
 

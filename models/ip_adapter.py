@@ -190,7 +190,7 @@ def set_scale(model: nn.Module, scale, under: str = "") -> None:
     names = [name for name in model.picture_layers().values() if name.startswith(under)]
     count = 0 if model.encoder_hid_proj is None else len(model.encoder_hid_proj.image_projection_layers)
     scale = list(scale) if isinstance(scale, (list, tuple)) else [scale] * count
-    if len(scale) != count or not count:
+    if len(scale) != count or not count or any(one is None for one in scale):
         raise ValueError(f"scale is {scale}; it should be a number or {count} of them, one for each IP-Adapter of the model")
     if not names:
         raise ValueError(f"under is {under!r}, with which no name begins; names are {', '.join(model.picture_layers().values())}")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from fusewire.models.ip_adapter import attach, detach, projections_of
+from fusewire.models.ip_adapter import attach, projections_of
 
 _SIMPLE = {"proj": "image_embeds", "norm": "norm"}
 _FULL = {"proj.0": "ff.net.0.proj", "proj.2": "ff.net.2", "proj.3": "norm"}
@@ -60,11 +60,29 @@ def _official_projection(weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[
 
 
 def load(model: nn.Module, checkpoints: Sequence[Mapping]) -> None:
-    """Attaches one adapter for each official checkpoint, with its weights. KeyError for a name too much or too few, as ``from_official``."""
+    """Attaches one adapter for each official checkpoint, with its weights, in the place of those that were there.
+
+    Raises KeyError for a name too much or too few, as ``from_official``, ValueError for a shape; the model is then as it was.
+    """
     state_dict = from_official(checkpoints, model)
-    attach(model, projections_of(state_dict, model.how))
-    missing, unexpected = model.load_state_dict(state_dict, strict=False)
-    missing = [key for key in missing if key.startswith("encoder_hid_proj.") or ".processor." in key]
+    holders = [model.get_submodule(name) for name in model.picture_layers().values()]
+    before, projection = [holder.processor for holder in holders], model.encoder_hid_proj
+    try:
+        attach(model, projections_of(state_dict, model.how))
+        _check(state_dict, model)
+        model.load_state_dict(state_dict, strict=False)
+    except BaseException:
+        for holder, processor in zip(holders, before):
+            holder.processor = processor
+        model.encoder_hid_proj = projection
+        raise
+
+
+def _check(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> None:
+    wanted = {key: value.shape for key, value in model.state_dict().items() if key.startswith("encoder_hid_proj.") or ".processor." in key}
+    missing, unexpected = sorted(wanted.keys() - state_dict.keys()), sorted(state_dict.keys() - wanted.keys())
     if missing or unexpected:
-        detach(model)
         raise KeyError(f"checkpoints lack {missing} and have {unexpected}, which they should not")
+    for key, value in state_dict.items():
+        if value.shape != wanted[key]:
+            raise ValueError(f"checkpoints have {key} of shape {list(value.shape)}; it should be {list(wanted[key])}")

@@ -17,6 +17,14 @@ def test_table_is_up_to_date():
     assert all(f"| {model} | {dtype} |" in readme for model in headline.MODELS for dtype in headline.DTYPES)
 
 
+@pytest.mark.parametrize("name", headline.MODELS.values())
+def test_a_row_is_of_one_thing(name):
+    """Of one model, depth and size, in all of its files."""
+    files = [headline.file_of(folder, name, dtype) for folder in headline.CPUS.values() for dtype in headline.DTYPES]
+    asked = {tuple(headline.option(file, option) for option in ("--preset", "--layers", "--size")) for file in files if file.is_file()}
+    assert len(asked) == 1, asked
+
+
 def test_ratio_is_to_the_better_side(tmp_path):
     def ratio(**times):
         file = tmp_path / "rows.json"

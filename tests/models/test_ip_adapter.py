@@ -260,6 +260,23 @@ def test_official_names_are_diffusers_names(variant, adapters):
         assert near(model(**data), run(stock, data), MODEL_FLOAT32)
 
 
+@pytest.mark.parametrize("change, error", [(lambda one: one["ip_adapter"].popitem(), KeyError),
+                                           (lambda one: one["ip_adapter"].update({next(iter(one["ip_adapter"])): torch.zeros(1)}), ValueError)])
+@torch.no_grad()
+def test_a_failed_load_changes_nothing(change, error):
+    """Not the adapters that were there, nor a model without."""
+    stock, given = stock_model("sd", "two")
+    model, bare, data = ours("sd", stock), test_unet.ours(test_unet.stock_model("sd")), inputs("sd", "two")
+    want, broken = model(**data), [{part: dict(weights) for part, weights in one.items()} for one in given]
+    change(broken[-1])
+    for one in (model, bare):
+        keys = list(one.state_dict())
+        with pytest.raises(error, match="checkpoints "):
+            load(one, broken)
+        assert list(one.state_dict()) == keys
+    assert torch.equal(model(**data), want)
+
+
 def xlabs(key: str) -> str:
     part, number, name, leaf = key.split(".") if key.startswith("ip_adapter") else (key, *[""] * 3)
     if part != "ip_adapter":
@@ -346,6 +363,7 @@ def test_a_model_without_one():
 
 @pytest.mark.parametrize("call, error, message", [
     (lambda model: set_scale(model, [1.0]), ValueError, r"^scale is \[1.0\]; it should be a number or 2 of them"),
+    (lambda model: set_scale(model, None), ValueError, r"^scale is \[None, None\]"),
     (lambda model: set_scale(model, 1.0, under="up.0"), ValueError, "^under is 'up.0', with which no name begins"),
     (lambda model: attach(model, []), ValueError, "^projections is empty"),
     (lambda model: attach(test_unet.UNet(GUIDED), [ImageProjection(16, 24, 4)]), ValueError, "^model has no attention to text"),

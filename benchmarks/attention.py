@@ -1,7 +1,7 @@
 """Attention against PyTorch's, in turn in one process, on the shapes of real models.
 
-``python benchmarks/attention.py [--case WORDS] [--rounds N] [--training | --prologue] [--json FILE]``: median times, GFLOP/s (4 * B * H * Tq * Tk * D, softmax not counted) and
-their ratio. ``--training``: of the gradients of q, k and v alone (10 instead of 4), and of both directions together. ``--prologue``: with RMS norm and
+``python benchmarks/attention.py [--case WORDS] [--rounds N] [--training | --prologue] [--json FILE]``: median times, GFLOP/s
+(4 * B * H * Tq * Tk * D, softmax not counted) and their ratio. ``--training``: of the gradients of q, k and v alone (10 instead of 4), and of both directions together. ``--prologue``: with RMS norm and
 rotation of q and k, within attention, or by ``qk_norm_rope`` before it, against FLUX.1's eager calls in diffusers.
 """
 

@@ -32,7 +32,12 @@ def stock_model(variant: str, dtype: torch.dtype = torch.float32) -> ControlNetM
 
 
 def ours(stock: ControlNetModel, numerics: str = "close") -> ControlNet:
-    model = ControlNet(ControlNetConfig.from_dict(stock.config), numerics).eval().to(stock.dtype)
+    return loaded(ControlNet, ControlNetConfig, stock, numerics)
+
+
+def loaded(cls: type, config: type, stock, numerics: str):
+    """Our model of a stock one's configuration, with its weights."""
+    model = cls(config.from_dict(stock.config), numerics).eval().to(stock.dtype)
     model.load_state_dict(stock.state_dict(), strict=True)
     return model
 
@@ -60,6 +65,10 @@ def assert_near(got: list[torch.Tensor], want: list[torch.Tensor], bound: float)
         assert mine.shape == stocks.shape and (mine - stocks).abs().max() <= bound * stocks.abs().max().clamp_min(1), index
 
 
+def assert_equal(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
+    assert all(torch.equal(mine, stocks) for mine, stocks in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize("variant", CONFIGS)
 @torch.no_grad()
 def test_float64_against_diffusers(variant):
@@ -83,9 +92,9 @@ def test_exact_is_equal_to_diffusers(variant, dtype):
     stock, data = stock_model(variant, dtype), inputs(variant, dtype=dtype)
     for scale in (1.0, 0.7):
         got, want = ours(stock, "exact")(**data, conditioning_scale=scale), run(stock, data, conditioning_scale=scale)
-        assert all(torch.equal(mine, stocks) for mine, stocks in zip(listed(got), want, strict=True))
+        assert_equal(listed(got), want)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.float32):
-        assert all(torch.equal(mine, stocks) for mine, stocks in zip(listed(ours(stock, "exact")(**data)), run(stock, data), strict=True))
+        assert_equal(listed(ours(stock, "exact")(**data)), run(stock, data))
 
 
 @pytest.mark.parametrize("variant", UNETS)
@@ -137,7 +146,7 @@ def test_one_picture_and_one_timestep_for_all():
     for timestep in (7, torch.tensor(400), torch.tensor([3])):
         given = dict(data, timestep=timestep, controlnet_cond=data["controlnet_cond"][:1])
         got, want = listed(ours(stock, "exact")(**given)), run(stock, given)
-        assert all(torch.equal(mine, stocks) for mine, stocks in zip(got, want, strict=True))
+        assert_equal(got, want)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from fusewire.models.controlnet_flux import FluxControlNet, FluxControlNetConfig
 from tests.models import stock_flux, test_flux
 from tests.models.stock_flux import in_float64
 from tests.models.stock_sd3 import randomise
-from tests.models.test_controlnet import assert_near
+from tests.models.test_controlnet import assert_equal, assert_near, loaded
 from tests.tolerance import GRADIENTS_FLOAT64, MODEL_FLOAT32, MODEL_FLOAT64
 
 DEV = dict(stock_flux.DEV, num_layers=1)
@@ -31,9 +31,7 @@ def stock_model(variant: str, dtype: torch.dtype = torch.float32) -> FluxControl
 
 
 def ours(stock: FluxControlNetModel, numerics: str = "close") -> FluxControlNet:
-    model = FluxControlNet(FluxControlNetConfig.from_dict(stock.config), numerics).eval().to(stock.dtype)
-    model.load_state_dict(stock.state_dict(), strict=True)
-    return model
+    return loaded(FluxControlNet, FluxControlNetConfig, stock, numerics)
 
 
 def inputs(variant: str, batch: int = 2, rows: int = 3, columns: int = 5, dtype: torch.dtype = torch.float32) -> dict:
@@ -50,10 +48,6 @@ def listed(residuals) -> list[torch.Tensor]:
 
 def run(stock: FluxControlNetModel, data: dict, **more) -> list[torch.Tensor]:
     return listed(stock(**data, **more, return_dict=False))
-
-
-def assert_equal(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
-    assert all(torch.equal(mine, stocks) for mine, stocks in zip(got, want, strict=True))
 
 
 def rotate(x, tables, use_real=True, use_real_unbind_dim=-1, sequence_dim=2):

@@ -13,7 +13,7 @@ from fusewire.kernels.library import CPU
 from fusewire.models.controlnet_sd3 import SD3ControlNet, SD3ControlNetConfig
 from tests.models import stock_sd3, test_mmdit
 from tests.models.stock_sd3 import SD3, SD35, in_float64, randomise
-from tests.models.test_controlnet import assert_near
+from tests.models.test_controlnet import assert_equal, assert_near, loaded
 from tests.tolerance import GRADIENTS_FLOAT64, MODEL_FLOAT32, MODEL_FLOAT64
 
 # As published: InstantX's, one with what SD3.5-medium has, alimama's, which has a mask beside the picture, and Stability's of SD3.5-large
@@ -29,9 +29,7 @@ def stock_model(variant: str, dtype: torch.dtype = torch.float32) -> SD3ControlN
 
 
 def ours(stock: SD3ControlNetModel, numerics: str = "close") -> SD3ControlNet:
-    model = SD3ControlNet(SD3ControlNetConfig.from_dict(stock.config), numerics).eval().to(stock.dtype)
-    model.load_state_dict(stock.state_dict(), strict=True)
-    return model
+    return loaded(SD3ControlNet, SD3ControlNetConfig, stock, numerics)
 
 
 def inputs(variant: str, batch: int = 2, height: int = 8, width: int = 12, dtype: torch.dtype = torch.float32) -> dict:
@@ -43,10 +41,6 @@ def inputs(variant: str, batch: int = 2, height: int = 8, width: int = 12, dtype
 
 def run(stock: SD3ControlNetModel, data: dict, **more) -> list[torch.Tensor]:
     return stock(**data, **more, return_dict=False)[0]
-
-
-def assert_equal(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
-    assert all(torch.equal(mine, stocks) for mine, stocks in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("variant", CONFIGS)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from fusewire import ops
+from fusewire.kernels.library import CPU
 from fusewire.models.ip_adapter import ImageProjection, attach, detach, over_tokens, projections_of, set_scale
 from fusewire.models.ip_adapter_official import from_official, load
 from tests.models import stock_flux, stock_unet, test_flux, test_unet
@@ -123,6 +125,11 @@ def run(stock: nn.Module, data: dict) -> torch.Tensor:
     return stock(**data, return_dict=False)[0]
 
 
+def by_library(*served: str) -> bool:
+    """Whether the compiled library ran these ops; True where there is none."""
+    return not CPU.loaded or all(ops.stats()[op]["cpu"] for op in served)
+
+
 def near(got: torch.Tensor, want: torch.Tensor, bound: float) -> bool:
     return got.shape == want.shape and bool((got - want).abs().max() <= bound * want.abs().max().clamp_min(1))
 
@@ -137,6 +144,7 @@ def test_exact_is_equal_to_diffusers(variant, adapters, dtype):
         data = inputs(variant, adapters, batch, height, width, dtype)
         want = run(stock, data)
         assert torch.equal(model(**data), want)
+    assert by_library("adaln_modulate" if variant == "flux" else "group_norm_silu")
     detach(model)
     data.pop("ip_adapter_image_embeds", None)
     data.get("added_cond_kwargs", {}).pop("image_embeds", None)
@@ -151,6 +159,7 @@ def test_close_is_near_diffusers(variant, adapters):
     for batch, height, width in ((1, 8, 12), (3, 16, 4)):
         data = inputs(variant, adapters, batch, height, width)
         assert near(model(**data), run(stock, data), MODEL_FLOAT32)
+    assert by_library("attention", *(("linear",) if variant == "flux" else ("group_norm_silu",)))
 
 
 @pytest.mark.parametrize("variant, adapters", CASES)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 import fusewire
 from fusewire import ops
 from fusewire.swap.schedulers import common
-from tests.swap.test_schedulers import DPM, ONE_EACH, SDE, seldom
+from tests.swap.trajectories import DPM, ONE_EACH, SDE, seldom
 
 CASES = [*ONE_EACH, (DPM, SDE, {}), (FlowMatchEulerDiscreteScheduler, dict(shift=3.0), {})]
 IDS = [f"{cls.__name__} {'sde' if config is SDE else ''}" for cls, config, _ in CASES]

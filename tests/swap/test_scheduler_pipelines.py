@@ -11,7 +11,7 @@ import fusewire
 from fusewire import ops
 from tests.models import stock_unet
 from tests.swap import tiny
-from tests.swap.test_schedulers import DPM, ONE_EACH, SD, SDE, seldom
+from tests.swap.trajectories import DPM, ONE_EACH, SD, SDE, seldom
 
 PIPELINES = {"text": StableDiffusionPipeline, "img2img": StableDiffusionImg2ImgPipeline, "inpainting": StableDiffusionInpaintPipeline}
 CASES = [*(case for case in ONE_EACH if case[0] is not FlowMatchHeunDiscreteScheduler), (DPM, SDE, {}), (ONE_EACH[0][0], SD, dict(eta=0.5))]

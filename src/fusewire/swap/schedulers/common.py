@@ -197,6 +197,13 @@ def no_thresholding(scheduler) -> str:
     return "thresholding=True needs a quantile of every picture" if getattr(scheduler.config, "thresholding", False) else ""
 
 
+def of_levels(scheduler, order: int = 2) -> str:
+    """Why a multistep solver along noise levels stays stock: a higher order, thresholding, or a prediction that is none of the four."""
+    if scheduler.config.solver_order > order:
+        return f"solver_order is {scheduler.config.solver_order}"
+    return no_thresholding(scheduler) or unknown_prediction(scheduler, "epsilon", "sample", "v_prediction", "flow_prediction")
+
+
 def unknown_prediction(scheduler, *kinds: str) -> str:
     kind = scheduler.config.prediction_type
     return "" if kind in kinds else f"prediction_type is {kind!r}"

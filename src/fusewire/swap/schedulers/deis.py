@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from fusewire import ops
 from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
-from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, gathered, indexed, no_thresholding, prepared, unknown_prediction, usable
+from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, gathered, indexed, of_levels, prepared, usable
 from fusewire.swap.schedulers.ddim import NARROW
 from fusewire.swap.schedulers.dpm import log_ratio, noisy, x0_row
 from fusewire.swap.schedulers.noise import of_sigmas
@@ -83,14 +83,8 @@ def _log(value: torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(np.log(value.numpy()))
 
 
-def reason(scheduler) -> str:
-    if scheduler.config.solver_order > 2:
-        return f"solver_order is {scheduler.config.solver_order}"
-    return no_thresholding(scheduler) or unknown_prediction(scheduler, "epsilon", "sample", "v_prediction", "flow_prediction")
-
-
 MAKERS[Stock] = _maker
 # As diffusers 0.40 to 0.42 has them.
 KNOWN[Stock] = Known({Stock.step: ("e667df137cb8",), Stock._init_step_index: ("5f59d121f9c6",), Stock.index_for_timestep: ("0d43966bf673",),
                       Stock.convert_model_output: ("a6b88649272e",), Stock.deis_first_order_update: ("8f1ac23b05a2",),
-                      Stock.multistep_deis_second_order_update: ("fbdfb0ac39f1",), Stock._sigma_to_alpha_sigma_t: ("f87ad03893c0",)}, reason)
+                      Stock.multistep_deis_second_order_update: ("fbdfb0ac39f1",), Stock._sigma_to_alpha_sigma_t: ("f87ad03893c0",)}, of_levels)

@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from fusewire import ops
 from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
-from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, gathered, indexed, no_thresholding, prepared, unknown_prediction, usable
+from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, gathered, indexed, of_levels, prepared, unknown_prediction, usable
 from fusewire.swap.schedulers.ddim import NOISE
 from fusewire.swap.schedulers.euler import edm_scales, noise_of_levels
 from fusewire.swap.schedulers.noise import of_sigmas
@@ -136,23 +136,19 @@ def slope_weight(scheduler, way: Way, midpoint: bool | None = None) -> torch.Ten
     return way.alpha * ((torch.exp(-way.h) - 1.0) / way.h + 1.0)
 
 
-def unknown_solver(scheduler, order: int = 2) -> str:
+def unknown_solver(scheduler) -> str:
     config = scheduler.config
     if config.algorithm_type not in ("dpmsolver++", "sde-dpmsolver++"):
         return f"algorithm_type is {config.algorithm_type!r}"
-    if config.solver_order > order:
-        return f"solver_order is {config.solver_order}"
-    if getattr(config, "variance_type", None) is not None:
-        return f"variance_type is {config.variance_type!r}"
-    return no_thresholding(scheduler)
+    return "" if getattr(config, "variance_type", None) is None else f"variance_type is {config.variance_type!r}"
 
 
 def reason(scheduler) -> str:
-    return unknown_solver(scheduler) or unknown_prediction(scheduler, "epsilon", "sample", "v_prediction", "flow_prediction")
+    return unknown_solver(scheduler) or of_levels(scheduler)
 
 
 def edm_reason(scheduler) -> str:
-    return unknown_solver(scheduler) or unknown_prediction(scheduler, "epsilon", "v_prediction")
+    return unknown_solver(scheduler) or of_levels(scheduler) or unknown_prediction(scheduler, "epsilon", "v_prediction")
 
 
 MAKERS |= {Stock: _maker, EDM: _edm_maker}

@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from fusewire import ops
 from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
-from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, gathered, indexed, prepared, unknown_prediction, usable
+from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, gathered, indexed, of_levels, prepared, usable
 from fusewire.swap.schedulers.ddim import NARROW, NOISE
 from fusewire.swap.schedulers.dpm import log_ratio, noisy, slope_weight, unknown_solver, way_of, x0_row
 from fusewire.swap.schedulers.noise import of_sigmas
@@ -85,7 +85,7 @@ def _passes(scheduler, scalars: Scalars, i: int, start: int) -> tuple[dict, dict
 def reason(scheduler) -> str:
     if scheduler.config.solver_order == 3 and scheduler.config.solver_type == "heun":
         return "solver_order is 3 with solver_type 'heun'"
-    return unknown_solver(scheduler, 3) or unknown_prediction(scheduler, "epsilon", "sample", "v_prediction", "flow_prediction")
+    return unknown_solver(scheduler) or of_levels(scheduler, 3)
 
 
 MAKERS[Stock] = _maker

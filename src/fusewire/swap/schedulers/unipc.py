@@ -13,7 +13,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from fusewire import ops
 from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
-from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, gathered, indexed, no_thresholding, prepared, unknown_prediction, usable
+from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, gathered, indexed, of_levels, prepared, usable
 from fusewire.swap.schedulers.ddim import NARROW
 from fusewire.swap.schedulers.dpm import log_ratio, noisy, x0_row
 from fusewire.swap.schedulers.noise import of_sigmas
@@ -126,14 +126,11 @@ def _columns(scheduler, scalars: Scalars) -> dict:
 
 
 def reason(scheduler) -> str:
-    config = scheduler.config
     if not scheduler.predict_x0:
         return "predict_x0 is False"
     if scheduler.solver_p:
         return f"solver_p is a {type(scheduler.solver_p).__name__}"
-    if config.solver_order > 2:
-        return f"solver_order is {config.solver_order}"
-    return no_thresholding(scheduler) or unknown_prediction(scheduler, "epsilon", "sample", "v_prediction", "flow_prediction")
+    return of_levels(scheduler)
 
 
 MAKERS[Stock] = _maker

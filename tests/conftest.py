@@ -28,6 +28,11 @@ hypothesis.settings.register_profile("fusewire", derandomize=EFFORT == 1)
 hypothesis.settings.load_profile("fusewire")
 
 
+def pytest_pycollect_makemodule():
+    """What a file draws when it is imported does not depend on the files before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def what_stays():
     """What imports and caches of torch.compile left, millions of objects that stay, is not looked at by every later collection of garbage."""

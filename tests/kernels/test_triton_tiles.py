@@ -14,13 +14,16 @@ from tests.tolerance import assert_within  # noqa: E402
 
 pytestmark = needs_interpreter
 HARDWARE = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")  # options that mean nothing to the interpreter
-WIDE = {  # calls whose tiles depend on the architecture: heads of 128 and 256, a group of many channels
-    "attention": [((torch.randn(1, 70, 1, 128), torch.randn(1, 70, 1, 128), torch.randn(1, 70, 1, 128)), dict(causal=True)),
-                  ((torch.randn(1, 20, 1, 256), torch.randn(1, 40, 1, 256), torch.randn(1, 40, 1, 256)), {})],
-    "group_norm_silu": [((torch.randn(1, 64, 4, 4), 2), {})],
+WIDE = {  # the shapes of tensors, and what else is given, of calls whose tiles depend on the architecture: heads of 128 and 256, a group of many channels
+    "attention": [(3 * [(1, 70, 1, 128)], (), dict(causal=True)), ([(1, 20, 1, 256), (1, 40, 1, 256), (1, 40, 1, 256)], (), {})],
+    "group_norm_silu": [([(1, 64, 4, 4)], (2,), {})],
 }
 MOST_BACKWARD = 128  # head dimensions of float32 gradients
 WITH_TRITON = [name for name, (*_, counted) in CALLS.items() if any(row.name == "triton" for row in TABLES[counted].rows)]
+
+
+def wide(x):
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
 def outcomes(op: str, args: tuple, kwargs: dict) -> list[torch.Tensor]:
@@ -34,7 +37,8 @@ def outcomes(op: str, args: tuple, kwargs: dict) -> list[torch.Tensor]:
     if not learning:
         return results
     torch.manual_seed(5)
-    return [*(x.detach() for x in results), *torch.autograd.grad(results, learning, [torch.randn_like(x) for x in results])]
+    grads = [torch.randn(x.shape).to(x) for x in results]  # the same in any dtype
+    return [*(x.detach() for x in results), *torch.autograd.grad(results, learning, grads)]
 
 
 def by_triton(op: str, args: tuple, kwargs: dict, arch, receive) -> list[torch.Tensor]:
@@ -60,10 +64,12 @@ def chosen(op: str, args: tuple, kwargs: dict, arch) -> tuple:
 @pytest.mark.parametrize("op", WITH_TRITON)
 def test_every_tile(op):
     """autotune: each architecture's own configurations, alone."""
-    for args, kwargs in ((CALLS[op][0], CALLS[op][1]), *WIDE.get(op, ())):
+    calls = [CALLS[op][:2], *(((*(torch.randn(shape) for shape in shapes), *others), kwargs) for shapes, others, kwargs in WIDE.get(op, ()))]
+    for args, kwargs in calls:
         kwargs = kwargs | (dict(numerics="close") if "numerics" in getattr(ops, op).__annotations__ else {})
         with forced("reference"):
-            want = outcomes(op, args, kwargs)
+            want = outcomes(op, tuple(map(wide, args)), {name: wide(x) for name, x in kwargs.items()})
+            plain = outcomes(op, args, kwargs)
         seen = set()
         for name, arch in TARGETS.items():
             if (tiles := chosen(op, args, kwargs, arch)) in seen:
@@ -71,5 +77,5 @@ def test_every_tile(op):
             assert tiles, f"{op} launches nothing on {name}"
             seen.add(tiles)
             got = by_triton(op, args, kwargs, arch, lambda kernel, programs, given, options: kernel[(programs,)](*given, **options))
-            for i, (one, other) in enumerate(zip(got, want, strict=True)):
-                assert_within(one, other, 8, f"{op}, {name}, outcome {i}")
+            for i, (one, other, same) in enumerate(zip(got, want, plain, strict=True)):
+                assert_within(one, other, 8, f"{op}, {name}, outcome {i}", same)

@@ -69,7 +69,7 @@ def test_strided_input(dtype, layout):
             assert_exact(got, want[name], name)
 
 
-@settings(max_examples=examples(250), deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.integers(1, 2), st.integers(8, 40), st.integers(1, 4), st.integers(1, 5), st.sampled_from(DTYPES), st.booleans(), st.booleans(),
        st.sampled_from((torch.contiguous_format, torch.channels_last)), st.integers(0, 2**31))
 def test_property(batch, channels, height, width, dtype, weight, bias, format, seed):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 
 def recomputing(reference: Callable) -> tuple[Callable, Callable]:
@@ -59,7 +60,7 @@ def fused(reference: Callable, gradients: Callable, recomputed_for: Callable[...
     ``gradients(needed, grads, *args)`` returns one gradient (or None) for each of the op's arguments ``args``; ``needed`` says which are wanted,
     ``grads`` are those of the outputs, None where an output was not used. The reference is differentiated instead where
     ``recomputed_for(*args)`` holds (``exact``: the gradients are then those of the stock code, bit for bit), and where the gradients are to be
-    differentiated themselves (``create_graph=True``). ``kept``: which of the op's outputs are kept too, unchanged; ``gradients`` gets them after ``args``.
+    differentiated themselves (``create_graph=True``, or forward mode). ``kept``: which of the op's outputs are kept too, unchanged; ``gradients`` gets them after ``args``.
     """
     _, keep_inputs = recomputing(reference)
 
@@ -73,7 +74,7 @@ def fused(reference: Callable, gradients: Callable, recomputed_for: Callable[...
         tensors = ctx.saved_tensors  # asked for once: activation checkpointing makes them anew at each request, and allows one
         saved = iter(tensors)
         arguments = [next(saved) if is_tensor else value for is_tensor, value in zip(ctx.layout, ctx.rest)]
-        if torch.is_grad_enabled() or recomputed_for(*arguments):
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or recomputed_for(*arguments):
             return _recompute(reference, ctx, tensors, grads)
         return gradients(ctx.needs_input_grad, grads, *arguments, *saved)
 

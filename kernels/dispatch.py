@@ -37,6 +37,11 @@ def recording() -> bool:
                 or forward_ad._current_level >= 0)
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func, or forward mode, is at work: it differentiates without a graph, and so also where gradients are off."""
+    return not is_compiling() and (_transforms_active() or forward_ad._current_level >= 0)
+
+
 _is_grad_enabled, _is_inference, _any_requires_grad = torch.is_grad_enabled, torch.is_inference_mode_enabled, torch._C._any_requires_grad
 _transforms_active, _BelowAutograd = torch._C._are_functorch_transforms_active, torch._C._AutoDispatchBelowAutograd
 _BelowVersions = torch._C._AutoDispatchBelowADInplaceOrView

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fusewire.kernels.dispatch import transformed
 from fusewire.kernels.library import cpu_is_intel
 from fusewire.kernels.linear import patches, rows
 
@@ -18,9 +19,10 @@ INTEL = cpu_is_intel()
 
 
 def convolution(module: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """``module(x)`` for x [B, C, H, W]; the result may be channels-last. Weights that are channels-last themselves are the user's choice, and stay so."""
-    weight = module.weight
-    if x.is_cpu and x.dim() == 4 and weight.is_contiguous():
+    """``module(x)`` for x [B, C, H, W]; the result may be channels-last. Weights that are channels-last themselves are the user's choice, and stay so, as
+    does a convolution that was replaced (seamless tiling does that), whose weight is computed, or that a transform differentiates."""
+    weight = module._parameters.get("weight")  # None where a parametrisation computes it, once in each forward
+    if weight is not None and x.is_cpu and x.dim() == 4 and weight.is_contiguous() and "_conv_forward" not in vars(module) and not transformed():
         call = x, weight, module.bias, module.stride, module.padding
         if module.padding_mode == "zeros" and module.dilation == (1, 1) and module.groups == 1 and not isinstance(module.padding, str):
             for way in (patches, rows):

@@ -40,10 +40,21 @@ class How(NamedTuple):
 RMS_NORMS: set[type] = set()
 
 
+# PyTorch's own forwards, of which ours know the meaning; None for one that somebody had replaced before
+_FORWARDS = {cls: cls.forward if cls.forward.__module__.startswith("torch.nn.") else None
+             for cls in (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.SiLU, nn.GELU, nn.Dropout)}
+
+
+def as_made(cls: type) -> bool:
+    """Whether a class of PyTorch's has the forward that it came with."""
+    return _FORWARDS.get(cls, cls.forward) is cls.forward
+
+
 def untouched(module: nn.Module) -> bool:
-    """Nothing observes or replaces this instance's forward: no hook of any kind, no forward on the instance (as offloading puts there)."""
+    """Nothing observes or replaces this instance's forward: no hook of any kind, no forward on the instance (as offloading puts there), none for all of
+    its class."""
     own = module.__dict__
-    return not (own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own
+    return as_made(type(module)) and not (own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own
                 or _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks)
 
 

@@ -15,7 +15,7 @@ APART = ("cuda", "triton")  # backends whose attention takes no tables
 
 
 def normalised(x, weight, eps: float):
-    return x if weight is None else rms_norm(x, weight, eps=eps, numerics="close").to(x.dtype)
+    return x if weight is None else rms_norm(x, weight, eps=eps, rounding="torch", numerics="close")
 
 
 def apart(q, k, q_weight, k_weight, rope, eps: float):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from fusewire.kernels import checks
 from fusewire.kernels.adaln.op import gate_residual
 from fusewire.kernels.autograd import fused
-from fusewire.kernels.dispatch import Backend, Table, always, unrecorded
+from fusewire.kernels.dispatch import Backend, Table, always, transformed, unrecorded
 from fusewire.kernels.gated_mlp.op import geglu, swiglu
 from fusewire.kernels.library import define
 from fusewire.kernels.linear import gradients, native, reference, triton_limits
@@ -48,8 +48,8 @@ def _cpu(x, weight, bias, activation, gate, residual, exact) -> torch.Tensor:
             return gate_residual(residual, F.linear(x, weight, bias), gate, numerics="close")
         return gradients.bias_activation.by_cpu(F.linear(x, weight), bias, activation)
     if native.onednn_serves(x, weight, activation, gate, residual):
-        # Where a graph is recorded (autograd, torch.compile) the registered op, which has a formula; the bare call elsewhere.
-        recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()
+        # Where the call may be differentiated or traced the registered op, which has a formula; the bare call elsewhere.
+        recorded = torch.compiler.is_compiling() or torch.is_grad_enabled() or transformed()
         y = (_onednn_op if recorded else native.onednn)(x, weight, bias, activation)
         if residual is None:
             return y
@@ -157,8 +157,9 @@ def _check(x, weight, bias, activation, gate, residual) -> None:
         if tensor is not None or name in ("x", "weight"):
             checks.floating(name, tensor)
             checks.same_device(name, tensor, x.device)
-    if weight.dtype is not x.dtype and not checks.autocasts(checks.kind_of(x)):
-        raise TypeError(f"weight has dtype {weight.dtype}; it should be {x.dtype}, as x has")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype is not x.dtype and not checks.autocasts(checks.kind_of(x)):
+            raise TypeError(f"{name} has dtype {tensor.dtype}; it should be {x.dtype}, as x has")
     checks.rank("weight", weight, 2, "[N, K]")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x has shape {list(x.shape)}; for weight of shape {list(weight.shape)} it should be [..., {weight.shape[1]}]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fusewire.kernels.dispatch import transformed
 from fusewire.kernels.linear import native
 
 
@@ -23,6 +24,6 @@ def convolved(rows: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
 
 
 def may_serve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """On the CPU, in one dtype, a contiguous weight, nothing that is trained, no autocast."""
-    return (x.is_cpu and weight.dtype is x.dtype and weight.is_contiguous() and not native.recorded(x, weight, bias)
+    """On the CPU, in one dtype, a contiguous weight, nothing that is differentiated, no autocast."""
+    return (x.is_cpu and weight.dtype is x.dtype and weight.is_contiguous() and not native.recorded(x, weight, bias) and not transformed()
             and not torch.is_autocast_enabled("cpu"))

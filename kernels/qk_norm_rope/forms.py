@@ -46,7 +46,9 @@ def check_rope(q, k, rope, name: str = "rope") -> None:
     if k.shape[1] != tokens or dim % 2:
         raise ValueError(f"{name} is given for q of shape {list(q.shape)} and k of shape {list(k.shape)}; T should be the same and D even")
     for part, table in tables:
-        if not (table.dim() in (2, 3) and table.shape[-2] == tokens and table.shape[-1] <= dim // 2 and table.shape[:-2] in ((), (1,), (batch,))):
+        # One by one: torch.compile does not find a shape with symbols in a tuple of shapes
+        fits = table.dim() == 2 or table.dim() == 3 and (table.shape[0] == 1 or table.shape[0] == batch)
+        if not (fits and table.shape[-2] == tokens and table.shape[-1] <= dim // 2):
             raise ValueError(f"{part} has shape {list(table.shape)}; it should be [{tokens}, {dim // 2}] "
                              f"or [{batch}, {tokens}, {dim // 2}], or narrower")
         if table.shape != tables[0][1].shape:
@@ -123,6 +125,6 @@ def by_stock(q, k, q_log_scale, k_log_scale, rope, eps: float, norm: str) -> tup
 def turned_as_complex(x, rope) -> torch.Tensor:
     """x rotated as stock does it in complex numbers: PyTorch's product, whose last bits differ between vectors and the elements left over."""
     width = 2 * rope.shape[-1]
-    head = torch.view_as_complex(x[..., :width].float().reshape(*x.shape[:-1], width // 2, 2))
+    head = torch.view_as_complex(x[..., :width].float().contiguous().view(*x.shape[:-1], width // 2, 2))
     y = torch.view_as_real(head * rope.unsqueeze(-2)).flatten(3).type_as(x)
     return y if width == x.shape[-1] else torch.cat([y, x[..., width:]], -1)

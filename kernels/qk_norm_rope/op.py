@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 from fusewire.kernels import checks, overlap
 from fusewire.kernels.autograd import fused
@@ -195,7 +196,7 @@ def _check_out(name, out, x, weight, log_scale, norm) -> None:
     if out.device != x.device:
         raise ValueError(f"{name} is on {out.device}; it should be on {x.device}, where q is")
     strides = out.stride()
-    if 0 in strides and any(stride == 0 and size > 1 for stride, size in zip(strides, out.shape)):
+    if 0 in strides and out.numel() and any(stride == 0 and size > 1 for stride, size in zip(strides, out.shape)):
         raise ValueError(f"{name} has strides {list(strides)}; several of its elements share one place in memory")
 
 
@@ -247,13 +248,13 @@ def qk_norm_into(q, k, q_weight, k_weight, q_out, k_out, *, q_bias=None, k_bias=
             counters move) and must overlap neither each other nor the inputs, unless q_out is q and k_out is k.
         Everything else as in ``qk_norm_rope``.
 
-    Where a gradient is wanted the result is copied into the outputs, so that it flows. So it is without ``rope`` after a norm that is not an RMS norm
+    Where a gradient is wanted, or forward mode is at work, the result is copied into the outputs, so that it flows. So it is without ``rope`` after a norm that is not an RMS norm
     of each head, with tables by sample or narrower than the head, and with a complex ``rope`` in ``"exact"``.
     Raises: as ``qk_norm_rope``; also for an output whose shape, dtype, device or strides do not fit, or that overlaps another tensor.
     """
     exact = is_exact(numerics)
     if (rope is q_bias is k_bias is q_log_scale is k_log_scale is None and not halves and not across_heads and type(eps) is float
-            and eps > 0 and norm in _FUSED and not torch.is_grad_enabled() and _alike(q, k, q_weight, k_weight, q_out, k_out)):
+            and eps > 0 and norm in _FUSED and not torch.is_grad_enabled() and forward_ad._current_level < 0 and _alike(q, k, q_weight, k_weight, q_out, k_out)):
         form = NORMS[norm]
         if not (exact and native.differs[form]):
             try:
@@ -268,7 +269,8 @@ def qk_norm_into(q, k, q_weight, k_weight, q_out, k_out, *, q_bias=None, k_bias=
     overlap.refuse({"q_out": q_out, "k_out": k_out}, {"q": q, "k": k})
     cos, sin = (None, None) if rope is None else forms.tables(rope)
     tensors = (q, k, q_weight, k_weight, q_out, k_out)
-    recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (*tensors, *others[:4], cos, sin))
+    recorded = forward_ad._current_level >= 0 or (
+        torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (*tensors, *others[:4], cos, sin)))
     if formed and not recorded and cos is not None and cos.shape == (q.shape[1], q.shape[3] // 2) and not (exact and isinstance(rope, torch.Tensor)):
         code = NORMS.get(norm) if norm in _FUSED and others == _COMMON else reference.HALVES_ROTATION if others[4] else reference.ROTATION
         if code >= reference.ROTATION:

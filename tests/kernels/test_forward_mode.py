@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fusewire import ops
+from fusewire.models.convolution import convolution
 
 ROW, WIDE, WEIGHT = torch.linspace(-1, 1, 32).repeat(2, 1), torch.linspace(-1, 1, 24 * 32).view(24, 32) / 4, torch.linspace(0.5, 1.5, 32)
 
@@ -67,3 +68,88 @@ def test_a_differentiated_vmap(ours, plain, values):
     near(torch.autograd.grad(torch.vmap(ours)(x).sin().sum(), x)[0], want)
     if ours is not CALLS["attention"][0]:
         near(torch.func.grad(lambda x: torch.vmap(ours)(x).sin().sum())(x.detach()), want)
+
+
+def both_ways(function, x, tangent, grad_mode: bool) -> list[torch.Tensor]:
+    """The tangents by torch.func and by dual numbers."""
+    with torch.set_grad_enabled(grad_mode):
+        found = torch.func.jvp(function, (x,), (tangent,))[1]
+        with forward.dual_level():
+            return [found, forward.unpack_dual(function(forward.make_dual(x, tangent))).tangent]
+
+
+HALVES = {"linear": (lambda x: ops.linear(x, WIDE.bfloat16(), numerics="close"), lambda x: F.linear(x, WIDE.bfloat16().to(x))),
+          "linear gelu": (lambda x: ops.linear(x, WIDE.bfloat16(), activation="gelu_tanh", numerics="close"),
+                          lambda x: F.gelu(F.linear(x, WIDE.bfloat16().to(x)), approximate="tanh")),
+          "geglu": (lambda x: ops.linear(x, WIDE.bfloat16(), activation="geglu", numerics="close"),
+                    lambda x: (lambda h, g: h * F.gelu(g))(*F.linear(x, WIDE.bfloat16().to(x)).chunk(2, -1)))}
+
+
+@pytest.mark.parametrize("grad_mode", (True, False))
+@pytest.mark.parametrize("ours, plain", HALVES.values(), ids=HALVES)
+def test_tangents_in_bfloat16(ours, plain, grad_mode, values):
+    """grad-dropped: oneDNN's product, which is called past the registered op where nothing is recorded, has no such derivative."""
+    x, tangent = (value.bfloat16() for value in values)
+    want = torch.func.jvp(plain, (x.double(),), (tangent.double(),))[1]
+    for got in both_ways(ours, x, tangent, grad_mode):
+        assert (got.double() - want).norm() <= 0.02 * want.norm()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("channels, size", ((64, 16), (512, 4)), ids=str)
+def test_convolutions(channels, size, dtype):
+    """grad-dropped: the ways of ``close`` to convolve have no derivatives of their own, and leave to PyTorch what a transform differentiates."""
+    layer = torch.nn.Conv2d(channels, channels, 3, padding=1).to(dtype).requires_grad_(False)
+    x, tangent = torch.randn(2, 1, channels, size, size).to(dtype)
+    want = F.conv2d(tangent.double(), layer.weight.double(), padding=1)
+    for grad_mode in (True, False):
+        for got in both_ways(lambda x: convolution(layer, x), x, tangent, grad_mode):
+            assert (got.double() - want).norm() <= 0.02 * want.norm()
+    batch = torch.randn(3, 1, channels, size, size).to(dtype).requires_grad_()
+    wide = batch.detach().double().requires_grad_()
+    found = [torch.autograd.grad(torch.vmap(f)(leaf).sin().sum(), leaf)[0].double() for f, leaf in
+             ((lambda x: convolution(layer, x), batch), (lambda x: F.conv2d(x, layer.weight.double(), layer.bias.double(), padding=1), wide))]
+    assert (found[0] - found[1]).norm() <= 0.02 * found[1].norm()
+
+
+@pytest.mark.parametrize("norm", ("rms", "torch_rms"))
+@pytest.mark.parametrize("turned", (False, True), ids=("plain", "turned"))
+@pytest.mark.parametrize("numerics", ("exact", "close"))
+@pytest.mark.parametrize("grad_mode", (True, False))
+def test_what_is_written_into_buffers(grad_mode, numerics, turned, norm):
+    """grad-dropped: outputs of ``qk_norm_into`` carry the tangents that ``qk_norm_rope`` has, in slices of a joint buffer too."""
+    q, k, tq, tk = torch.randn(4, 1, 6, 2, 16)
+    weight, rope = torch.rand(16) + 0.5, (torch.randn(6, 8), torch.randn(6, 8)) if turned else None
+    with torch.set_grad_enabled(grad_mode), forward.dual_level():
+        given = forward.make_dual(q, tq), forward.make_dual(k, tk), weight, weight
+        joint = torch.zeros(2, 1, 9, 2, 16)
+        ops.qk_norm_into(*given, joint[0, :, 3:], joint[1, :, :6], rope=rope, norm=norm, numerics=numerics)
+        want = ops.qk_norm_rope(*given, rope=rope, norm=norm, numerics=numerics)
+        for part, other in zip((joint[0, :, 3:], joint[1, :, :6]), want, strict=True):
+            value, tangent = forward.unpack_dual(part)
+            assert torch.equal(value, forward.unpack_dual(other).primal) and torch.equal(tangent, forward.unpack_dual(other).tangent)
+
+
+BACKWARD = {"gate_residual": lambda x: ops.gate_residual(x, x, ROW, numerics="close"), "rms_norm": lambda x: ops.rms_norm(x, numerics="close"),
+            "layer_norm": lambda x: ops.layer_norm(x, numerics="close"), "quick_gelu": lambda x: ops.quick_gelu(x, numerics="close"),
+            "adaln_modulate": lambda x: ops.adaln_modulate(x, ROW, ROW, numerics="close"),
+            "qk_norm_rope": lambda x: ops.qk_norm_rope(*[x.unflatten(-1, (4, 8))] * 2, numerics="close")[0],
+            "linear": lambda x: ops.linear(x, WIDE, activation="gelu", numerics="close"),
+            "global_response_norm": lambda x: ops.global_response_norm(x.unflatten(1, (3, 5)), WEIGHT, WEIGHT, numerics="close"),
+            "attention": lambda x: ops.attention(*chunked_heads(x))}
+
+
+@pytest.mark.parametrize("ours", BACKWARD.values(), ids=BACKWARD)
+def test_forward_over_reverse(ours, values):
+    """grad-dropped: a gradient of a dual number has a tangent. It is linear, so that its tangent along t is the gradient for t; or the error is PyTorch's."""
+    x = values[0].requires_grad_()
+    y = ours(x)
+    grad, tangent = torch.randn(2, *y.shape)
+    want = torch.autograd.grad(y, x, tangent, retain_graph=True)[0]
+    with forward.dual_level():
+        try:
+            got = forward.unpack_dual(torch.autograd.grad(y, x, forward.make_dual(grad, tangent))[0]).tangent
+        except (NotImplementedError, RuntimeError) as error:
+            assert "forward AD" in str(error) and ours is BACKWARD["attention"], error
+        else:
+            near(got, want.double())

@@ -20,7 +20,8 @@ DENOISERS = ("transformer", "unet")  # components of a pipeline
 
 
 def somebodys_own(name: str, instance, how: How) -> Iterator[Candidate]:
-    """An instance of a class derived from one that we know, which may compute anything, or a linear that is not PyTorch's."""
+    """An instance of a class derived from one that we know, which may compute anything, an attention or a feed-forward that no block of ours has, or a
+    linear that is not PyTorch's."""
     cls = type(instance)
     base = next((base for base in cls.__mro__[1:] if base in CARRIES), None)
     if base is not None and cls not in CARRIES and stock_of(instance) is None:
@@ -28,6 +29,8 @@ def somebodys_own(name: str, instance, how: How) -> Iterator[Candidate]:
         reason = SHARDED if sharded else f"{cls.__name__} is derived from {base.__name__}, and its code may be another"
         stays_anyway = how.numerics == "exact" and set(CARRIES[base]) <= {"attention", "linear"}
         yield Candidate(name or "module", instance, CARRIES[base], None, reason, by_choice=stays_anyway)
+    elif {"attention", "linear"} & set(CARRIES.get(cls, ())):
+        yield Candidate(name or "module", instance, CARRIES[cls], None, "it lies in a block that we do not know", by_choice=how.numerics == "exact")
     elif isinstance(instance, nn.Linear) and unusual_linear(instance):
         yield from called_linear(name or "module", instance, how)
 

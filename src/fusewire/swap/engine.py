@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import weakref
 from collections.abc import Iterable, Iterator
 from types import MethodType
@@ -19,7 +20,8 @@ from fusewire.swap.report import Entry, Report, SwapError, warn_the_user
 
 ALREADY = "already swapped"
 IN_FORCE = "_fusewire_in_force"  # attribute of a swapped instance: the numbers of the swaps that made it what it is, in their order
-_numbers = itertools.count()
+# They begin at random: what was pickled elsewhere carries numbers of other swaps
+_numbers = itertools.count(int.from_bytes(os.urandom(6), "little"))
 
 _warned: set[tuple[str, str]] = set()
 
@@ -27,22 +29,32 @@ _warned: set[tuple[str, str]] = set()
 class Handle:
     """A swap that was made. ``report`` says what it did; ``restore()`` puts every part back to what it was before it."""
 
-    def __init__(self, report: Report, changes: list[tuple[object, type]]):
+    def __init__(self, target, report: Report, changes: list[tuple[object, type, type]]):
         self.report = report
-        self._changes = [(weakref.ref(instance), before) for instance, before in changes]  # the handle keeps no model alive
+        self._roots = [weakref.ref(root) for root in _roots(target).values() if isinstance(root, nn.Module)]  # the handle keeps no model alive
+        self._changes = [(weakref.ref(instance), before) for instance, before, _ in changes]
+        self._before = {fused: before for _, before, fused in changes}
         self._number = next(_numbers)
-        for instance, _ in changes:
+        for instance, _, _ in changes:
             vars(instance).setdefault(IN_FORCE, []).append(self._number)
 
     def restore(self) -> None:
         """Give back the classes from before this swap, and so undo those made since. What it no longer is in force for, or no longer exists, stays."""
         for reference, before in reversed(self._changes):
-            instance = reference()
-            in_force = () if instance is None else vars(instance).get(IN_FORCE, ())
-            if self._number in in_force:
+            self._undo(reference(), before)
+        for root in [reference() for reference in self._roots]:  # copies that were put into the model since, as peft's modules_to_save are
+            for instance in () if root is None else root.modules():
+                self._undo(instance, self._before.get(type(instance), stock_of(instance)))
+        self._changes = self._roots = []
+
+    def _undo(self, instance, before: type | None) -> None:
+        in_force = () if instance is None else vars(instance).get(IN_FORCE, ())
+        if self._number in in_force:
+            if before is not None:
                 set_class(instance, before)
-                del in_force[in_force.index(self._number):]
-        self._changes = []
+            del in_force[in_force.index(self._number):]
+            if not in_force:
+                del vars(instance)[IN_FORCE]
 
     def __repr__(self) -> str:
         return f"<fusewire handle: {self.report}>"
@@ -66,6 +78,8 @@ def swap(target, numerics: str, only: str | Iterable[str] | None, strict: bool) 
             named.add(id(candidate.instance))
             if id(candidate.instance) not in seen or candidate.fused is None:
                 _settle(candidate, only, report, changes, seen)
+    if only is None:
+        _undo_others(parts, report, changes, seen)
     if known and only is None and not isinstance(target, nn.Module):
         report.left += custom.unknown_models(getattr(target, "components", {}), [*report.swapped, *report.left])
     report.noted += [Entry(name or "model", "torch.compile", custom.COMPILED) for name, instance in parts if custom.is_compiled(instance)]
@@ -76,13 +90,16 @@ def swap(target, numerics: str, only: str | Iterable[str] | None, strict: bool) 
         raise SwapError(f"strict=True, and {len(unexpected)} of the ops would have been left at stock:\n{report}")
     _apply(changes)
     _warn(unexpected)
-    return Handle(report, [(instance, before) for instance, before, _ in changes])
+    return Handle(target, report, changes)
 
 
 def restore(target) -> int:
-    swapped = [instance for _, instance in _parts(target) if stock_of(instance) is not None]
+    parts = [instance for _, instance in _parts(target)]
+    swapped = [instance for instance in parts if stock_of(instance) is not None]
     for instance in swapped:
         set_class(instance, stock_of(instance))
+    for instance in parts:
+        vars(instance).pop(IN_FORCE, None)
     return len(swapped)
 
 
@@ -95,7 +112,7 @@ def set_class(instance, new: type) -> None:
     for holder, key in slots:
         holder[key] = MethodType(new.forward, instance)
     if stock_of(instance) is None:
-        for key in [key for key in vars(instance) if key.startswith("_fusewire_")]:
+        for key in [key for key in vars(instance) if key.startswith("_fusewire_") and key != IN_FORCE]:
             del vars(instance)[key]
 
 
@@ -141,6 +158,15 @@ def _settle(candidate: Candidate, only, report: Report, changes: list, seen: set
         changes.append((instance, type(instance), fused))
 
 
+def _undo_others(parts: list[tuple[str, object]], report: Report, changes: list, seen: set) -> None:
+    """What was swapped with other numerics, and is nothing that these swap, becomes stock again: ``exact`` holds for the whole of it."""
+    for name, instance in parts:
+        stock = stock_of(instance)
+        if stock is not None and id(instance) not in seen and instance.fusewire_how.numerics != report.numerics:
+            changes.append((instance, type(instance), stock))
+            report.noted.append(Entry(name or "model", "stock again", f"it was swapped with numerics={instance.fusewire_how.numerics!r}"))
+
+
 def _state(instance, fused: type) -> str:
     if stock_of(instance) is None:
         return ""
@@ -160,21 +186,24 @@ def _apply(changes: list[tuple[object, type, type]]) -> None:
         raise
 
 
+def _roots(target) -> dict[str, object]:
+    """What a target consists of, by name."""
+    if isinstance(target, nn.Module):
+        return {"": target}
+    if isinstance(components := getattr(target, "components", None), dict):
+        for name in ("transformer", "unet"):
+            if name in components and components[name] is None:
+                raise BadInput(f"pipe_or_module has {name}=None; it should be a pipeline with its model loaded")
+        return components
+    if hasattr(target, "set_timesteps") and hasattr(target, "step"):
+        return {"scheduler": target}
+    raise TypeError(f"pipe_or_module is a {type(target).__name__}; it should be a diffusers pipeline, a torch.nn.Module or a scheduler")
+
+
 def _parts(target) -> Iterator[tuple[str, object]]:
     """(dotted name, instance) of everything in a pipeline or module that could be swapped, each once."""
-    if isinstance(target, nn.Module):
-        roots = {"": target}
-    elif isinstance(components := getattr(target, "components", None), dict):
-        roots = components
-        for name in ("transformer", "unet"):
-            if name in roots and roots[name] is None:
-                raise BadInput(f"pipe_or_module has {name}=None; it should be a pipeline with its model loaded")
-    elif hasattr(target, "set_timesteps") and hasattr(target, "step"):
-        roots = {"scheduler": target}
-    else:
-        raise TypeError(f"pipe_or_module is a {type(target).__name__}; it should be a diffusers pipeline, a torch.nn.Module or a scheduler")
     seen = set()
-    for root, instance in roots.items():
+    for root, instance in _roots(target).items():
         if isinstance(instance, nn.Module):
             for path, module in instance.named_modules(prefix=root):
                 if id(module) not in seen:

@@ -3,8 +3,9 @@ device; the others are in schedulers/."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler, FlowMatchEulerDiscreteSchedulerOutput
@@ -96,14 +97,34 @@ def _table(scheduler, sigmas: torch.Tensor, device: torch.device) -> torch.Tenso
 
 MAKERS[Stock] = _maker
 KNOWN[Stock] = Known(STEP, lambda scheduler: unknown_forward(NOISE) if scheduler.config.stochastic_sampling else "")
+
+
+def _unless_replaced(stock: type, maker: Callable) -> Callable:
+    """``maker``, whose step is stock's where a method that it stands for was replaced on the instance since the swap."""
+    names = [method.__name__ for method in KNOWN[stock].verified]
+
+    def make(how: How) -> dict:
+        namespace = maker(how)
+        step = namespace["step"]
+
+        @functools.wraps(step)
+        def asked(self, *args, **kwargs):
+            return (step if vars(self).keys().isdisjoint(names) else stock.step)(self, *args, **kwargs)
+
+        return namespace | dict(step=asked)
+
+    return make
+
+
 for _stock in KNOWN:
-    MAKERS[_stock] = laid_out(MAKERS[_stock])
+    MAKERS[_stock] = _unless_replaced(_stock, laid_out(MAKERS[_stock]))
 
 
 def candidates(name: str, instance, how: How) -> Iterator[Candidate]:
     stock = stock_of(instance) or type(instance)
     if stock in KNOWN:
-        reason = unknown_forward(KNOWN[stock].verified) or KNOWN[stock].why_not(instance)
+        own = next((f.__name__ for f in KNOWN[stock].verified if f.__name__ in vars(instance)), None)
+        reason = f"its {own} was replaced on the instance" if own else unknown_forward(KNOWN[stock].verified) or KNOWN[stock].why_not(instance)
         op = "sampler_step" if stock is Stock and not instance.config.stochastic_sampling else "solver_step"
         yield Candidate(name, instance, (op,), None if reason else fused_class(stock, how), reason)
     elif hasattr(instance, "set_timesteps"):

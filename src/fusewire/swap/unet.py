@@ -15,11 +15,12 @@ from diffusers.models.unets.unet_2d_blocks import AttnSkipDownBlock2D, AttnSkipU
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
+from torch.nn import functional as F
 
 from fusewire import ops
 from fusewire.kernels.checks import autocasts, kind_of
 from fusewire.models.convolution import convolution
-from fusewire.models.layers import How
+from fusewire.models.layers import How, as_made
 from fusewire.models.resnet import resnet_block
 from fusewire.models.transformer_block import affine_block, single_block, zero_block
 from fusewire.swap.attention import attention_candidates
@@ -42,6 +43,7 @@ CONVOLUTIONS = {ResnetBlock2D: ("conv1", "conv2", "conv_shortcut"), Upsample2D: 
                 UNet2DConditionModel: ("conv_in", "conv_out"), UNet2DModel: ("conv_in", "conv_out"), Encoder: ("conv_in", "conv_out"),
                 Decoder: ("conv_in", "conv_out"),
                 **dict.fromkeys((SkipDownBlock2D, AttnSkipDownBlock2D, SkipUpBlock2D, AttnSkipUpBlock2D), ("skip_conv",))}
+REPLACED = "torch.nn.{}.forward was replaced"
 KEEPS_ADAPTER = "it is convolutions, ReLU and sums, and runs once a picture: there is nothing to fuse"
 
 
@@ -59,17 +61,18 @@ def _resnet(how: How) -> dict:
 
 def _group_norm(how: How) -> dict:
     def forward(self, input):
-        if autocasts(kind_of(input)) or self.weight is not None and self.weight.dtype is not input.dtype:
-            return nn.GroupNorm.forward(self, input)
-        return ops.group_norm_silu(input, self.num_groups, self.weight, self.bias, eps=self.eps, silu=False, numerics=how.numerics)
+        weight, bias = self.weight, self.bias  # once: a parametrisation computes them anew at each request
+        if autocasts(kind_of(input)) or weight is not None and weight.dtype is not input.dtype:
+            return F.group_norm(input, self.num_groups, weight, bias, self.eps)
+        return ops.group_norm_silu(input, self.num_groups, weight, bias, eps=self.eps, silu=False, numerics=how.numerics)
 
     return {"forward": forward}
 
 
 def _convolution(how: How) -> dict:
     def forward(self, input):
-        y = convolution(self, input)
-        return y.contiguous() if self.out_channels <= LAST and self.weight.is_contiguous() else y
+        y, weight = convolution(self, input), self._parameters.get("weight")
+        return y.contiguous() if self.out_channels <= LAST and weight is not None and weight.is_contiguous() else y
 
     return {"forward": forward}
 
@@ -103,13 +106,14 @@ def candidates(name: str, instance, how: How) -> Iterator[Candidate]:
         for part in CONVOLUTIONS.get(stock, ()):
             layer = getattr(instance, part, None)
             if (stock_of(layer) or type(layer)) is nn.Conv2d and layer.groups == 1:
-                yield candidate(dot + part, layer, ("convolution",), how, "")
+                yield candidate(dot + part, layer, ("convolution",), how, "" if as_made(nn.Conv2d) else REPLACED.format("Conv2d"))
     if stock is T2IAdapter:
         yield Candidate(name or "adapter", instance, ("convolution",), None, KEEPS_ADAPTER, by_choice=True)
     if stock in GROUP_NORMS:
         norm = getattr(instance, GROUP_NORMS[stock], None)
         if norm is not None:
-            reason = "" if (stock_of(norm) or type(norm)) is nn.GroupNorm else f"{described(norm)} is not a GroupNorm"
+            reason = f"{described(norm)} is not a GroupNorm" if (stock_of(norm) or type(norm)) is not nn.GroupNorm else ""
+            reason = reason if as_made(nn.GroupNorm) else REPLACED.format("GroupNorm")
             yield candidate(f"{dot}{GROUP_NORMS[stock]}", norm, ("group_norm_silu",), how, reason)
     if stock is ResnetBlock2D:
         yield candidate(name or "block", instance, ("group_norm_silu",), how, unknown_forward(RESNET))

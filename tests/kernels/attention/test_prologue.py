@@ -207,3 +207,34 @@ def test_bad_input(error, words, arguments):
     other = arguments.pop("rope")
     with pytest.raises(error, match=words.replace("rope", "rope2", 1)):
         ops.joint_attention(x, x, x, **{f"{name}2": value for name, value in {**dict(q=x, k=x, v=x), **arguments}.items()}, rope2=other)
+
+
+@pytest.mark.parametrize("dtype, weight_dtype", [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.float64, torch.bfloat16),
+                                                 (torch.float16, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("given", ("alone", "log-sum-exp", "gradient", "rope by sample", "joint"))
+def test_a_weight_of_fewer_digits(given, dtype, weight_dtype):
+    """autocast: q and k keep the dtype that they have, also where the norm is a pass of its own."""
+    q, k, v = qkv(2, 33, 33, 2, 64, dtype)
+    weight, keywords, gradient = torch.rand(64).to(weight_dtype) + 0.5, {}, given in ("gradient", "joint")
+    if given == "rope by sample":
+        keywords["rope"] = angles(33, 64, (2,))
+    want, plain = (stock(prepared(q, weight, keywords.get("rope"), dtype=wide), prepared(k, weight, keywords.get("rope"), dtype=wide), v.to(wide))
+                   for wide in (torch.float64, dtype))
+    v = v.requires_grad_(gradient)
+    if given == "joint":
+        got, _ = ops.joint_attention(q, k, v, q[:, :0], k[:, :0], v[:, :0], q_weight=weight, k_weight=weight)
+    else:
+        got = ops.attention(q, k, v, q_weight=weight, k_weight=weight, return_lse=given == "log-sum-exp", **keywords)
+        got = got[0] if given == "log-sum-exp" else got
+    assert_close(got.detach(), want, plain.to(dtype))
+
+
+def test_tables_whose_batch_is_a_number():
+    """compile: under dynamic shapes the number of samples is a symbol in q and none in the tables."""
+    q, cos = torch.randn(2, 16, 2, 8), torch.randn(16, 4)
+
+    def turned_attention(q, cos):
+        return ops.attention(q, q, q, rope=(cos[None].expand(2, -1, -1),) * 2)
+
+    got = torch.compile(turned_attention, fullgraph=True, dynamic=True, backend="aot_eager")(q, cos)
+    torch.testing.assert_close(got, turned_attention(q, cos))

@@ -421,6 +421,7 @@ def test_compile_fullgraph(numerics):
     (dict(x=torch.zeros(2, 5)), ValueError, r"x has shape \[2, 5\]"),
     (dict(weight=torch.zeros(4)), ValueError, r"weight has shape \[4\]"),
     (dict(weight=torch.zeros(4, 3, dtype=torch.float64)), TypeError, "weight has dtype torch.float64"),
+    (dict(bias=torch.zeros(4, dtype=torch.float16)), TypeError, "bias has dtype torch.float16; it should be torch.float32"),
     (dict(bias=torch.zeros(3)), ValueError, r"bias has shape \[3\]; it should be \[4\]"),
     (dict(weight=torch.zeros(4, 3, device="meta")), ValueError, "weight is on meta"),
     (dict(activation="relu"), ValueError, "activation is 'relu'"),

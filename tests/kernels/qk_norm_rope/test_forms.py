@@ -404,3 +404,15 @@ def test_l2_in_a_graph_of_any_size():
     call = torch.compile(lambda q, k: ops.qk_norm_rope(q, k, norm="l2", numerics="close"), backend="eager", fullgraph=True, dynamic=True)
     for got, want in zip(call(q, k), ops.qk_norm_rope(q, k, norm="l2", numerics="close")):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("norm", ("none", "rms"))
+def test_complex_tables_of_any_layout(norm, dtype):
+    """strided-input, misaligned: PyTorch's view of pairs as complex numbers wants them side by side, at an even place."""
+    q, angle = torch.randn(2, 6, 2, 8).to(dtype), torch.rand(6, 4)
+    rope = torch.polar(torch.ones_like(angle), angle)
+    want = ops.qk_norm_rope(q, q, rope=rope, norm=norm)[0]
+    odd_rows = torch.zeros(2, 6, 17, dtype=dtype)[..., :16].unflatten(-1, (2, 8))
+    for laid in (torch.empty(q.numel() + 1, dtype=dtype)[1:].view(q.shape).copy_(q), q.mT.contiguous().mT, odd_rows.copy_(q)):
+        assert_exact(ops.qk_norm_rope(laid, laid, rope=rope, norm=norm)[0], want)

@@ -111,3 +111,10 @@ def test_neighbours_are_taken(rope):
         ops.qk_norm_into(heads[:, :, :4], heads[:, :, 4:], None, None, joint[:, :, :4], joint[:, :, 4:], **options)
         assert torch.equal(joint, torch.cat(wanted, dim=2))
     assert not CPU.loaded or ops.stats()["qk_norm_into"] == {"cpu": 3, "cuda": 0, "triton": 0, "reference": 0}
+
+
+def test_empty_outputs_share_nothing():
+    """empty: PyTorch's views of nothing have strides of 0."""
+    q, out = torch.randn(1, 0, 2, 8), torch.empty_strided((1, 0, 2, 8), (0, 1, 0, 0))
+    for weight in (None, torch.ones(8)):
+        ops.qk_norm_into(q, q, weight, weight, out, out.clone())

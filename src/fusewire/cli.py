@@ -1,7 +1,7 @@
 """The command line: ``fusewire demo | swap | parity | profile | bench | doctor``.
 
 Exit codes: 0 all holds, 1 a verdict fails, 2 bad input, 3 nothing to do, 130 interrupted. Results go to standard output, progress and errors to
-the error stream.
+the error stream. Ctrl-C loses nothing that is finished: it is shown or written, and one line says so.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import typer
 from rich.console import Console
 
 from fusewire.errors import BadInput, NothingToDo
+from fusewire.interrupt import finished, undisturbed
 
-CODES = "Exit codes: 0 all holds, 1 a verdict fails, 2 bad input, 3 nothing to do."
+CODES = "Exit codes: 0 all holds, 1 a verdict fails, 2 bad input, 3 nothing to do, 130 interrupted."
 app = typer.Typer(help=f"Fused kernels for text-to-image models: swap them in, profile the gain, prove the picture is the same.\n\n{CODES}",
                   no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -40,7 +41,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 
 
 def guarded(command):
-    """Turn bad input and idle calls into one line and an exit code."""
+    """Turn bad input, idle calls, interrupts and what cannot be written into one line and an exit code."""
     @functools.wraps(command)
     def run(*args, **kwargs):
         _hush()
@@ -49,18 +50,37 @@ def guarded(command):
             if threads is not None:
                 _set_threads(threads)
             code = command(*args, **kwargs)
+            sys.stdout.flush()
+            raise typer.Exit(code)
         except (BadInput, NothingToDo) as error:
-            code = 2 if isinstance(error, BadInput) else 3
-            _complain(str(error), code, kwargs.get("as_json", False))
+            code, message = 2 if isinstance(error, BadInput) else 3, str(error)
+        except KeyboardInterrupt:
+            code, message = 130, "interrupted before any result was complete; nothing is kept"
+        except BrokenPipeError:  # the reader has seen enough; typer ends without a word
+            raise
+        except OSError as error:
+            code, message = 2, _reason(error)
+        _complain(message, code, kwargs.get("as_json", False))
         raise typer.Exit(code)
 
     return run
 
 
+def _reason(error: OSError) -> str:
+    """The file and what is wrong with it. An error of writing has no file's name: what wrote may have been ``print``."""
+    if error.strerror is None:
+        return str(error)
+    return f"{error.filename or 'a file or standard output cannot be written'}: {error.strerror}"
+
+
 def _complain(message: str, code: int, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"ok": False, "exit_code": code, "error": message}))
     print(f"fusewire: {' '.join(message.split())}", file=sys.stderr)
+    try:
+        if as_json:
+            print(json.dumps({"ok": False, "exit_code": code, "interrupted": code == 130, "error": message}))
+        sys.stdout.flush()
+    except OSError:  # it is standard output that is full; Python would try once more at its end, and say so with an exit code of its own
+        sys.stdout = open(os.devnull, "w")
 
 
 def _set_threads(threads: int) -> None:
@@ -87,13 +107,17 @@ def _console() -> Console:
 
 
 def _show(as_json: bool, result, *tables) -> int:
-    if as_json:
-        print(json.dumps({"command": shlex.join(["fusewire", *sys.argv[1:]])} | result.to_dict(), indent=1))
-    else:
-        console = _console()
-        for table in tables:
-            console.print(table)
-            console.print()
+    with undisturbed():
+        if as_json:
+            print(json.dumps({"command": shlex.join(["fusewire", *sys.argv[1:]])} | result.to_dict(), indent=1))
+        else:
+            console = _console()
+            for table in tables:
+                console.print(table)
+                console.print()
+        if getattr(result, "interrupted", False):
+            print(f"fusewire: interrupted; the {len(result.rows)} rows that were complete are kept, the others are lacking", file=sys.stderr)
+            return 130
     return 0 if result.ok else 1
 
 
@@ -126,8 +150,8 @@ def parity(target: TargetArg = None, dtype: Dtype = "float32", numerics: Numeric
         raise BadInput(f"--seeds is {seeds}; it should be at least 1")
     loaded = _load(target, dtype, layers, size)
     with bars() as tell:
-        result = prove(loaded.value, numerics=numerics, levels=level or LEVELS, inputs=loaded.inputs, prompts=prompt, seeds=range(seeds),
-                       steps=steps, guidance=guidance, size=loaded.size, name=loaded.name, progress=tell)
+        result = finished(lambda: prove(loaded.value, numerics=numerics, levels=level or LEVELS, inputs=loaded.inputs, prompts=prompt, seeds=range(seeds),
+                                        steps=steps, guidance=guidance, size=loaded.size, name=loaded.name, progress=tell))
     result.description = loaded.description
     return _show(as_json, result, tables.swap_table(result.swaps, loaded.name), tables.parity_table(result))
 
@@ -190,7 +214,7 @@ def bench(target: Annotated[str, typer.Argument(help="A preset or a diffusers fo
 
     loaded = _load(target, dtype, layers, size)
     with bars() as tell:
-        result = measure(loaded.value, numerics=numerics, only=op, inputs=loaded.inputs, rounds=rounds, name=loaded.name, progress=tell)
+        result = finished(lambda: measure(loaded.value, numerics=numerics, only=op, inputs=loaded.inputs, rounds=rounds, name=loaded.name, progress=tell))
     return _show(as_json, result, tables.bench_table(result))
 
 
@@ -207,16 +231,12 @@ def demo(out: Annotated[Path, typer.Option(help="Folder of index.html and report
     from fusewire import targets
     from fusewire.demo import Plan, run
     from fusewire.report import tables
-    from fusewire.report.page import report_dict
     from fusewire.report.progress import bars
 
     if preset not in targets.PRESETS:
         raise BadInput(f"--preset is {preset!r}; it should be one of {', '.join(targets.PRESETS)}")
     if seeds < 1:
         raise BadInput(f"--seeds is {seeds}; it should be at least 1")
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"--out is {str(out)!r}, which is a file; it should be a folder")
-    _needs_plots()
     console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 160) if as_json else _console()
     reported: set[str] = set()
 
@@ -230,12 +250,19 @@ def demo(out: Annotated[Path, typer.Option(help="Folder of index.html and report
             console.print(tables.profile_table(result), "")
 
     plan = Plan(target, preset, tuple(dtype or ("float32", "bfloat16")), layers, size, steps, tuple(range(seeds)), rounds, compile)
-    command = _command()
-    outcome = run(plan, out, command=command, bars=bars, show=show)
+    outcome = finished(lambda: run(plan, out, command=_command(), bars=bars, show=show))
+    with undisturbed():
+        return _conclude(outcome, console, as_json)
+
+
+def _conclude(outcome, console: Console, as_json: bool) -> int:
+    """The last words of ``demo``: what fails, what is lacking, and where the page is."""
+    from fusewire.report.page import report_dict
+
     if outcome.skipped:
         print(f"fusewire: {outcome.skipped}", file=sys.stderr)
     if as_json:
-        print(json.dumps(report_dict(outcome.parities, outcome.profiles, command=command, seconds=outcome.seconds), indent=1))
+        print(json.dumps(report_dict(outcome.parities, outcome.profiles, command=_command(), seconds=outcome.seconds, lacking=outcome.lacking), indent=1))
     else:
         for row in [row for p in outcome.parities for row in p.failed]:
             console.print(f"[bold red]fails[/]: {row.level} {row.name}, {row.numerics}, {row.dtype}: {row.reason}")
@@ -243,17 +270,13 @@ def demo(out: Annotated[Path, typer.Option(help="Folder of index.html and report
             for v in result.verdicts:
                 if not v.holds:
                     console.print(f"[bold red]fails[/]: {result.target}, {result.dtype}: {v.name}: {v.detail}")
+    if outcome.interrupted:
+        print(f"fusewire: interrupted; what is finished is on the page, {outcome.page}; lacking: {'; '.join(outcome.lacking) or 'nothing'}", file=sys.stderr)
+        return 130
+    if not as_json:
         console.print(f"{'All verdicts hold' if outcome.ok else 'Not all verdicts hold'}, after {outcome.seconds / 60:.1f} minutes. The page: {outcome.page}",
                       soft_wrap=True, highlight=False)
     return 0 if outcome.ok else 1
-
-
-def _needs_plots() -> None:
-    import importlib.util
-
-    for package, name in (("matplotlib", "matplotlib"), ("PIL", "pillow"), ("jinja2", "jinja2")):
-        if importlib.util.find_spec(package) is None:
-            raise BadInput(f"{name} is not installed, and the page needs it: pip install 'fusewire[report]'")
 
 
 def _command() -> str:

@@ -38,4 +38,5 @@ def test_commands_of_the_makefile_and_the_command_line():
     makefile = (ROOT / "Makefile").read_text()
     assert all(re.search(rf"^{target}:", makefile, re.M) for target in re.findall(r"make (?:clean )?(\w+)(?=[ `])", README))
     named = re.search(r"`fusewire ([a-z]+ \| [a-z| ]+)`", README).group(1).split(" | ")
+    assert cli.CODES.rstrip(".") in README
     assert {command.callback.__name__ for command in cli.app.registered_commands} == set(named)

@@ -14,6 +14,7 @@ from torch import nn
 from fusewire.callable_package import calls
 from fusewire.copies import check_target, denoiser_of, place_of, shared_copy
 from fusewire.errors import BadInput, NothingToDo, blaming, count
+from fusewire.interrupt import keeping
 from fusewire.machine import describe
 from fusewire.parity import blocks, ops, pictures
 from fusewire.parity.result import LEVELS, ParityResult, Pictures, Row, name_of
@@ -45,7 +46,7 @@ def parity(pipe_or_module, *, numerics: str = "both", levels: Sequence[str] = LE
 
     Returns: ParityResult; ``.ok``, ``.rows``, ``.curves``, ``.pictures``, ``.to_dict()``.
     Raises: BadInput (a ValueError) for an argument that is not as stated or for weights that are not finite; NothingToDo (a ValueError)
-        where nothing in the target can be swapped.
+        where nothing in the target can be swapped. A KeyboardInterrupt has the rows that are complete in ``.result``, a ParityResult.
     """
     check_target(pipe_or_module)
     variants = parse_numerics(numerics)
@@ -64,37 +65,38 @@ def parity(pipe_or_module, *, numerics: str = "both", levels: Sequence[str] = LE
     rows: list[Row] = []
     result = ParityResult(name or type(pipe_or_module).__name__, describe_model(pipe_or_module), name_of(place_of(model)[1]), rows, swaps, describe(),
                           dict(numerics=list(variants), levels=list(levels)))
-    run = None
-    if is_pipe:
-        run = pictures.plan(stock, prompts, seeds, steps, guidance, size, call)
-        result.settings |= dict(prompts=run.prompts, seeds=run.seeds, steps=steps, guidance=guidance)
-        short = min(2, steps)
-        args, kwargs = blocks.captured(model, lambda: pictures.generate(stock, run, decode=False), which=steps // 2)
-    else:
-        args, kwargs = (), inputs_of(model, inputs, size)
-        if inputs is not None:
-            with blaming("inputs", type(model).__name__), torch.inference_mode():
-                model(**kwargs)
+    with keeping(result):  # rows += takes each row over as soon as it is complete
+        run = None
+        if is_pipe:
+            run = pictures.plan(stock, prompts, seeds, steps, guidance, size, call)
+            result.settings |= dict(prompts=run.prompts, seeds=run.seeds, steps=steps, guidance=guidance)
+            short = min(2, steps)
+            args, kwargs = blocks.captured(model, lambda: pictures.generate(stock, run, decode=False), which=steps // 2)
+        else:
+            args, kwargs = (), inputs_of(model, inputs, size)
+            if inputs is not None:
+                with blaming("inputs", type(model).__name__), torch.inference_mode():
+                    model(**kwargs)
 
-    if "op" in levels:
-        for numerics, value in swapped.items():
-            with ops.recording() as recorded:
-                if is_pipe:
-                    pictures.generate(value, run, decode=False, steps=short)
-                else:
-                    with torch.inference_mode():
-                        value(*args, **kwargs)
-            rows += ops.judge(recorded, numerics, ticker(tell, f"ops, {numerics}", len(recorded)))
-    if "block" in levels:
-        prefix = f"{component}." if component else ""
-        names = {numerics: blocks.outermost([entry["name"].removeprefix(prefix) for entry in report["swapped"]], model)
-                 for numerics, report in swaps.items()}
-        total = len(set().union(*names.values()))
-        rows += blocks.judge_blocks(model, models, names, args, kwargs, ticker(tell, "blocks", total))
-    if "model" in levels:
-        rows += blocks.judge_model(model, models, args, kwargs, ticker(tell, "whole denoiser", 1 + len(models)))
-    if "picture" in levels and is_pipe:
-        _pictures(result, stock, swapped, run, tell)
+        if "op" in levels:
+            for numerics, value in swapped.items():
+                with ops.recording() as recorded:
+                    if is_pipe:
+                        pictures.generate(value, run, decode=False, steps=short)
+                    else:
+                        with torch.inference_mode():
+                            value(*args, **kwargs)
+                rows += ops.judge(recorded, numerics, ticker(tell, f"ops, {numerics}", len(recorded)))
+        if "block" in levels:
+            prefix = f"{component}." if component else ""
+            names = {numerics: blocks.outermost([entry["name"].removeprefix(prefix) for entry in report["swapped"]], model)
+                     for numerics, report in swaps.items()}
+            total = len(set().union(*names.values()))
+            rows += blocks.judge_blocks(model, models, names, args, kwargs, ticker(tell, "blocks", total))
+        if "model" in levels:
+            rows += blocks.judge_model(model, models, args, kwargs, ticker(tell, "whole denoiser", 1 + len(models)))
+        if "picture" in levels and is_pipe:
+            _pictures(result, stock, swapped, run, tell)
     return result
 
 

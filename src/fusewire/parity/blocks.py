@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -53,8 +53,8 @@ class Counting:
 
 @torch.inference_mode()
 def judge_blocks(stock: nn.Module, swapped: dict[str, nn.Module], names: dict[str, list[str]], args: tuple, kwargs: dict,
-                 tick: Callable[[], None]) -> list[Row]:
-    """One row for each swapped block and numerics.
+                 tick: Callable[[], None]) -> Iterator[Row]:
+    """One row for each swapped block and numerics, each as soon as it is complete.
 
     Args:
         stock: the stock denoiser. swapped: numerics -> its swapped copy. names: numerics -> names of the modules to compare.
@@ -72,7 +72,6 @@ def judge_blocks(stock: nn.Module, swapped: dict[str, nn.Module], names: dict[st
     finally:
         for handle in handles:
             handle.remove()
-    rows = []
     for name in wanted:
         block = stock.get_submodule(name)
         if inputs[name] is None:
@@ -84,25 +83,22 @@ def judge_blocks(stock: nn.Module, swapped: dict[str, nn.Module], names: dict[st
             if name in names[numerics]:
                 with Counting() as counts:
                     got = tensors_in(model.get_submodule(name)(*detached(a), **detached(k)))
-                rows.append(_row("block", name, numerics, counts.text, got, want, true))
+                yield _row("block", name, numerics, counts.text, got, want, true)
         inputs[name] = None
         tick()
-    return rows
 
 
 @torch.inference_mode()
-def judge_model(stock: nn.Module, swapped: dict[str, nn.Module], args: tuple, kwargs: dict, tick: Callable[[], None]) -> list[Row]:
+def judge_model(stock: nn.Module, swapped: dict[str, nn.Module], args: tuple, kwargs: dict, tick: Callable[[], None]) -> Iterator[Row]:
     """One row for each numerics: the whole denoiser. A swapped model in which no fused op ran does not hold."""
     want = tensors_in(stock(*detached(args), **detached(kwargs)))
     true = tensors_in(float64_twin(stock)(*widen(args), **widen(kwargs)))
     tick()
-    rows = []
     for numerics, model in swapped.items():
         with Counting() as counts:
             got = tensors_in(model(*detached(args), **detached(kwargs)))
-        rows.append(_row("model", type(stock).__name__, numerics, counts.text, got, want, true, must_run=True))
+        yield _row("model", type(stock).__name__, numerics, counts.text, got, want, true, must_run=True)
         tick()
-    return rows
 
 
 def _row(level: str, name: str, numerics: str, backend: str, got, want, true, must_run: bool = False) -> Row:

@@ -118,9 +118,8 @@ def outputs(op: str, run, args: tuple) -> list[torch.Tensor]:
     return tensors_in(run(*args)) + written
 
 
-def judge(calls: list[Call], numerics: str, tick=lambda: None) -> list[Row]:
-    """One row per recorded call."""
-    rows = []
+def judge(calls: list[Call], numerics: str, tick=lambda: None) -> Iterator[Row]:
+    """One row per recorded call, each as soon as it is complete."""
     for call in calls:
         reference = reference_of(call.op)
         if reference is not None:
@@ -131,10 +130,8 @@ def judge(calls: list[Call], numerics: str, tick=lambda: None) -> list[Row]:
                 true = outputs(call.op, reference, with_rounding(call.op, widen(call.args), False))
             found = measure(got, stock, true, exact)
             first = next(t for t in call.args if isinstance(t, torch.Tensor))
-            rows.append(Row("op", call.op if call.count == 1 else f"{call.op} ({call.count} calls)", numerics, name_of(first.dtype),
-                            call.backend.name, "x".join(map(str, first.shape)), "exact" if exact else "close", found.holds, found.equal,
-                            found.reason, found.max_error, found.mean_error, found.stock_max_error, found.stock_mean_error,
-                            found.max_difference, found.mean_difference, found.mismatch))
+            yield Row("op", call.op if call.count == 1 else f"{call.op} ({call.count} calls)", numerics, name_of(first.dtype), call.backend.name,
+                      "x".join(map(str, first.shape)), "exact" if exact else "close", found.holds, found.equal, found.reason, found.max_error,
+                      found.mean_error, found.stock_max_error, found.stock_mean_error, found.max_difference, found.mean_difference, found.mismatch)
         tick()
-    return rows
 

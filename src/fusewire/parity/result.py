@@ -52,7 +52,7 @@ class Pictures:
 
 @dataclass
 class ParityResult:
-    """``ok`` is True only when there are rows and every row holds."""
+    """``ok`` is True only when there are rows, every row holds, and none is lacking because of an interrupt."""
 
     target: str
     description: str
@@ -63,10 +63,11 @@ class ParityResult:
     settings: dict
     curves: dict[str, list[float]] = field(default_factory=dict)  # label -> relative error after each step
     pictures: Pictures | None = None
+    interrupted: bool = False
 
     @property
     def ok(self) -> bool:
-        return bool(self.rows) and all(row.holds for row in self.rows)
+        return bool(self.rows) and not self.interrupted and all(row.holds for row in self.rows)
 
     @property
     def failed(self) -> list[Row]:
@@ -75,8 +76,8 @@ class ParityResult:
 
     def to_dict(self) -> dict:
         """Everything but the pixels, ready for JSON. Infinite and undefined figures are the strings "inf" and "nan"."""
-        return plain({"kind": "parity", "schema": SCHEMA, "ok": self.ok, "target": self.target, "description": self.description,
-                      "dtype": self.dtype, "settings": self.settings, "rows": [dataclasses.asdict(row) for row in self.rows],
+        return plain({"kind": "parity", "schema": SCHEMA, "ok": self.ok, "interrupted": self.interrupted, "target": self.target,
+                      "description": self.description, "dtype": self.dtype, "settings": self.settings, "rows": [dataclasses.asdict(row) for row in self.rows],
                       "curves": self.curves, "swaps": self.swaps, "machine": self.machine})
 
 

@@ -9,6 +9,7 @@ import torch
 
 from fusewire.copies import denoiser_of
 from fusewire.errors import BadInput, NothingToDo, blaming, count
+from fusewire.interrupt import keeping
 from fusewire.kernels.dispatch import TABLES
 from fusewire.machine import describe
 from fusewire.parity import inputs_of, ops, parse_numerics, swap_copies, ticker
@@ -42,19 +43,20 @@ class BenchRow:
 
 @dataclass
 class BenchResult:
-    """``ok`` is True only when every row's parity holds."""
+    """``ok`` is True only when every row's parity holds, and none is lacking because of an interrupt."""
 
     target: str
     rows: list[BenchRow]
     machine: dict
+    interrupted: bool = False
 
     @property
     def ok(self) -> bool:
-        return bool(self.rows) and all(row.holds for row in self.rows)
+        return bool(self.rows) and not self.interrupted and all(row.holds for row in self.rows)
 
     def to_dict(self) -> dict:
-        return plain({"kind": "bench", "schema": SCHEMA, "ok": self.ok, "target": self.target, "rows": [dataclasses.asdict(r) for r in self.rows],
-                      "machine": self.machine})
+        return plain({"kind": "bench", "schema": SCHEMA, "ok": self.ok, "interrupted": self.interrupted, "target": self.target,
+                      "rows": [dataclasses.asdict(r) for r in self.rows], "machine": self.machine})
 
 
 def bench(module, *, numerics: str = "both", only: list[str] | None = None, inputs: dict | None = None, rounds: int = 7, name: str | None = None,
@@ -65,7 +67,8 @@ def bench(module, *, numerics: str = "both", only: list[str] | None = None, inpu
         module: a denoiser or a pipeline (its denoiser is used). inputs: keyword arguments of one call; random ones unless given.
         numerics: ``"exact"``, ``"close"`` or ``"both"``. only: names of ops. rounds: samples of each side.
 
-    Raises: BadInput for an unknown op; NothingToDo where nothing can be swapped, or no call is left.
+    Raises: BadInput for an unknown op; NothingToDo where nothing can be swapped, or no call is left. A KeyboardInterrupt has the rows that are
+        complete in ``.result``.
     """
     from fusewire import ops as public  # noqa: F401  (fills the tables)
 
@@ -86,11 +89,15 @@ def bench(module, *, numerics: str = "both", only: list[str] | None = None, inpu
         work += [(label, call) for call in calls if not only or call.op in only]
     if not work:
         raise NothingToDo("no call of these ops is made by the swapped model")
-    tick, rows = ticker(tell, "ops", len(work)), []
-    for label, call in work:
-        rows += _rows(label, call, rounds)
-        tick()
-    return BenchResult(name or type(module).__name__, rows, describe())
+    tick, result = ticker(tell, "ops", len(work)), BenchResult(name or type(module).__name__, [], {})
+    with keeping(result):
+        try:
+            for label, call in work:
+                result.rows += _rows(label, call, rounds)
+                tick()
+        finally:
+            result.machine = describe()  # the load when it ended
+    return result
 
 
 def _rows(label: str, call: ops.Call, rounds: int) -> list[BenchRow]:
@@ -108,7 +115,7 @@ def _rows(label: str, call: ops.Call, rounds: int) -> list[BenchRow]:
         timings = alternate(sides, first.device, rounds=rounds, warmup=2, least=LEAST)
     found = []
     for name, row in served.items():
-        judged = ops.judge([dataclasses.replace(call, backend=row)], label)[0]
+        [judged] = ops.judge([dataclasses.replace(call, backend=row)], label)
         timing, eager, clone = timings[name], timings["eager"].median, timings["clone"].median
         low, high = timing.quartiles
         found.append(BenchRow(call.op, "x".join(map(str, first.shape)), name_of(first.dtype), label, name, call.count, 1e6 * timing.median, 1e6 * low,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from fusewire.parity.result import SCHEMA, ParityResult, plain
@@ -14,23 +15,24 @@ from fusewire.report import images, plots, tables
 HERE = Path(__file__).parent
 
 
-def report_dict(parities: list[ParityResult], profiles: list[ProfileResult], *, command: str, seconds: float) -> dict:
-    """What report.json holds."""
-    return plain({"kind": "report", "schema": SCHEMA, "ok": all(result.ok for result in (*parities, *profiles)), "command": command,
-                  "seconds": round(seconds, 1), "parity": [result.to_dict() for result in parities],
+def report_dict(parities: list[ParityResult], profiles: list[ProfileResult], *, command: str, seconds: float, lacking: Sequence[str] = ()) -> dict:
+    """What report.json holds. lacking: the results that an interrupt prevented, in words."""
+    return plain({"kind": "report", "schema": SCHEMA, "ok": not lacking and all(result.ok for result in (*parities, *profiles)), "interrupted": bool(lacking),
+                  "lacking": list(lacking), "command": command, "seconds": round(seconds, 1), "parity": [result.to_dict() for result in parities],
                   "profile": [result.to_dict() for result in profiles]})
 
 
-def write(folder: Path, parities: list[ParityResult], profiles: list[ProfileResult], *, command: str, seconds: float) -> Path:
+def write(folder: Path, parities: list[ParityResult], profiles: list[ProfileResult], *, command: str, seconds: float, lacking: Sequence[str] = ()) -> Path:
     """Write ``index.html`` and ``report.json`` into ``folder``; returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(report_dict(parities, profiles, command=command, seconds=seconds), indent=1) + "\n")
+    told = dict(command=command, seconds=seconds, lacking=lacking)
+    (folder / "report.json").write_text(json.dumps(report_dict(parities, profiles, **told), indent=1) + "\n")
     page = folder / "index.html"
-    page.write_text(render(parities, profiles, command=command, seconds=seconds), encoding="utf-8")
+    page.write_text(render(parities, profiles, **told), encoding="utf-8")
     return page
 
 
-def render(parities: list[ParityResult], profiles: list[ProfileResult], *, command: str, seconds: float) -> str:
+def render(parities: list[ParityResult], profiles: list[ProfileResult], *, command: str, seconds: float, lacking: Sequence[str] = ()) -> str:
     """The page as a string."""
     from jinja2 import Environment, FileSystemLoader
 
@@ -42,7 +44,7 @@ def render(parities: list[ParityResult], profiles: list[ProfileResult], *, comma
         curves=[plot for p in parities for plot in curve_plots(p)], speeds=speeds(profiles), shares=shares(profiles),
         worst=[_cells(row, f"{p.target}, {p.dtype}") for p in parities for row in tables.summary(p.rows)],
         parity=[dict(title=f"{p.target}, {p.dtype}", count=_held(p.rows), rows=[_cells(row, "") for row in p.rows]) for p in parities],
-        swaps=[_swap_table(p) for p in parities], command=command, minutes=f"{seconds / 60:.1f}",
+        swaps=[_swap_table(p) for p in parities], command=command, lacking=lacking, minutes=f"{seconds / 60:.1f}",
         date=datetime.date.today().isoformat(), facts=facts(machine, parities))
 
 

@@ -59,6 +59,8 @@ def _first(scheduler, scalars: Scalars, i: int) -> dict:
     alpha, sigma = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[i])
     alpha_t, sigma_t = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[i + 1])
     h = log_ratio(scheduler, i + 1) - log_ratio(scheduler, i)
+    if scheduler.config.prediction_type == "flow_prediction":
+        sigma = scheduler.sigmas[i]  # stock divides by the level itself, which is sigma with use_flow_sigmas only
     return dict(x0_row(scheduler, scalars, i), e_x=1.0, e_x0=-scalars.left(alpha), e_divisor=scalars.divisor(sigma), x=scalars.left(alpha_t / alpha),
                 e=-scalars.left(sigma_t * (torch.exp(h) - 1.0)))
 

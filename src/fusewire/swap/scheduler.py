@@ -17,7 +17,7 @@ from fusewire.swap.fused import MAKERS, fused_class, stock_of, unknown_forward
 from fusewire.swap.schedulers import ddim, deis, dpm, euler, flow_heun, lms, pndm, singlestep, unipc  # noqa: F401: they fill KNOWN
 from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, kept, prepared, stamp, uploaded, usable
 from fusewire.swap.schedulers.ddim import NOISE
-from fusewire.swap.schedulers.layout import laid_out
+from fusewire.swap.schedulers.layout import laid
 from fusewire.swap.schedulers.noise import of_sigmas
 
 Stock = FlowMatchEulerDiscreteScheduler
@@ -41,6 +41,7 @@ def _maker(how: How) -> dict:
             previous, _, _ = ops.solver_step(sample, model_output, table.rows, index, noise=noise, numerics=how.numerics)
         else:
             previous = ops.sampler_step(sample, model_output, _table(self, sigmas, sample.device), index, numerics=how.numerics)
+        previous = laid(previous, (sample, model_output), how.numerics)
         self._step_index = index + 1
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=previous) if return_dict else (previous,)
 
@@ -96,8 +97,6 @@ def _table(scheduler, sigmas: torch.Tensor, device: torch.device) -> torch.Tenso
 
 MAKERS[Stock] = _maker
 KNOWN[Stock] = Known(STEP, lambda scheduler: unknown_forward(NOISE) if scheduler.config.stochastic_sampling else "")
-for _stock in KNOWN:
-    MAKERS[_stock] = laid_out(MAKERS[_stock])
 
 
 def candidates(name: str, instance, how: How) -> Iterator[Candidate]:

@@ -15,6 +15,7 @@ from fusewire.swap.fused import MAKERS
 from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, gathered, indexed, of_levels, prepared, usable
 from fusewire.swap.schedulers.ddim import NARROW
 from fusewire.swap.schedulers.dpm import log_ratio, noisy, x0_row
+from fusewire.swap.schedulers.layout import laid
 from fusewire.swap.schedulers.noise import of_sigmas
 
 Stock = DEISMultistepScheduler
@@ -44,6 +45,7 @@ def _maker(how: How) -> dict:
         if self.lower_order_nums < config["solver_order"]:
             self.lower_order_nums += 1
         self._step_index += 1
+        previous = laid(previous, (sample, model_output), how.numerics)
         return SchedulerOutput(prev_sample=previous) if return_dict else (previous,)
 
     return {"step": step, **indexed(Stock), **of_sigmas(Stock, "add_noise", ("00c60ff12782",), noisy)}

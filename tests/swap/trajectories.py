@@ -23,6 +23,9 @@ SDE = dict(SD, algorithm_type="sde-dpmsolver++")
 CHURN, SOME_CHURN = dict(s_churn=2.0), dict(s_churn=40.0, s_tmin=0.3, s_tmax=5.0, s_noise=1.1)
 PNDM = dict(SD, skip_prk_steps=True, steps_offset=1)  # as Stable Diffusion's repositories have it
 FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+# A flow at levels that are not a flow's: sigma is not the level itself then
+NO_FLOW = dict(SD, prediction_type="flow_prediction")
+KARRAS, EXPONENTIAL, BETA = dict(use_karras_sigmas=True), dict(use_exponential_sigmas=True), dict(use_beta_sigmas=True)
 CONFIGS = [
     (DDIMScheduler, NO_CLIP, {}), (DDIMScheduler, SD | dict(clip_sample_range=1.3), {}), (DDIMScheduler, NO_CLIP | V, {}), (DDIMScheduler, NO_CLIP | X0, {}),
     (DDIMScheduler, SD | X0, {}), (DDIMScheduler, SD | X0, dict(eta=0.5, use_clipped_model_output=True)),
@@ -60,6 +63,9 @@ CONFIGS = [
     (UniPCMultistepScheduler, SD | X0 | dict(lower_order_final=False), {}), (UniPCMultistepScheduler, SD | dict(solver_order=1, solver_type="bh1"), {}),
     (DEISMultistepScheduler, SD, {}), (DEISMultistepScheduler, SD | V | dict(use_karras_sigmas=True), {}), (DEISMultistepScheduler, FLOW, {}),
     (DEISMultistepScheduler, SD | X0 | dict(solver_order=1, lower_order_final=False), {}),
+    (DEISMultistepScheduler, NO_FLOW, {}), (DEISMultistepScheduler, NO_FLOW | KARRAS, {}), (DEISMultistepScheduler, NO_FLOW | EXPONENTIAL, {}),
+    (DEISMultistepScheduler, NO_FLOW | BETA, {}), (DEISMultistepScheduler, NO_FLOW | dict(solver_order=1), {}),
+    (DPM, NO_FLOW, {}), (SINGLE, NO_FLOW | KARRAS, {}), (UniPCMultistepScheduler, NO_FLOW | EXPONENTIAL, {}), (UniPCMultistepScheduler, NO_FLOW | BETA, {}),
 ]
 IDS = [f"{cls.__name__.removesuffix('Scheduler')} {config} {options}".replace(str(SD)[1:-1], "SD") for cls, config, options in CONFIGS]
 ONE_EACH = [next(case for case in CONFIGS if case[0] is cls) for cls in dict.fromkeys(cls for cls, *_ in CONFIGS)]

@@ -18,7 +18,7 @@ from fusewire.swap.fused import MAKERS, fused_class, stock_of, unknown_forward
 from fusewire.swap.schedulers import ddim, deis, dpm, euler, flow_heun, lms, pndm, singlestep, unipc  # noqa: F401: they fill KNOWN
 from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, kept, prepared, stamp, uploaded, usable
 from fusewire.swap.schedulers.ddim import NOISE
-from fusewire.swap.schedulers.layout import laid_out
+from fusewire.swap.schedulers.layout import laid
 from fusewire.swap.schedulers.noise import of_sigmas
 
 Stock = FlowMatchEulerDiscreteScheduler
@@ -42,6 +42,7 @@ def _maker(how: How) -> dict:
             previous, _, _ = ops.solver_step(sample, model_output, table.rows, index, noise=noise, numerics=how.numerics)
         else:
             previous = ops.sampler_step(sample, model_output, _table(self, sigmas, sample.device), index, numerics=how.numerics)
+        previous = laid(previous, (sample, model_output), how.numerics)
         self._step_index = index + 1
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=previous) if return_dict else (previous,)
 
@@ -117,7 +118,7 @@ def _unless_replaced(stock: type, maker: Callable) -> Callable:
 
 
 for _stock in KNOWN:
-    MAKERS[_stock] = _unless_replaced(_stock, laid_out(MAKERS[_stock]))
+    MAKERS[_stock] = _unless_replaced(_stock, MAKERS[_stock])
 
 
 def candidates(name: str, instance, how: How) -> Iterator[Candidate]:

@@ -9,6 +9,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from fusewire import ops
 from fusewire.swap.schedulers.common import Scalars, host_sigmas, prepared
+from fusewire.swap.schedulers.layout import laid
 
 
 def excess(scheduler, at: int, s_churn: float, s_tmin: float, s_tmax: float) -> float:
@@ -34,4 +35,4 @@ def churned(scheduler, model_output, sample, numerics: str, s_noise: float, gene
     part, noisy, _ = ops.solver_step(sample, noise, first.rows, index, noise=model_output, numerics=numerics)
     second = prepared(scheduler, (*key, extra, "step"), sigmas, noisy, exact, lambda scalars: dict(columns(scalars), x0_m=1.0))
     out, x0, e = ops.solver_step(noisy, part.float(), second.rows, index, reciprocal=second.reciprocal, numerics=numerics, **given)
-    return out.to(sample.dtype), x0, noisy, e
+    return out.to(sample.dtype), x0, laid(noisy, (sample, noise), numerics), e

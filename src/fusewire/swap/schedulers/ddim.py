@@ -14,6 +14,7 @@ from fusewire import ops
 from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
 from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, host_alphas, indexed, no_thresholding, place, prepared, times, unknown_prediction, usable
+from fusewire.swap.schedulers.layout import laid
 from fusewire.swap.schedulers.noise import of_alphas
 
 NARROW = dict(wide_x0=False, wide_out=False)
@@ -28,6 +29,20 @@ def _bar(scheduler, at: list[int], after_all) -> tuple[torch.Tensor, torch.Tenso
     now, then = (torch.tensor(indices) for indices in at)
     before = torch.where(then >= 0, bar[then.clamp(min=0)], after_all.cpu())
     return bar[now], before, 1 - bar[now]
+
+
+def _summed(scheduler, sample, model_output) -> tuple[torch.Tensor, torch.Tensor]:
+    """What stock adds up, x0 before the latents: where the model predicts x0, its output comes first."""
+    return (model_output, sample) if scheduler.config.prediction_type == "sample" else (sample, model_output)
+
+
+def _laid(scheduler, previous, x0, sample, model_output, numerics: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The results where stock's lie; x0 that the model has predicted and nothing has clipped is its very output."""
+    summed, config = _summed(scheduler, sample, model_output), scheduler.config
+    previous = laid(previous, summed, numerics)
+    if config.prediction_type != "sample":
+        return previous, laid(x0, summed, numerics)
+    return previous, laid(x0, (model_output,), numerics) if config.clip_sample else model_output
 
 
 def _ddim(how: How) -> dict:
@@ -48,6 +63,7 @@ def _ddim(how: How) -> dict:
             variance_noise = randn_tensor(model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype)
         previous, x0, _ = ops.solver_step(sample, model_output, table.rows, index, noise=variance_noise if eta > 0 else None, **NARROW,
                                           reciprocal=table.reciprocal, numerics=how.numerics)
+        previous, x0 = _laid(self, previous, x0, sample, model_output, how.numerics)
         return DDIMSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
 
     return {"step": step, **of_alphas(DDIMScheduler)}
@@ -92,6 +108,7 @@ def _ddpm(how: How) -> dict:
                 noise = _spread(self, index, predicted) * noise
         previous, x0, _ = ops.solver_step(sample, mean, table.rows, index, noise=noise, **NARROW, reciprocal=table.reciprocal,
                                           numerics=how.numerics)
+        previous, x0 = _laid(self, previous, x0, sample, mean, how.numerics)
         return DDPMSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
 
     return {"step": step, **of_alphas(DDPMScheduler)}
@@ -164,6 +181,7 @@ def _lcm(how: How) -> dict:
             noise = randn_tensor(model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype)
         previous, _, denoised = ops.solver_step(sample, model_output, table.rows, index, noise=noise, keep_slope=True, **NARROW,
                                                 reciprocal=table.reciprocal, numerics=how.numerics)
+        previous, denoised = (laid(result, _summed(self, sample, model_output), how.numerics) for result in (previous, denoised))
         self._step_index += 1
         return LCMSchedulerOutput(prev_sample=previous, denoised=denoised) if return_dict else (previous, denoised)
 

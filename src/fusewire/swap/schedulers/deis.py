@@ -15,6 +15,7 @@ from fusewire.swap.fused import MAKERS
 from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, gathered, indexed, of_levels, prepared, usable
 from fusewire.swap.schedulers.ddim import NARROW
 from fusewire.swap.schedulers.dpm import log_ratio, noisy, x0_row
+from fusewire.swap.schedulers.layout import laid
 from fusewire.swap.schedulers.noise import of_sigmas
 
 Stock = DEISMultistepScheduler
@@ -44,6 +45,7 @@ def _maker(how: How) -> dict:
         if self.lower_order_nums < config["solver_order"]:
             self.lower_order_nums += 1
         self._step_index += 1
+        previous = laid(previous, (sample, model_output), how.numerics)
         return SchedulerOutput(prev_sample=previous) if return_dict else (previous,)
 
     return {"step": step, **indexed(Stock), **of_sigmas(Stock, "add_noise", ("00c60ff12782",), noisy)}
@@ -59,6 +61,8 @@ def _first(scheduler, scalars: Scalars, i: int) -> dict:
     alpha, sigma = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[i])
     alpha_t, sigma_t = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[i + 1])
     h = log_ratio(scheduler, i + 1) - log_ratio(scheduler, i)
+    if scheduler.config.prediction_type == "flow_prediction":
+        sigma = scheduler.sigmas[i]  # stock divides by the level itself, which is sigma with use_flow_sigmas only
     return dict(x0_row(scheduler, scalars, i), e_x=1.0, e_x0=-scalars.left(alpha), e_divisor=scalars.divisor(sigma), x=scalars.left(alpha_t / alpha),
                 e=-scalars.left(sigma_t * (torch.exp(h) - 1.0)))
 

@@ -17,6 +17,7 @@ from fusewire.swap.fused import MAKERS
 from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, gathered, indexed, of_levels, prepared, unknown_prediction, usable
 from fusewire.swap.schedulers.ddim import NOISE
 from fusewire.swap.schedulers.euler import edm_scales, noise_of_levels
+from fusewire.swap.schedulers.layout import laid
 from fusewire.swap.schedulers.noise import of_sigmas
 
 Stock, EDM = DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler
@@ -69,7 +70,7 @@ def _stepped(scheduler, model_output, timestep, sample, generator, noise, how: H
     if scheduler.lower_order_nums < config["solver_order"]:
         scheduler.lower_order_nums += 1
     scheduler._step_index += 1
-    return previous
+    return laid(previous, (sample, model_output), how.numerics)
 
 
 def noisy(scheduler, sample, noise, sigma):

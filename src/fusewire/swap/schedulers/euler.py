@@ -17,6 +17,7 @@ from fusewire.swap.fused import MAKERS
 from fusewire.swap.schedulers.churn import churned, excess
 from fusewire.swap.schedulers.common import KNOWN, Known, Prepared, Scalars, indexed, prepared, stamp, unknown_prediction, usable
 from fusewire.swap.schedulers.ddim import NOISE
+from fusewire.swap.schedulers.layout import laid
 from fusewire.swap.schedulers.noise import of_sigmas
 
 
@@ -43,6 +44,15 @@ def table_of_levels(scheduler, model_output, timestep, sample, exact: bool, colu
     return table if table.rows is not None and 0 <= scheduler._step_index < len(scheduler.sigmas) - 1 else None
 
 
+def laid_x0(x0, kind: str, sample, model_output, numerics: str, clipped: bool = False) -> torch.Tensor:
+    """x0 where stock's lies: a velocity comes before the latents in its sum, and x0 that the model has predicted and nothing has clipped is its output."""
+    if kind == "epsilon":
+        return laid(x0, (sample, model_output), numerics)
+    if kind == "v_prediction":
+        return laid(x0, (model_output, sample), numerics)
+    return laid(x0, (model_output,), numerics) if clipped else model_output
+
+
 def noise_of_levels(stock: type) -> dict:
     return of_sigmas(stock, "add_noise", ("b1c93e85d09d",), lambda scheduler, sample, noise, sigma: sample + noise * sigma)
 
@@ -63,8 +73,7 @@ def _euler(how: How) -> dict:
         else:
             previous, x0, _ = ops.solver_step(sample, model_output, table.rows, self._step_index, reciprocal=table.reciprocal, numerics=how.numerics)
         self._step_index += 1
-        if kind in ("sample", "original_sample"):
-            x0 = model_output
+        previous, x0 = laid(previous, (sample, model_output), how.numerics), laid_x0(x0, kind, sample, model_output, how.numerics)
         return EulerDiscreteSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
 
     return {"step": step, **indexed(EulerDiscreteScheduler), **noise_of_levels(EulerDiscreteScheduler)}
@@ -98,6 +107,7 @@ def _edm(how: How) -> dict:
         else:
             previous, x0, _ = ops.solver_step(sample, model_output, table.rows, self._step_index, reciprocal=table.reciprocal, numerics=how.numerics)
         self._step_index += 1
+        previous, x0 = (laid(result, (sample, model_output), how.numerics) for result in (previous, x0))
         return EDMEulerSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
 
     return {"step": step, **indexed(EDMEulerScheduler), **noise_of_levels(EDMEulerScheduler)}
@@ -133,6 +143,7 @@ def _ancestral(how: How) -> dict:
         previous, x0, _ = ops.solver_step(sample, model_output, table.rows, self._step_index, noise=noise, reciprocal=table.reciprocal,
                                           numerics=how.numerics)
         self._step_index += 1
+        previous, x0 = laid(previous, (sample, model_output), how.numerics), laid_x0(x0, kind, sample, model_output, how.numerics)
         return EulerAncestralDiscreteSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
 
     return {"step": step, **indexed(EulerAncestralDiscreteScheduler), **noise_of_levels(EulerAncestralDiscreteScheduler)}
@@ -160,6 +171,8 @@ def _heun(how: How) -> dict:
         previous, x0, slope = ops.solver_step(
             sample, model_output, table.rows, index, previous=None if first else self.prev_derivative, base=None if first else self.sample,
             keep_slope=first, wide_x0=False, wide_out=False, reciprocal=table.reciprocal, numerics=how.numerics)
+        previous = laid(previous, (sample if first else self.sample, model_output), how.numerics)
+        x0 = laid_x0(x0, self.config.prediction_type, sample, model_output, how.numerics, self.config.clip_sample)
         if first:
             self.prev_derivative, self.dt, self.sample = slope, sigmas[index + 1] - sigmas[index], sample
             self._fusewire_stage = (self.dt, sigmas, stamp(sigmas))

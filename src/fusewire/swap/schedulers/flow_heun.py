@@ -13,6 +13,7 @@ from fusewire.swap.fused import MAKERS
 from fusewire.swap.schedulers.churn import churned, excess
 from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, host_sigmas, indexed, prepared, stamp, usable
 from fusewire.swap.schedulers.ddim import NOISE
+from fusewire.swap.schedulers.layout import laid
 
 Stock = FlowMatchHeunDiscreteScheduler
 
@@ -41,6 +42,7 @@ def _maker(how: How) -> dict:
                                                  (first, before), **given)
         else:
             previous, _, slope = ops.solver_step(sample, model_output, table.rows, index, reciprocal=table.reciprocal, numerics=how.numerics, **given)
+        previous = laid(previous, (sample if first else self.sample, model_output), how.numerics)
         if first:  # (where stock keeps its float32 copy of the latents, these are kept as they are: the same values)
             self.prev_derivative, self.sample, self.dt = slope, sample, self.sigmas[index + 1] - self.sigmas[index] * (before + 1)
             self._fusewire_stage = (self.dt, self.sigmas, stamp(self.sigmas), before)

@@ -13,7 +13,8 @@ from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
 from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, indexed, stacked, usable
 from fusewire.swap.schedulers.ddim import NARROW
-from fusewire.swap.schedulers.euler import columns_at, heun_reason, noise_of_levels, table_of_levels
+from fusewire.swap.schedulers.euler import columns_at, heun_reason, laid_x0, noise_of_levels, table_of_levels
+from fusewire.swap.schedulers.layout import laid
 
 Stock = LMSDiscreteScheduler
 
@@ -39,6 +40,8 @@ def _maker(how: How) -> dict:
             previous, _, _ = ops.solver_step(total, past[-1], table.rows, steps * (len(past) + 1) + index, noise=sample, **options)
         self.derivatives = [*(slopes[1:] if len(slopes) >= order else slopes), slope]
         self._step_index += 1
+        previous = laid(previous, (sample, model_output), how.numerics)
+        x0 = laid_x0(x0, self.config.prediction_type, sample, model_output, how.numerics)
         return LMSDiscreteSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
 
     return {"step": step, **indexed(Stock), **noise_of_levels(Stock)}

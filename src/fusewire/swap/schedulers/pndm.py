@@ -14,6 +14,7 @@ from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
 from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, host_alphas, place, prepared, stacked, times, unknown_prediction, usable
 from fusewire.swap.schedulers.ddim import NARROW
+from fusewire.swap.schedulers.layout import laid
 from fusewire.swap.schedulers.noise import of_alphas
 
 Stock = PNDMScheduler
@@ -36,9 +37,11 @@ def _maker(how: How) -> dict:
         def solve(block: int, x, m, **given):
             return ops.solver_step(x, m, table.rows, block * len(self.timesteps) + index, reciprocal=table.reciprocal, numerics=how.numerics, **NARROW, **given)
 
-        previous = None if table is None or table.rows is None else run(self, index, model_output, sample, solve)
-        if previous is None:
+        found = None if table is None or table.rows is None else run(self, index, model_output, sample, solve)
+        if found is None:
             return Stock.step(self, model_output, timestep, sample, return_dict)
+        previous, base = found
+        previous = laid(previous, (base, model_output), how.numerics)
         self.counter += 1
         return SchedulerOutput(prev_sample=previous) if return_dict else (previous,)
 
@@ -49,8 +52,8 @@ def _in_stages(scheduler) -> bool:
     return not scheduler.config.skip_prk_steps and scheduler.counter < len(scheduler.prk_timesteps)
 
 
-def _stage(scheduler, index: int, model_output, sample, solve: Callable) -> torch.Tensor | None:
-    """One of the four stages; None where stock must run it."""
+def _stage(scheduler, index: int, model_output, sample, solve: Callable) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """One of the four stages, and the latents that it begins with; None where stock must run it."""
     stage, total = scheduler.counter % 4, scheduler.cur_model_output
     base = sample if stage == 0 or scheduler.cur_sample is None else scheduler.cur_sample
     begun = usable(total, sample) if stage else isinstance(total, int) and total == 0
@@ -58,16 +61,16 @@ def _stage(scheduler, index: int, model_output, sample, solve: Callable) -> torc
         return None
     if stage == 3:
         scheduler.cur_model_output = 0
-        return solve(STAGE, total, model_output, base=base)[0]
+        return solve(STAGE, total, model_output, base=base)[0], base
     previous, _, scheduler.cur_model_output = solve(STAGE, sample, model_output, base=base, previous=total if stage else None, keep_slope=True)
     if stage == 0:
         scheduler.ets.append(model_output)
         scheduler.cur_sample = sample
-    return previous
+    return previous, base
 
 
-def _sum(scheduler, index: int, model_output, sample, solve: Callable) -> torch.Tensor | None:
-    """A step of the multistep phase; None where stock must run it."""
+def _sum(scheduler, index: int, model_output, sample, solve: Callable) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """A step of the multistep phase, and the latents that it begins with; None where stock must run it."""
     config, again = scheduler.config, scheduler.counter == 1
     outputs = scheduler.ets if again else [*scheduler.ets[-3:], model_output]
     base, count = scheduler.cur_sample if again else sample, len(outputs)
@@ -86,7 +89,7 @@ def _sum(scheduler, index: int, model_output, sample, solve: Callable) -> torch.
     else:
         previous = solve(FROM_4, solve(SUM_4, outputs[-2], model_output, previous=outputs[-3], noise=outputs[-4])[0], model_output, base=base)[0]
     scheduler.ets = outputs
-    return previous
+    return previous, base
 
 
 def _columns(scheduler, scalars: Scalars, skipped: int) -> dict:

@@ -15,6 +15,7 @@ from fusewire.swap.fused import MAKERS
 from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, gathered, indexed, of_levels, prepared, usable
 from fusewire.swap.schedulers.ddim import NARROW, NOISE
 from fusewire.swap.schedulers.dpm import log_ratio, noisy, slope_weight, unknown_solver, way_of, x0_row
+from fusewire.swap.schedulers.layout import laid
 from fusewire.swap.schedulers.noise import of_sigmas
 
 Stock = DPMSolverSinglestepScheduler
@@ -46,6 +47,7 @@ def _maker(how: How) -> dict:
             part, x0, slope = ops.solver_step(sample, model_output, table.rows, row, previous=before, base=self.sample, noise=before, keep_slope=True,
                                               **options)
             previous, _, _ = ops.solver_step(part, slope, table.rows, row + 2 * steps, noise=noise, **options)
+        previous = laid(previous, (self.sample, model_output), how.numerics)
         self.model_outputs = [*outputs[1:], x0]
         self._step_index += 1
         return SchedulerOutput(prev_sample=previous) if return_dict else (previous,)

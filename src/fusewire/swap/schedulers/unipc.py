@@ -16,6 +16,7 @@ from fusewire.swap.fused import MAKERS
 from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, gathered, indexed, of_levels, prepared, usable
 from fusewire.swap.schedulers.ddim import NARROW
 from fusewire.swap.schedulers.dpm import log_ratio, noisy, x0_row
+from fusewire.swap.schedulers.layout import laid
 from fusewire.swap.schedulers.noise import of_sigmas
 
 Stock = UniPCMultistepScheduler
@@ -50,7 +51,7 @@ def _maker(how: How) -> dict:
                 if not all(map(operator.is_, known, (last, outputs[-2], rows))):
                     _, _, slope = solve(STEP_2, outputs[-2], last, index - 1, keep_slope=True)
             change, x0, _ = solve(CHANGE_2 if corrector == 2 else CHANGE_1, sample, model_output, previous=last, noise=slope, reciprocal=table.reciprocal)
-            sample, _, _ = solve(CORRECTED, self.last_sample, last, previous=change)
+            sample = laid(solve(CORRECTED, self.last_sample, last, previous=change)[0], (self.last_sample, last), how.numerics)
             if order == 1:
                 previous, _, _ = solve(STEP_1, sample, x0)
         else:
@@ -58,6 +59,7 @@ def _maker(how: How) -> dict:
         if order == 2:
             previous, _, slope = solve(STEP_2, outputs[-1], x0, base=sample, keep_slope=True)
             self._fusewire_slope = (x0, outputs[-1], rows, slope)
+        previous = laid(previous, (sample, x0), how.numerics)
         self.model_outputs, self.timestep_list = [*outputs[1:], x0], [*self.timestep_list[1:], timestep]
         self.this_order, self.last_sample = order, sample
         self.lower_order_nums = min(self.lower_order_nums + 1, self.config.solver_order)

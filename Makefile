@@ -15,12 +15,12 @@ test: $(STAMP)
 test-all: $(STAMP)
 	FUSEWIRE_TEST_EFFORT=10 $(PYTHON) -m pytest -n 2 -m "slow or not slow"
 
-# The environment: pinned packages, and this checkout with its compiled library, which is built while the other packages come.
+# The environment: pinned packages, of which Python compiles what it imports, and this checkout with its library, which is built while the others come.
 $(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find csrc -type f)
 	test -x $(VENV)/bin/python || $(SYSTEM_PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q -c constraints.txt torch numpy setuptools wheel cmake ninja
+	$(VENV)/bin/python -m pip install -q --no-compile -c constraints.txt torch numpy setuptools wheel cmake ninja
 	PATH="$(abspath $(VENV)/bin):$$PATH" $(VENV)/bin/python setup.py -q build_ext --inplace & native=$$!; \
-	  FUSEWIRE_NATIVE=0 $(VENV)/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[diffusers,report,train,dev]"; \
+	  FUSEWIRE_NATIVE=0 $(VENV)/bin/python -m pip install -q --no-compile -c constraints.txt --no-build-isolation -e ".[diffusers,report,train,dev]"; \
 	  packages=$$?; wait $$native && exit $$packages
 	touch $@
 

@@ -18,12 +18,12 @@ def over_tokens(modulation: torch.Tensor) -> torch.Tensor:
     return modulation.unsqueeze(1) if modulation.dim() == 2 else modulation
 
 
-def normalise(x, weight, bias, eps: float, rms: bool, exact: bool = True) -> torch.Tensor:
-    """LayerNorm or RMSNorm over the channels of x [B, T, C], rounding as the stock modules do; in float64 throughout where not ``exact``."""
+def normalise(x, weight, bias, eps: float, rms: bool) -> torch.Tensor:
+    """LayerNorm or RMSNorm over the channels of x [B, T, C], rounding as the stock modules do."""
     if not rms:
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    # diffusers' RMSNorm: the variance in float32, rounded to the weight's dtype before the multiplication with the weight
-    variance = x.to(torch.float32 if exact else compute_dtype(x.dtype)).pow(2).mean(-1, keepdim=True)
+    # diffusers' RMSNorm: float32 inside, rounded to the weight's dtype before the multiplication with the weight
+    variance = x.to(compute_dtype(x.dtype)).pow(2).mean(-1, keepdim=True)
     y = x * torch.rsqrt(variance + eps)
     if weight is None:
         y = y.to(x.dtype)
@@ -59,7 +59,7 @@ def adaln_modulate(x, shift, scale, weight, bias, eps: float, rms: bool, exact: 
     if not exact:
         x, shift, scale, weight, bias = _wide(dtype, x, shift, scale, weight, bias)
     # exact: eager rounds after the norm, after 1 + scale, after the product and after the sum
-    return _modulated(normalise(x, weight, bias, eps, rms, exact), shift, scale).to(dtype)
+    return _modulated(normalise(x, weight, bias, eps, rms), shift, scale).to(dtype)
 
 
 def adaln_modulate_dual(x, shift, scale, shift2, scale2, weight, bias, eps: float, rms: bool, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,7 +68,7 @@ def adaln_modulate_dual(x, shift, scale, shift2, scale2, weight, bias, eps: floa
     dtype, dtype2 = promoted(normed, scale, shift), promoted(normed, scale2, shift2)
     if not exact:
         x, shift, scale, shift2, scale2, weight, bias = _wide(normed, x, shift, scale, shift2, scale2, weight, bias)
-    norm = normalise(x, weight, bias, eps, rms, exact)
+    norm = normalise(x, weight, bias, eps, rms)
     return _modulated(norm, shift, scale).to(dtype), _modulated(norm, shift2, scale2).to(dtype2)
 
 
@@ -87,7 +87,7 @@ def gate_residual_adaln(x, y, gate, y2, gate2, shift, scale, weight, bias, eps: 
     if not exact:
         x, y, gate, y2, gate2, shift, scale, weight, bias = _wide(modulated_dtype, x, y, gate, y2, gate2, shift, scale, weight, bias)
     residual = _gated(x, y, gate, y2, gate2)
-    return residual.to(dtype), _modulated(normalise(residual, weight, bias, eps, rms, exact), shift, scale).to(modulated_dtype)
+    return residual.to(dtype), _modulated(normalise(residual, weight, bias, eps, rms), shift, scale).to(modulated_dtype)
 
 
 def _summed(grad, modulation) -> torch.Tensor:

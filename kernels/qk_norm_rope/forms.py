@@ -125,6 +125,10 @@ def by_stock(q, k, q_log_scale, k_log_scale, rope, eps: float, norm: str) -> tup
 def turned_as_complex(x, rope) -> torch.Tensor:
     """x rotated as stock does it in complex numbers: PyTorch's product, whose last bits differ between vectors and the elements left over."""
     width = 2 * rope.shape[-1]
-    head = torch.view_as_complex(x[..., :width].float().contiguous().view(*x.shape[:-1], width // 2, 2))
+    pairs = x[..., :width].float().reshape(*x.shape[:-1], width // 2, 2)
+    *apart, together = pairs.stride()
+    if together != 1 or pairs.storage_offset() % 2 or any(stride % 2 for stride in apart):  # no complex number may lie so; stock fails
+        pairs = pairs.clone(memory_format=torch.contiguous_format)
+    head = torch.view_as_complex(pairs)
     y = torch.view_as_real(head * rope.unsqueeze(-2)).flatten(3).type_as(x)
     return y if width == x.shape[-1] else torch.cat([y, x[..., width:]], -1)

@@ -87,15 +87,14 @@ def stock(name: str, v: dict, eps: float = 1e-6, weight=None, bias=None) -> tupl
     return (r,) if name == "gate_residual" else (r, modulated(norm(r), v["shift"], v["scale"]))
 
 
-def affine_stock(norm: str, variance: torch.dtype | None = None):
-    """``stock`` with a weight and a bias; with diffusers' RMSNorm in the place of the layer norm for "rms". Its ``variance`` is float32 there, of float64
-    too; None: of float64 it is float64, which is what ``close`` means."""
+def affine_stock(norm: str):
+    """``stock`` with a weight and a bias; with diffusers' RMSNorm in the place of the layer norm for "rms"."""
     def run(name: str, v: dict, weight=None, bias=None) -> tuple[torch.Tensor, ...]:
         if norm == "layer":
             return stock(name, v, weight=weight, bias=bias)
         residual = stock("gate_residual", v) if name == "gate_residual_adaln" else ()
         r = residual[0] if residual else v["x"]
-        n = (r * torch.rsqrt(r.to(variance or torch.promote_types(r.dtype, torch.float32)).pow(2).mean(-1, keepdim=True) + 1e-6)).to(r.dtype)
+        n = (r * torch.rsqrt(r.to(torch.promote_types(r.dtype, torch.float32)).pow(2).mean(-1, keepdim=True) + 1e-6)).to(r.dtype)
         n = n if weight is None else n * weight
         n = n if bias is None else n + bias
         pairs = (("shift", "scale"), ("shift2", "scale2"))[:2 if name == "adaln_modulate_dual" else 1]

@@ -13,7 +13,7 @@ from fusewire.kernels.qk_norm_rope.reference import rotate
 from tests.kernels.attention.cases import DTYPES, qkv, stock, stock_norm
 from tests.kernels.interpreted import in_triton, needs_interpreter
 from tests.layouts import LAYOUTS
-from tests.tolerance import assert_close, assert_exact
+from tests.tolerance import assert_close, assert_exact, assert_within
 
 needs_library = pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
 BACKENDS = [pytest.param("cpu", marks=needs_library), "reference"]
@@ -226,7 +226,10 @@ def test_a_weight_of_fewer_digits(given, dtype, weight_dtype):
     else:
         got = ops.attention(q, k, v, q_weight=weight, k_weight=weight, return_lse=given == "log-sum-exp", **keywords)
         got = got[0] if given == "log-sum-exp" else got
-    assert_close(got.detach(), want, plain.to(dtype))
+    if dtype is torch.float16:
+        assert_close(got.detach(), want, plain.to(dtype))
+    else:  # what bfloat16 would lose is a thousand times as much
+        assert_within(got.detach(), want, 8, plain=plain)
 
 
 def test_tables_whose_batch_is_a_number():

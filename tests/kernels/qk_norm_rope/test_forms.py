@@ -408,6 +408,7 @@ def test_l2_in_a_graph_of_any_size():
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("norm", ("none", "rms"))
+@pytest.mark.on_reference(when=lambda norm, **_: norm == "none", reason="exact keeps PyTorch's own product of complex numbers")
 def test_complex_tables_of_any_layout(norm, dtype):
     """strided-input, misaligned: PyTorch's view of pairs as complex numbers wants them side by side, at an even place."""
     q, angle = torch.randn(2, 6, 2, 8).to(dtype), torch.rand(6, 4)

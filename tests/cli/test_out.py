@@ -77,6 +77,7 @@ def test_bad_dtypes_are_refused_before_the_work(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.slow
 def test_standard_output_on_a_full_disk():
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-m", "fusewire", "swap", "--dry-run", "sd3-tiny"], stdout=full, stderr=subprocess.PIPE, text=True,

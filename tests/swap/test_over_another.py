@@ -94,6 +94,7 @@ sys.stdout.buffer.write(pickle.dumps(model))
 """
 
 
+@pytest.mark.slow
 def test_swaps_of_an_unpickled_model_are_its_own():
     """The numbers of swaps that it came with are those of no swap here."""
     root = Path(__file__).parents[2]

@@ -14,6 +14,7 @@ from diffusers import (DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSched
 
 import fusewire
 from fusewire import ops
+from tests.effort import EFFORT
 from tests.models import stock_unet
 from tests.swap.trajectories import CONFIGS, DTYPES, NO_CLIP, SD, X0, V, equal, fused_steps, scaled
 
@@ -61,6 +62,9 @@ def results(scheduler, options: dict, dtype: torch.dtype, latents: str, output: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cls, config, options", CASES, ids=IDS)
 def test_results_lie_as_stocks_do(cls, config, options, dtype):
+    """In 16 bits churn copies; the others lie as in float32, which `make test-all` looks at too."""
+    if dtype is torch.bfloat16 and EFFORT == 1 and "s_churn" not in options:
+        pytest.skip("float32 says it")
     for run in RUNS:
         want, scheduler = results(cls(**config), options, dtype, *run), cls(**config)
         with fusewire.swapped(scheduler):

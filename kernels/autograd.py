@@ -60,7 +60,8 @@ def fused(reference: Callable, gradients: Callable, recomputed_for: Callable[...
     ``gradients(needed, grads, *args)`` returns one gradient (or None) for each of the op's arguments ``args``; ``needed`` says which are wanted,
     ``grads`` are those of the outputs, None where an output was not used. The reference is differentiated instead where
     ``recomputed_for(*args)`` holds (``exact``: the gradients are then those of the stock code, bit for bit), and where the gradients are to be
-    differentiated themselves (``create_graph=True``, or forward mode). ``kept``: which of the op's outputs are kept too, unchanged; ``gradients`` gets them after ``args``.
+    differentiated themselves (``create_graph=True``, or forward mode). ``kept``: which of the op's outputs are kept too, unchanged; ``gradients`` gets
+    them after ``args``.
     """
     _, keep_inputs = recomputing(reference)
 

@@ -33,8 +33,7 @@ class Backend(NamedTuple):
 
 def recording() -> bool:
     """Whether what is called may be recorded: by autograd, torch.compile, a dispatch mode or torch.func."""
-    return bool(torch.is_grad_enabled() or is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
-                or forward_ad._current_level >= 0)
+    return bool(torch.is_grad_enabled() or is_compiling() or torch._C._len_torch_dispatch_stack() or transformed())
 
 
 def transformed() -> bool:

@@ -19,16 +19,16 @@ INTEL = cpu_is_intel()
 
 
 def convolution(module: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """``module(x)`` for x [B, C, H, W]; the result may be channels-last. Weights that are channels-last themselves are the user's choice, and stay so, as
-    does a convolution that was replaced (seamless tiling does that), whose weight is computed, or that a transform differentiates."""
+    """``module(x)`` for x [B, C, H, W]; the result may be channels-last. Weights that are channels-last themselves are the user's choice, and stay so.
+    PyTorch's own is what was replaced on the instance (for seamless tiling), has a computed weight, or is differentiated by a transform."""
     weight = module._parameters.get("weight")  # None where a parametrisation computes it, once in each forward
-    if weight is not None and x.is_cpu and x.dim() == 4 and weight.is_contiguous() and "_conv_forward" not in vars(module) and not transformed():
+    if weight is not None and x.is_cpu and x.dim() == 4 and weight.is_contiguous() and "_conv_forward" not in vars(module):
         call = x, weight, module.bias, module.stride, module.padding
         if module.padding_mode == "zeros" and module.dilation == (1, 1) and module.groups == 1 and not isinstance(module.padding, str):
             for way in (patches, rows):
                 if way.serves(*call):
                     return way.convolution(*call)
-        if x.dtype is torch.bfloat16 or INTEL and x.dtype is not torch.float32:
+        if (x.dtype is torch.bfloat16 or INTEL and x.dtype is not torch.float32) and not transformed():
             pictures = x.shape[0] * x.shape[2] * x.shape[3] * (x.shape[1] + weight.shape[0])
             wide = not INTEL or weight.numel() <= WEIGHTS_PER_PICTURE * pictures
             x = x.contiguous(memory_format=torch.channels_last if wide else torch.contiguous_format)

@@ -54,8 +54,9 @@ def untouched(module: nn.Module) -> bool:
     """Nothing observes or replaces this instance's forward: no hook of any kind, no forward on the instance (as offloading puts there), none for all of
     its class."""
     own = module.__dict__
-    return as_made(type(module)) and not (own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own
-                or _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks)
+    return as_made(type(module)) and not (
+        own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own
+        or _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks)
 
 
 def plain_linear(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from fusewire.kernels import checks
 from fusewire.kernels.adaln.op import gate_residual
 from fusewire.kernels.autograd import fused
-from fusewire.kernels.dispatch import Backend, Table, always, transformed, unrecorded
+from fusewire.kernels.dispatch import Backend, Table, always, recording, unrecorded
 from fusewire.kernels.gated_mlp.op import geglu, swiglu
 from fusewire.kernels.library import define
 from fusewire.kernels.linear import gradients, native, reference, triton_limits
@@ -49,8 +49,7 @@ def _cpu(x, weight, bias, activation, gate, residual, exact) -> torch.Tensor:
         return gradients.bias_activation.by_cpu(F.linear(x, weight), bias, activation)
     if native.onednn_serves(x, weight, activation, gate, residual):
         # Where the call may be differentiated or traced the registered op, which has a formula; the bare call elsewhere.
-        recorded = torch.compiler.is_compiling() or torch.is_grad_enabled() or transformed()
-        y = (_onednn_op if recorded else native.onednn)(x, weight, bias, activation)
+        y = (_onednn_op if recording() else native.onednn)(x, weight, bias, activation)
         if residual is None:
             return y
         return residual + y if gate is None else gate_residual(residual, y, gate, numerics="close")

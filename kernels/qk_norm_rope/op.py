@@ -248,8 +248,8 @@ def qk_norm_into(q, k, q_weight, k_weight, q_out, k_out, *, q_bias=None, k_bias=
             counters move) and must overlap neither each other nor the inputs, unless q_out is q and k_out is k.
         Everything else as in ``qk_norm_rope``.
 
-    Where a gradient is wanted, or forward mode is at work, the result is copied into the outputs, so that it flows. So it is without ``rope`` after a norm that is not an RMS norm
-    of each head, with tables by sample or narrower than the head, and with a complex ``rope`` in ``"exact"``.
+    Where a gradient is wanted, or forward mode is at work, the result is copied into the outputs, so that it flows. So it is without ``rope`` after a
+    norm that is not an RMS norm of each head, with tables by sample or narrower than the head, and with a complex ``rope`` in ``"exact"``.
     Raises: as ``qk_norm_rope``; also for an output whose shape, dtype, device or strides do not fit, or that overlaps another tensor.
     """
     exact = is_exact(numerics)

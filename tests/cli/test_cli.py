@@ -4,26 +4,13 @@ import json
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from fusewire.cli import app
 from fusewire.presets import PRESETS
 from fusewire.profile.memory import LIMITS
+from tests.cli.runner import run
 from tests.spoil import spoil
-from tests.tiny import tiny_pipeline
 
 COMMANDS = ("demo", "swap", "parity", "profile", "bench", "doctor")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pipes") / "tiny-sd3"
-    tiny_pipeline().save_pretrained(path)
-    return str(path)
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, list(arguments))
 
 
 def answer(result):

@@ -6,18 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from fusewire import doctor
-from fusewire.cli import app
 from fusewire.kernels.library import CPU
+from tests.cli.runner import run
 from tests.spoil import spoil
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_table_and_json():
-    shown, data = CliRunner().invoke(app, ["doctor"]), CliRunner().invoke(app, ["doctor", "--json"])
+    shown, data = run("doctor"), run("doctor", "--json")
     assert shown.exit_code == data.exit_code == 0
     found = json.loads(data.stdout)
     assert [row["backend"] for row in found["backends"]] == ["reference", "cpu", "triton", "cuda"]
@@ -49,7 +48,7 @@ def test_a_library_that_computes_wrongly_is_broken(monkeypatch):
     monkeypatch.setattr(doctor, "cpu_isa", lambda: "avx2")
     found = doctor.diagnose()
     assert not found.ok and found.backends[1].state.startswith("broken")
-    assert CliRunner().invoke(app, ["doctor"]).exit_code == 1
+    assert run("doctor").exit_code == 1
 
 
 @pytest.mark.parametrize("version, remark", [("2.9.1", "older than >=2.10"), ("2.10.0+cpu", ""), ("2.13.5", ""), ("2.14.0", "newer than tested"),

@@ -7,27 +7,20 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from fusewire import targets
-from fusewire.cli import app
 from fusewire.errors import BadInput
 from fusewire.folders import check_vocabulary, open_encoder, safetensors_header
+from tests.cli.runner import run
 from tests.tiny import tiny_pipeline
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    path = tmp_path_factory.mktemp("saved") / "tiny-sd3"
-    tiny_pipeline().save_pretrained(path)
-    return path
-
-
 @pytest.fixture
-def folder(saved, tmp_path):
-    return shutil.copytree(saved, tmp_path / "tiny-sd3")
+def folder(folder, tmp_path):
+    """One that a test may change."""
+    return shutil.copytree(folder, tmp_path / "tiny-sd3")
 
 
 def edit(path, change):
@@ -135,7 +128,7 @@ DAMAGE = {
 def test_damage(folder, name):
     damage, message = DAMAGE[name]
     damage(folder)
-    result = CliRunner().invoke(app, ["swap", "--dry-run", str(folder)])
+    result = run("swap", "--dry-run", str(folder))
     assert result.exit_code == 2, result.output
     assert message in result.stderr and result.stderr.count("\n") == 1 and "Traceback" not in result.output, result.stderr
     assert str(folder) not in result.stderr

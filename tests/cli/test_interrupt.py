@@ -9,29 +9,16 @@ import threading
 import time
 
 import pytest
-from typer.testing import CliRunner
 
 import fusewire
 from fusewire import targets
-from fusewire.cli import app
 from fusewire.interrupt import undisturbed
-from tests.tiny import tiny_pipeline
+from tests.cli.runner import run
 
 # A shell's background job, such as these tests may be part of, hands on SIGINT as ignored
 CODE = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from fusewire.cli import main; print('ready', flush=True); main()"
 SHORT = ("--preset", "sd3.5-tiny", "--dtype", "fp32", "--steps", "2", "--seeds", "1", "--rounds", "1", "--no-compile")
 OTHERS = ["profile of tiny-sd3, float32", "parity of sd3.5-tiny, float32", "profile of sd3.5-tiny, float32"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pipes") / "tiny-sd3"
-    tiny_pipeline().save_pretrained(path)
-    return str(path)
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, list(arguments))
 
 
 def interrupt(monkeypatch, name, at=1):

@@ -7,15 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from fusewire.cli import app
 from fusewire.demo import check_out
 from fusewire.errors import BadInput
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, list(arguments))
+from tests.cli.runner import run
 
 
 def one_line(result, *words):

@@ -14,6 +14,8 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 
 import fusewire
+from fusewire import ops
+from fusewire.kernels.library import CPU
 from fusewire.swap.fused import stock_of
 from tests.models import stock_sd3, stock_unet
 
@@ -41,7 +43,9 @@ def test_exact_over_close_is_exact(model):
     rounded, classes = output(model, given), [type(part) for part in model.modules()]
     assert not torch.equal(rounded, want)
     exact = fusewire.swap(model, "exact")
+    ops.reset_stats()
     assert torch.equal(output(model, given), want) and numerics_of(model) == {"exact"}
+    assert not CPU.loaded or any(counts["cpu"] for counts in ops.stats().values() if "cpu" in counts)
     assert any(entry.op == "stock again" and "'close'" in entry.reason for entry in exact.report.noted)
     exact.restore()
     assert [type(part) for part in model.modules()] == classes and torch.equal(output(model, given), rounded)

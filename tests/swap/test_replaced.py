@@ -16,6 +16,7 @@ from fusewire.errors import NothingToDo
 from fusewire.kernels.library import CPU
 from fusewire.swap.report import SwapError
 from tests.models import stock_unet
+from tests.swap.trajectories import fused_steps
 
 
 def autoencoder(**config) -> AutoencoderKL:
@@ -52,6 +53,9 @@ def test_a_method_of_a_scheduler(cls, name, numerics):
         fusewire.swap(replaced(), numerics)
     scheduler, after = replaced(), cls()
     fusewire.swap(after, numerics)
+    ops.reset_stats()
+    trajectory(after)
+    assert fused_steps() == 6  # until something is replaced
     if name != "step":
         setattr(after, name, (lambda original: lambda *args, **kwargs: original(*args, **kwargs) * 0.5)(getattr(after, name)))
         assert torch.equal(trajectory(after), want)
@@ -73,7 +77,8 @@ def test_seamless_tiling(first, dtype):
     vae, z = autoencoder().to(dtype).eval(), torch.randn(1, 4, 16, 16).to(dtype)
     if first:
         tile(vae)
-    with fusewire.swapped(vae, "close"), torch.no_grad():
+    with fusewire.swapped(vae, "close") as handle, torch.no_grad():
+        assert sum(entry.op == "convolution" for entry in handle.report.swapped) >= 8
         tile(vae)
         plain, rolled = vae.decode(z).sample, vae.decode(z.roll((5, 3), (2, 3))).sample
     assert (rolled.roll((-5, -3), (2, 3)) - plain).abs().max() <= 16 * torch.finfo(dtype).eps * plain.abs().max()
@@ -125,7 +130,10 @@ def test_weights_that_are_computed_are_computed_once(part, change, numerics, fir
         if numerics and first:
             fusewire.swap(vae, numerics)
         torch.manual_seed(1)
-        return vae.decode(torch.randn(1, 4, 8, 8)).sample
+        ops.reset_stats()
+        decoded = vae.decode(torch.randn(1, 4, 8, 8)).sample
+        assert not CPU.loaded or bool(ops.stats()["group_norm_silu"]["cpu"]) is bool(numerics)
+        return decoded
 
     got, want = run(numerics), run(None)
     if numerics == "exact":

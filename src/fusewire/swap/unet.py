@@ -112,8 +112,9 @@ def candidates(name: str, instance, how: How) -> Iterator[Candidate]:
     if stock in GROUP_NORMS:
         norm = getattr(instance, GROUP_NORMS[stock], None)
         if norm is not None:
-            reason = f"{described(norm)} is not a GroupNorm" if (stock_of(norm) or type(norm)) is not nn.GroupNorm else ""
-            reason = reason if as_made(nn.GroupNorm) else REPLACED.format("GroupNorm")
+            reason = "" if as_made(nn.GroupNorm) else REPLACED.format("GroupNorm")
+            if (stock_of(norm) or type(norm)) is not nn.GroupNorm:
+                reason = f"{described(norm)} is not a GroupNorm"
             yield candidate(f"{dot}{GROUP_NORMS[stock]}", norm, ("group_norm_silu",), how, reason)
     if stock is ResnetBlock2D:
         yield candidate(name or "block", instance, ("group_norm_silu",), how, unknown_forward(RESNET))

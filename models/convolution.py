@@ -32,4 +32,6 @@ def convolution(module: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
             pictures = x.shape[0] * x.shape[2] * x.shape[3] * (x.shape[1] + weight.shape[0])
             wide = not INTEL or weight.numel() <= WEIGHTS_PER_PICTURE * pictures
             x = x.contiguous(memory_format=torch.channels_last if wide else torch.contiguous_format)
+        elif x.dtype is torch.float32:  # channels-last where one of ours came before
+            x = x.contiguous()
     return nn.Conv2d.forward(module, x)

@@ -50,26 +50,56 @@ class TileScope {
   alignas(64) uint8_t before_[64];
 };
 
+// One step of the products, into tiles 0-3. Parts of the left operand `a` lie `a_part` bytes apart, those of the right one, `b`, beside each other.
 // Loads stand right before the first product that needs them: the next ones are under way while the products run.
 #define FUSEWIRE_AMX_LOAD(tile, from) _tile_loadd(tile, from, 64)
 #define FUSEWIRE_AMX_NEW_A(part)                                                              \
-  FUSEWIRE_AMX_LOAD(4, a + (part) * kPartBytes);                                              \
+  FUSEWIRE_AMX_LOAD(4, a + (part) * a_part);                                                  \
   _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);                                           \
-  FUSEWIRE_AMX_LOAD(5, a + (part) * kPartBytes + kTileBytes);                                 \
+  FUSEWIRE_AMX_LOAD(5, a + (part) * a_part + kTileBytes);                                     \
   _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7)
 #define FUSEWIRE_AMX_NEW_B(part)                                                              \
   FUSEWIRE_AMX_LOAD(6, b + (part) * kPartBytes);                                              \
   _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(2, 5, 6);                                           \
   FUSEWIRE_AMX_LOAD(7, b + (part) * kPartBytes + kTileBytes);                                 \
   _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(3, 5, 7)
-#define FUSEWIRE_AMX_NEW(a_part, b_part)                                                      \
-  FUSEWIRE_AMX_LOAD(6, b + (b_part) * kPartBytes);                                            \
-  FUSEWIRE_AMX_LOAD(4, a + (a_part) * kPartBytes);                                            \
+#define FUSEWIRE_AMX_NEW(a_at, b_at)                                                          \
+  FUSEWIRE_AMX_LOAD(6, b + (b_at) * kPartBytes);                                              \
+  FUSEWIRE_AMX_LOAD(4, a + (a_at) * a_part);                                                  \
   _tile_dpbf16ps(0, 4, 6);                                                                    \
-  FUSEWIRE_AMX_LOAD(7, b + (b_part) * kPartBytes + kTileBytes);                               \
+  FUSEWIRE_AMX_LOAD(7, b + (b_at) * kPartBytes + kTileBytes);                                 \
   _tile_dpbf16ps(1, 4, 7);                                                                    \
-  FUSEWIRE_AMX_LOAD(5, a + (a_part) * kPartBytes + kTileBytes);                               \
+  FUSEWIRE_AMX_LOAD(5, a + (a_at) * a_part + kTileBytes);                                     \
   _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7)
+
+// Every product but high.high, of two operands in three parts.
+#define FUSEWIRE_AMX_LOWER                                                                    \
+  FUSEWIRE_AMX_NEW(0, 2);                                                                     \
+  FUSEWIRE_AMX_NEW_B(1);                                                                      \
+  FUSEWIRE_AMX_NEW_A(1);                                                                      \
+  FUSEWIRE_AMX_NEW_B(0);                                                                      \
+  FUSEWIRE_AMX_NEW_A(2)
+
+// Those of two parts: high.low, high.high, low.high; each load serves as many products as can be. `WHOLE`: low.low too.
+#define FUSEWIRE_AMX_HALVES                                                                   \
+  FUSEWIRE_AMX_NEW(0, 1);                                                                     \
+  FUSEWIRE_AMX_NEW_B(0);                                                                      \
+  FUSEWIRE_AMX_NEW_A(1)
+#define FUSEWIRE_AMX_WHOLE                                                                    \
+  FUSEWIRE_AMX_NEW(1, 1);                                                                     \
+  FUSEWIRE_AMX_NEW_A(0);                                                                      \
+  FUSEWIRE_AMX_NEW_B(0);                                                                      \
+  FUSEWIRE_AMX_NEW_A(1)
+
+#define FUSEWIRE_AMX_STEP(parts)                                                              \
+  if constexpr ((parts) == 1) {                                                               \
+    FUSEWIRE_AMX_NEW(0, 0);                                                                   \
+  } else if constexpr ((parts) == 2) {                                                        \
+    FUSEWIRE_AMX_HALVES;                                                                      \
+  } else {                                                                                    \
+    FUSEWIRE_AMX_LOWER;                                                                       \
+    FUSEWIRE_AMX_NEW_A(0);                                                                    \
+  }
 
 // Memory that will be needed soon, brought into the second-level cache a few lines at a time.
 struct Ahead {
@@ -80,14 +110,6 @@ struct Ahead {
   }
 };
 
-// Every product but high.high, of two operands in three parts.
-#define FUSEWIRE_AMX_LOWER                                                                    \
-  FUSEWIRE_AMX_NEW(0, 2);                                                                     \
-  FUSEWIRE_AMX_NEW_B(1);                                                                      \
-  FUSEWIRE_AMX_NEW_A(1);                                                                      \
-  FUSEWIRE_AMX_NEW_B(0);                                                                      \
-  FUSEWIRE_AMX_NEW_A(2)
-
 // c[32][32] (+)= a . b over `steps` steps. Operands: [step][part][2 tiles][1024 bytes]. Every element is
 // summed in one order, whatever its neighbours. `lower_first`: the small products of all steps before the large ones, so that fewer sums
 // are rounded at full size; for results that an exponential will magnify.
@@ -96,6 +118,7 @@ template <int parts, bool lower_first = false, bool whole = false>
 [[gnu::always_inline]] inline void multiply_block(const char* a, const char* b, int64_t steps, float* c, int64_t row_floats, bool first,
                                                   Ahead ahead = {nullptr, 0}) {
   const int64_t stride = row_floats * sizeof(float);
+  constexpr int64_t a_part = kPartBytes;
   asm volatile("" ::: "memory");  // as in TileScope
   if (first) {
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
@@ -110,22 +133,12 @@ template <int parts, bool lower_first = false, bool whole = false>
   }
   for (int64_t s = 0; s < steps; ++s, a += parts * kPartBytes, b += parts * kPartBytes) {
     ahead.fetch();
-    if constexpr (parts == 1) {
-      FUSEWIRE_AMX_NEW(0, 0);
-    } else if constexpr (parts == 2) {  // high.low, high.high, low.high: each load serves as many products as can be
-      if constexpr (whole) {
-        FUSEWIRE_AMX_NEW(1, 1);
-        FUSEWIRE_AMX_NEW_A(0);
-      } else {
-        FUSEWIRE_AMX_NEW(0, 1);
-      }
-      FUSEWIRE_AMX_NEW_B(0);
-      FUSEWIRE_AMX_NEW_A(1);
-    } else if constexpr (lower_first) {
+    if constexpr (parts == 2 && whole) {
+      FUSEWIRE_AMX_WHOLE;
+    } else if constexpr (parts == 3 && lower_first) {
       FUSEWIRE_AMX_NEW(0, 0);
     } else {
-      FUSEWIRE_AMX_LOWER;
-      FUSEWIRE_AMX_NEW_A(0);
+      FUSEWIRE_AMX_STEP(parts);
     }
   }
   _tile_stored(0, c, stride); _tile_stored(1, c + 16, stride);

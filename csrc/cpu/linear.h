@@ -33,6 +33,10 @@ struct LinearBlock { int64_t row, rows, col, cols; };
 constexpr int64_t kLinearRows = 1302, kLinearCols = 256;  // the largest block: more rows' sums would leave the second-level cache
 constexpr int64_t kLinearManyRows = 448;  // against which packing a weight does not count
 
+// The call on vectors, cut into blocks for all threads; and a part of it by this thread alone.
+void linear_on_vectors(const LinearCall&, ScalarKind type);
+void linear_part_on_vectors(const LinearCall&, LinearBlock, ScalarKind type);
+
 FUSEWIRE_DECLARE(int64_t, linear_panel, ())    // a block's columns should be a multiple of it
 FUSEWIRE_DECLARE(int64_t, linear_scratch, (int64_t rows, int64_t cols))  // floats that linear_block needs, 64-byte aligned
 FUSEWIRE_DECLARE(void, linear_block, (const LinearCall&, const LinearBlock&, float* scratch, float))

@@ -1,6 +1,9 @@
 """A convolution as one product, whose patches are gathered where they are multiplied: nothing is unfolded in memory.
 
-For Intel without AMX (native.WIDENED), in 16 bits: there oneDNN convolves SD1.5's and its autoencoder's shapes at half the rate of these products, in
+On AMX (csrc/cpu/amx_convolution.cpp): by strides of 1, where it is up to 2.5 times as fast as oneDNN's in bfloat16, 2 in float32, 5 in float16
+(benchmarks/results/convolutions.json), and in float32 errs a fifth as much.
+
+On Intel without AMX (native.WIDENED): in 16 bits, where oneDNN convolves SD1.5's and its autoencoder's shapes at half the rate of these products, in
 float32 at more (benchmarks/results/xeon-avx512/convolutions.json). Where the weight outweighs the picture, each of its numbers, which lie a tap apart, is
 packed for few pixels: patches.py is faster there.
 """
@@ -35,10 +38,15 @@ _why_not_library = CPU.why_not("conv_rows")
 
 def serves(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> bool:
     """Whether ``convolution`` is worth it: for x [B, C, H, W], a contiguous weight [O, C, kh, kw] and a bias [O] or None that are not trained."""
-    if not native.WIDENED or x.dtype not in DTYPES or _why_not_library or not may_serve(x, weight, bias):
+    tiles = native.ISA == "amx"
+    if not (tiles or native.WIDENED) or x.dtype not in (*DTYPES, torch.float32)[:2 + tiles] or _why_not_library or not may_serve(x, weight, bias):
+        return False
+    # One tap of a picture that lies channels-last is a product whose rows oneDNN reads as they are.
+    if tiles and (stride != (1, 1) or x.dtype is torch.bfloat16 and weight.shape[2:].numel() == 1):
         return False
     # By the sample, not by the batch: whether a sample is in a batch must not change its result.
-    return x.shape[1] >= CHANNELS and weight.shape[0] >= OUTPUTS and math.prod(out_sizes(x, weight, stride, padding)) >= PIXELS
+    outputs = 1 if x.dtype is torch.float32 else OUTPUTS  # oneDNN's float32 would want the picture contiguous first
+    return x.shape[1] >= CHANNELS and weight.shape[0] >= outputs and math.prod(out_sizes(x, weight, stride, padding)) >= PIXELS
 
 
 def convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> torch.Tensor:

@@ -29,6 +29,7 @@ def test_against_float64(dtype, shape, intel, monkeypatch):
         pytest.skip("PyTorch's own product serves float32 on Intel")
     if not intel:
         monkeypatch.setattr(native, "WIDENED", False)
+        monkeypatch.setattr(native, "ISA", "avx512")
     for room in (convolution, patches):
         monkeypatch.setattr(room, "INTEL", intel)
     for options in ({}, {"stride": 2}, {"bias": False}, {"padding": "same"}, {"dilation": 2, "padding": 2}, {"padding_mode": "circular"},
@@ -58,6 +59,7 @@ def test_which_form(monkeypatch):
 @pytest.mark.parametrize("channels, size, dtype, way", [(320, 8, torch.bfloat16, patches), (64, 20, torch.bfloat16, rows), (64, 20, torch.float16, rows),
                                                         (64, 20, torch.float32, None), (12, 20, torch.bfloat16, None)])
 def test_which_form_on_an_intel_without_amx(channels, size, dtype, way, monkeypatch):
+    monkeypatch.setattr(native, "ISA", "avx512")
     monkeypatch.setattr(native, "WIDENED", True)
     monkeypatch.setattr(patches, "INTEL", True)
     called = []
@@ -67,6 +69,14 @@ def test_which_form_on_an_intel_without_amx(channels, size, dtype, way, monkeypa
     y = convolution.convolution(module, x)
     assert called == ([way] if way else [])
     assert_close(y, torch.nn.functional.conv2d(x.double(), module.weight.double(), module.bias.double(), padding=1), module(x))
+
+
+@pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
+def test_float32_is_contiguous_for_pytorch(monkeypatch):
+    """oneDNN's float32 convolutions of channels-last pictures, as ours leave them, err several times as much."""
+    monkeypatch.setattr(native, "ISA", "avx512")
+    module, x = nn.Conv2d(64, 64, 3, stride=2, padding=1).requires_grad_(False), torch.randn(2, 64, 20, 20)
+    assert_exact(convolution.convolution(module, x.contiguous(memory_format=torch.channels_last)), module(x))
 
 
 def test_weights_that_are_channels_last_stay_the_users_choice():

@@ -124,6 +124,7 @@ def test_when_it_is_chosen(monkeypatch):
     def serves(x=x, weight=weight, bias=bias):
         return rows.serves(x, weight, bias, *SAME)
 
+    monkeypatch.setattr(native, "ISA", "avx512")
     monkeypatch.setattr(native, "WIDENED", False)
     assert not serves()
     monkeypatch.setattr(native, "WIDENED", True)
@@ -141,6 +142,42 @@ def test_when_it_is_chosen(monkeypatch):
         trained.requires_grad_(False)
     with torch.autocast("cpu", torch.bfloat16):
         assert not serves()
+
+
+def test_when_it_is_chosen_with_amx(monkeypatch):
+    monkeypatch.setattr(native, "ISA", "amx")
+    monkeypatch.setattr(native, "WIDENED", False)
+    for dtype in DTYPES:
+        assert rows.serves(*picture(dtype), *SAME) and not rows.serves(*picture(dtype), (2, 2), (1, 1))
+        assert not rows.serves(*picture(dtype, channels=63), *SAME)
+        assert rows.serves(*picture(dtype, outputs=4), *SAME) is (dtype is torch.float32)
+        assert rows.serves(*picture(dtype, kernel=(1, 1)), (1, 1), (0, 0)) is (dtype is not torch.bfloat16)
+    assert not rows.serves(*picture(torch.float64), *SAME)
+
+
+@pytest.mark.parametrize("where", ("a pixel", "a pixel of every sample", "an output's weights"))
+@pytest.mark.parametrize("value", (3.4e38, 1e-30, 0.0))
+def test_what_does_not_split(value, where):
+    """Numbers so large or so small that they are no sum of three bfloat16: as good as stock, and the rest of the batch keeps its bits."""
+    x, weight, bias = picture(torch.float32, batch=3)
+    plain = convolution(x, weight, bias, *SAME)
+    if where == "a pixel":
+        x[1, :, 5, 4] = value
+    elif where == "an output's weights":
+        weight[35] = value / 1e3
+    else:
+        x[:, :, 0, 0] = value
+    got = check(x, weight, bias, *SAME)
+    if where == "a pixel":
+        assert_exact(got[::2], plain[::2])
+    if where == "an output's weights":
+        assert_exact(got[:, :32], plain[:, :32])
+
+
+def test_a_picture_in_bands():
+    """More pixels than are packed at a time; more panels and blocks than a task has."""
+    check(*picture(torch.float32, 1, (150, 161), 130, 300), *SAME)
+    check(*picture(torch.bfloat16, 1, (140, 300), 230, 150, (3, 1)), (1, 1), (1, 0))
 
 
 @pytest.mark.parametrize("level", ISA_LEVELS[:-1])

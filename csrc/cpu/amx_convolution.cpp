@@ -19,13 +19,6 @@ template <int parts>
 constexpr int64_t kSlice = parts == 1 ? 16 : parts == 2 ? 5 : 2;
 constexpr int64_t kSumBytes = 768 << 10;
 
-template <typename F>
-static auto with_type(ScalarKind type, F&& f) {
-  if (type == ScalarKind::bf16) return f(bfloat16{});
-  if (type == ScalarKind::f16) return f(float16{});
-  return f(float{});
-}
-
 // Where things lie. Packed pixels: [step of 32 channels][part][padded row][padded column][units].
 struct Layout {
   explicit Layout(const LinearCall& c) : p(*c.picture), taps(p.taps()), steps((p.channels + kStep - 1) / kStep), width(p.width + 2 * p.pad_w) {}

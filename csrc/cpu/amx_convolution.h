@@ -12,7 +12,7 @@ struct ConvolutionBand { int64_t sample, row, rows; };
 struct ConvolutionTask { int64_t block, end, panel, panel_end; };
 
 constexpr int64_t kConvolutionBlock = 32;
-constexpr int64_t kConvolutionBandBytes = 16 << 20;  // of packed pixels: a band is as high as they allow
+constexpr int64_t kConvolutionBandBytes = 32 << 20;  // of packed pixels: a band is as high as they allow
 constexpr int64_t kConvolutionPanels = 4;            // the most of a task: the more, the less often pixels come from the last cache
 
 bool convolution_serves(const LinearCall&);  // strides of 1, as many channels as fill a tile

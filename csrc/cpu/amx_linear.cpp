@@ -21,13 +21,6 @@ static_assert(kLinearBlock == kSide);
 
 inline int64_t steps_of(int64_t inputs) { return (inputs + kStep - 1) / kStep; }
 
-template <typename F>
-static auto with_type(ScalarKind type, F&& f) {
-  if (type == ScalarKind::bf16) return f(bfloat16{});
-  if (type == ScalarKind::f16) return f(float16{});
-  return f(float{});
-}
-
 int64_t linear_packed_bytes(int64_t inputs, ScalarKind type) {
   return with_type(type, [&](auto t) {
     constexpr int parts = parts_of<decltype(t)>;

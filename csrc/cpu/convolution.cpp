@@ -15,9 +15,9 @@ static void on_tiles(const LinearCall& call, ScalarKind type) {
   const Picture& picture = *call.picture;
   const int64_t threads = torch::stable::get_num_threads(), enough = 3 * threads;
   const int64_t block = amx::kConvolutionBlock, panels = (call.outputs + block - 1) / block, samples = call.rows / picture.pixels();
-  // Bands as high as memory allows, and as equal as can be
-  const int64_t row_bytes = amx::convolution_pixel_bytes(call, 1, type);
-  const int64_t most = std::clamp<int64_t>(amx::kConvolutionBandBytes / row_bytes, 1, picture.out_height);
+  // Bands as high as memory allows, and as equal as can be: for each the weights are packed anew
+  const int64_t least = amx::convolution_pixel_bytes(call, 1, type), row_bytes = (amx::convolution_pixel_bytes(call, 33, type) - least) / 32;
+  const int64_t most = std::clamp<int64_t>(1 + (amx::kConvolutionBandBytes - least) / row_bytes, 1, picture.out_height);
   const int64_t bands = (picture.out_height + most - 1) / most, height = (picture.out_height + bands - 1) / bands;
   // Tasks of a few panels; where panels are few, or their sums would not fit, pixels are shared out too, though each task packs its weights.
   const int64_t widest = type == ScalarKind::bf16 ? amx::kConvolutionPanels : amx::kConvolutionPanels / 2;

@@ -71,15 +71,6 @@ static void part_on_vectors(const LinearCall& call, LinearBlock b) {
   }
 }
 
-template <typename F>
-static void with_type(ScalarKind type, F&& f) {
-  switch (type) {
-    case ScalarKind::f32: return f(float{});
-    case ScalarKind::bf16: return f(bfloat16{});
-    case ScalarKind::f16: return f(float16{});
-  }
-}
-
 void linear_on_vectors(const LinearCall& call, ScalarKind type) {
   with_type(type, [&](auto t) { on_vectors<decltype(t)>(call); });
 }

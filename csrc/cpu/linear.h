@@ -13,6 +13,17 @@ enum class Activation : int { none, gelu_tanh, silu };
 
 enum class ScalarKind : int { f32, bf16, f16 };
 
+// f of a value of that type
+template <typename F>
+auto with_type(ScalarKind type, F&& f) {
+  switch (type) {
+    case ScalarKind::bf16: return f(bfloat16{});
+    case ScalarKind::f16: return f(float16{});
+    case ScalarKind::f32: break;
+  }
+  return f(float{});
+}
+
 // out = act(x @ weight.T + bias), or residual + gate * (x @ weight.T + bias). All tensors have one dtype; out [rows, n] is contiguous.
 struct LinearCall {
   LeadingRows x;

@@ -16,6 +16,8 @@ constexpr int64_t kChunk = parts == 1 ? 48 : 16;  // steps
 template <int parts>
 constexpr int64_t kSteps = parts == 1 ? 8 : 16;   // of a slice
 constexpr int64_t kGroup = 8;                     // blocks of rows
+// Few rows, in bfloat16: as long a piece of all of them as stays in the second-level cache, and no longer than a panel of weights may be.
+constexpr int64_t kFewBlocks = 16, kFewBytes = 1280 << 10, kFewSteps = 96;
 
 static_assert(kLinearBlock == kSide);
 
@@ -31,7 +33,7 @@ int64_t linear_packed_bytes(int64_t inputs, ScalarKind type) {
 int64_t linear_scratch_bytes(int64_t rows, int64_t cols, ScalarKind type) {
   const int64_t blocks = (rows + kSide - 1) / kSide, panels = (cols + kSide - 1) / kSide;
   const int64_t panel = with_type(type, [](auto t) { return kChunk<parts_of<decltype(t)>> * parts_of<decltype(t)> * kPartBytes; });
-  return panels * panel + blocks * panels * kSide * kSide * sizeof(float);
+  return std::max(panels * panel, kFewSteps * kPartBytes) + blocks * panels * kSide * kSide * sizeof(float);
 }
 
 // Rows that lie side by side in memory, as they do in a transposed operand: 32 elements of each, from `x` on, as contiguous rows. Every cache line is read
@@ -98,8 +100,9 @@ static uint32_t pack_rows(const LinearCall& c, int64_t row, int64_t blocks, char
   return bad;
 }
 
-// Elements [k, k + steps * 32) of the 32 weight rows from `weight` on, as the right-hand operand: units across the rows of a tile.
-template <typename T>
+// Elements [k, k + steps * 32) of the 32 weight rows from `weight` on, as the right-hand operand: units across the rows of a tile. `ahead`: the next 32
+// rows are fetched meanwhile, which lie too far apart for the processor to foresee it.
+template <typename T, bool ahead = true>
 static void pack_weight(const LinearCall& c, const T* weight, int64_t rows, int64_t k, int64_t steps, char* packed, Range& range) {
   constexpr int parts = parts_of<T>;
   const bool side_by_side = c.weight_row == 1 && c.weight_col != 1;
@@ -114,9 +117,8 @@ static void pack_weight(const LinearCall& c, const T* weight, int64_t rows, int6
         if (n < rows && side_by_side) {
           units_of<parts>(static_cast<const T*>(square[n]), units, range);
         } else if (n < rows) {
-          // The row 32 further on: rows lie too far apart for the processor to foresee it.
           const char* next = reinterpret_cast<const char*>(weight + (n + kSide) * c.weight_row + k * c.weight_col);
-          for (int64_t line = 0; line < kStep * static_cast<int64_t>(sizeof(T)); line += 64) _mm_prefetch(next + line, _MM_HINT_T1);
+          for (int64_t line = 0; ahead && line < kStep * static_cast<int64_t>(sizeof(T)); line += 64) _mm_prefetch(next + line, _MM_HINT_T1);
           units_of<parts>(weight + n * c.weight_row + k * c.weight_col, c.weight_col, c.inputs - k, units, range);
         } else {
           std::fill_n(units, parts, _mm512_setzero_si512());
@@ -132,11 +134,77 @@ static void pack_weight(const LinearCall& c, const T* weight, int64_t rows, int6
   }
 }
 
+// Rows of a weight that will be packed next, a few lines at a time.
+struct RowsAhead {
+  const char* row;
+  int64_t stride, lines, at = 0;  // lines: of a row
+  void fetch(int64_t count) {
+    for (; count > 0; --count) {
+      _mm_prefetch(row + at * 64, _MM_HINT_T1);
+      if (++at == lines) at = 0, row += stride;
+    }
+  }
+};
+
+// Few rows: all of them stay in the second-level cache while one panel of weights after another is packed and multiplied, and the next one fetched. The
+// weight's way through memory is what takes the time.
+static void columns_of_few_rows(const LinearCall& c, const LinearBlock& b, const char* packed, char* scratch) {
+  constexpr int64_t part = kSteps<1>, a_part = kPartBytes, square = kSide * kSide, stride = kSide * sizeof(float);
+  const int64_t steps = steps_of(c.inputs), blocks = (b.rows + kSide - 1) / kSide, panels = (b.cols + kSide - 1) / kSide;
+  const int64_t fit = std::clamp(kFewBytes / (blocks * kPartBytes), part, kFewSteps), slices = (steps + fit - 1) / fit;
+  const int64_t slice = ((steps + slices - 1) / slices + part - 1) / part * part;  // as equal as can be
+  char* const panel = scratch;
+  float* const sums = reinterpret_cast<float*>(scratch + kFewSteps * kPartBytes);  // [panels][blocks][32][32], of one panel where all steps are one slice
+  const bfloat16* const weight = static_cast<const bfloat16*>(c.weight) + b.col * c.weight_row;
+  Range unused;
+  const TileScope tiles;
+  for (int64_t first = 0; first < steps; first += slice) {
+    const int64_t end = std::min(first + slice, steps);
+    for (int64_t n = 0; n < panels; ++n) {
+      const int64_t rows = std::min(kSide, b.cols - n * kSide);
+      float* const of_panel = sums + (slices > 1 ? n * blocks * square : 0);
+      pack_weight<bfloat16, false>(c, weight + n * kSide * c.weight_row, rows, first * kStep, end - first, panel, unused);
+      // What is packed next: the next panel's rows, or the first one's next slice
+      const bool last = n + 1 == panels;
+      const bfloat16* const coming = weight + (last ? 0 : (n + 1) * kSide) * c.weight_row + (last ? end : first) * kStep;
+      RowsAhead ahead{reinterpret_cast<const char*>(coming), c.weight_row * static_cast<int64_t>(sizeof(bfloat16)), end - first};
+      const int64_t lines = c.weight_col != 1 || (last && end == steps) ? 0 : (kSide + blocks - 1) / blocks;
+      for (int64_t i = 0; i < blocks; ++i) {
+        float* const sum = of_panel + i * square;
+        const char* b_at = panel;
+        asm volatile("" ::: "memory");  // as in TileScope
+        if (first == 0) {
+          _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+        } else {
+          _tile_loadd(0, sum, stride); _tile_loadd(1, sum + 16, stride);
+          _tile_loadd(2, sum + 16 * kSide, stride); _tile_loadd(3, sum + 16 * kSide + 16, stride);
+        }
+        for (int64_t s = first; s < end; ++s, b_at += kPartBytes) {
+          const char* const a = packed + ((s / part * blocks + i) * part + s % part) * kPartBytes;
+          const char* const b = b_at;
+          ahead.fetch(lines);
+          FUSEWIRE_AMX_STEP(1);
+        }
+        _tile_stored(0, sum, stride); _tile_stored(1, sum + 16, stride);
+        _tile_stored(2, sum + 16 * kSide, stride); _tile_stored(3, sum + 16 * kSide + 16, stride);
+        asm volatile("" ::: "memory");
+      }
+      if (end < steps) continue;
+      Epilogue<bfloat16> epilogue(c, b.col + n * kSide, rows);
+      for (int64_t r = 0; r < b.rows; ++r) epilogue.row(b.row + r, of_panel + r * kSide);
+    }
+  }
+}
+
 template <typename T>
 static uint32_t columns(const LinearCall& c, const LinearBlock& b, const char* packed, char* scratch) {
   constexpr int parts = parts_of<T>;
   constexpr int64_t step_bytes = parts * kPartBytes, panel_bytes = kChunk<parts> * step_bytes, slice_bytes = kSteps<parts> * step_bytes;
   const int64_t steps = steps_of(c.inputs), blocks = (b.rows + kSide - 1) / kSide, panels = (b.cols + kSide - 1) / kSide;
+  if (parts == 1 && blocks <= kFewBlocks) {
+    columns_of_few_rows(c, b, packed, scratch);
+    return 0;
+  }
   char* const panel = scratch;                                                    // [panels][steps of a chunk]
   float* const sums = reinterpret_cast<float*>(scratch + panels * panel_bytes);   // [blocks][panels][32][32]
   alignas(64) float fresh[kSide * kSide];

@@ -30,10 +30,11 @@ ISA, INTEL = cpu_isa(), cpu_is_intel()
 PYTORCHS = "PyTorch's own product is faster here"
 FEW_TOKENS = 32
 FEW_ROWS = 64  # of x [B, K], as csrc/cpu/linear.h has it: one pass over the weight takes 0.5 of PyTorch's time at one row, 0.3 at two, 0.7 at 64 (Zen 5)
-AMX_TOKENS, AMX_TOKENS_BFLOAT16, AMX_OUTPUTS = 48, 256, 192  # below either, packing the operands takes longer than what the product saves
-# In bfloat16 oneDNN reads x as it lies, ours packs it: with fewer weights ours has 0.3 to 0.9 of oneDNN's rate at 256, 1024 and 4096 tokens, with
-# more 0.9 to 1.0 where they are in the cache, and more than 1.0 in a model, where they are not.
-AMX_INPUTS_BFLOAT16, AMX_WEIGHTS_BFLOAT16 = 1024, 2_000_000
+AMX_TOKENS, AMX_OUTPUTS = 48, 192  # below either, packing the operands takes longer than what the product saves
+# In bfloat16 oneDNN reads x as it lies, ours packs it, which counts where neither the outputs nor the weights are many. With weights that are not in the
+# cache, as in a model, ours has 1.1 to 2.0 times oneDNN's rate from 32 tokens and 768 inputs on, and 0.5 to 1.1 with fewer inputs.
+AMX_TOKENS_BFLOAT16, AMX_INPUTS_BFLOAT16, AMX_WEIGHTS_BFLOAT16 = 32, 768, 2_000_000
+AMX_ROWS_BFLOAT16 = 256  # of the weights' gradient
 WIDENED = INTEL and ISA == "avx512"  # bfloat16 is multiplied as float32, from as many tokens on: with fewer widening the weights takes longer
 WIDENED_TOKENS, WIDENED_INPUTS = 64, 1024  # inputs: of a gradient of the weights
 
@@ -85,12 +86,13 @@ def product_is_pytorchs(x, weight) -> str:
 
 
 def onednn_serves(x, weight, activation, gate, residual) -> bool:
-    """oneDNN is faster in bfloat16, but on AMX for what is large. Gate and residual take a pass of their own, where ``gate_residual`` takes them."""
+    """oneDNN is faster in bfloat16, but for most of a model on AMX. Gate and residual take a pass of their own, where ``gate_residual`` takes them."""
     if x.dtype is not torch.bfloat16 or not ONEDNN_BFLOAT16 or not torch.backends.mkldnn.enabled:
         return False
-    if (ISA == "amx" and activation != "gelu" and x.dim() > 2 and x.shape[-2] >= AMX_TOKENS_BFLOAT16 and weight.shape[0] >= AMX_OUTPUTS
-            and weight.shape[1] >= AMX_INPUTS_BFLOAT16 and weight.numel() >= AMX_WEIGHTS_BFLOAT16):
-        return False
+    outputs, inputs = weight.shape
+    if ISA == "amx" and activation != "gelu" and x.dim() > 2 and outputs >= AMX_OUTPUTS and inputs >= AMX_INPUTS_BFLOAT16:
+        if x.shape[-2] >= AMX_TOKENS_BFLOAT16 and (weight.numel() >= AMX_WEIGHTS_BFLOAT16 or x.shape[-2] <= 2 * outputs):
+            return False
     # A graph serves any number of tokens: its first number must not become a guard, at which a second resolution is traced again.
     if WIDENED and x.dim() > 2 and (torch.compiler.is_compiling() or x.shape[-2] >= WIDENED_TOKENS):
         return False
@@ -163,7 +165,7 @@ def _ours_is_faster(x, rows: int, outputs: int, of_weight: bool) -> bool:
     if ISA != "amx" or not x.is_cpu or outputs < AMX_OUTPUTS or 0 in x.shape:
         return False
     if x.dtype is torch.bfloat16:
-        return of_weight and rows >= AMX_TOKENS_BFLOAT16
+        return of_weight and rows >= AMX_ROWS_BFLOAT16
     return x.dtype in (torch.float32, torch.float16) and rows >= AMX_TOKENS
 
 

@@ -314,6 +314,36 @@ def test_batch_coupling(dtype):
 
 
 @needs_native
+@pytest.mark.parametrize("inputs", (96, 1300, 3210))
+def test_few_rows_and_many(inputs):
+    """batch-coupling: samples that a kernel of few rows serves alone, and one of many together. In AMX's bfloat16: in one slice and in several."""
+    x, weight, bias = layer((5, 210, inputs), 500, torch.bfloat16)
+
+    def library(x):  # whatever `close` would take
+        return torch.ops.fusewire.linear(x, weight, bias, "silu", None, None, False)
+
+    together = library(x)
+    for first in (0, 3):
+        assert_exact(library(x[first:first + 2]), together[first:first + 2])
+        assert_exact(library(x[first:first + 1, :30]), together[first:first + 1, :30])
+    assert_close(together, *(make(x, weight, bias, activation="silu") for make in (in_float64, stock)))
+
+
+def test_what_serves_bfloat16_on_amx(monkeypatch):
+    """Ours but for few tokens, few inputs, and few weights with many tokens; the batch does not choose."""
+    monkeypatch.setattr(native, "ISA", "amx")
+    monkeypatch.setattr(native, "WIDENED", False)
+    monkeypatch.setattr(native, "ONEDNN_BFLOAT16", True)
+
+    def ours(tokens, inputs, outputs, activation="none", batch=1):
+        x, weight = torch.empty(batch, tokens, inputs, dtype=torch.bfloat16), torch.empty(outputs, inputs, dtype=torch.bfloat16)
+        return not native.onednn_serves(x, weight, activation, None, None)
+
+    assert ours(32, 768, 768) and ours(256, 1152, 1152) and ours(4096, 3072, 3072, "gelu_tanh")
+    assert not ours(31, 768, 768, batch=4) and not ours(32, 767, 768) and not ours(4096, 1280, 320) and not ours(256, 1152, 4608, "gelu")
+
+
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_unsplittable(dtype):
     """batch-coupling, nan: infinities, NaN and tiny rows, which AMX's bfloat16 parts cannot hold, come out as stock's and leave other rows alone."""

@@ -19,7 +19,7 @@ template <int parts>
 constexpr int64_t kSlice = parts == 1 ? 16 : parts == 2 ? 5 : 2;
 constexpr int64_t kSumBytes = 768 << 10;
 
-// Where things lie. Packed pixels: [step of 32 channels][part][padded row][padded column][units].
+// Where things lie. Packed pixels: [step of 32 channels][part][sample][padded row][padded column][units].
 struct Layout {
   explicit Layout(const LinearCall& c) : p(*c.picture), taps(p.taps()), steps((p.channels + kStep - 1) / kStep), width(p.width + 2 * p.pad_w) {}
   int64_t seen(int64_t rows) const { return rows + p.kernel_h - 1; }
@@ -92,13 +92,13 @@ int64_t convolution_scratch_bytes(const LinearCall& c, int64_t blocks, int64_t p
 }
 
 template <typename T>
-static bool pack_row(const LinearCall& c, const ConvolutionBand& band, int64_t row, char* packed) {
+static bool pack_row(const LinearCall& c, const ConvolutionBand& band, int64_t sample, int64_t row, char* packed) {
   constexpr int parts = parts_of<T>;
   const Layout layout(c);
   const Picture& p = layout.p;
-  const int64_t part_bytes = layout.pixels(band.rows) * kUnits, y = band.row + row - p.pad_h;
-  const T* const from = static_cast<const T*>(c.x.data) + band.sample * p.x_b + y * p.x_h;
-  char* to = packed + row * layout.width * kUnits;
+  const int64_t pixels = layout.pixels(band.rows), part_bytes = band.samples * pixels * kUnits, y = band.row + row - p.pad_h;
+  const T* const from = static_cast<const T*>(c.x.data) + (band.sample + sample) * p.x_b + y * p.x_h;
+  char* to = packed + (sample * pixels + row * layout.width) * kUnits;
   bool splits = true;
   for (int64_t column = 0; column < layout.width; ++column, to += kUnits) {
     const int64_t x = column - p.pad_w;
@@ -202,8 +202,8 @@ static uint32_t multiply(const LinearCall& c, const ConvolutionBand& band, const
   constexpr int64_t square = kSide * kSide;
   const Layout layout(c);
   const Picture& p = layout.p;
-  const int64_t blocks = task.end - task.block, panels = task.panel_end - task.panel, slice = layout.slice<parts>();
-  const int64_t part_bytes = layout.pixels(band.rows) * kUnits, panel_bytes = slice * layout.taps * parts * kPartBytes;
+  const int64_t sample_blocks = layout.blocks(band.rows), blocks = task.end - task.block, panels = task.panel_end - task.panel, slice = layout.slice<parts>();
+  const int64_t of_sample = layout.pixels(band.rows), part_bytes = band.samples * of_sample * kUnits, panel_bytes = slice * layout.taps * parts * kPartBytes;
   const int64_t ahead = (kSide + (p.kernel_h - 1) * layout.width) * kUnits;  // the next block's pixels that no tap has seen yet
   float* const sums = reinterpret_cast<float*>(scratch + panels * panel_bytes);  // [blocks][panels][32][32]
   const bool one_slice = slice == layout.steps;
@@ -213,13 +213,13 @@ static uint32_t multiply(const LinearCall& c, const ConvolutionBand& band, const
     const int64_t here = std::min(slice, layout.steps - s);
     for (int64_t n = 0; n < panels; ++n) pack_panel<T>(c, layout, task.panel + n, s, here, scratch + n * panel_bytes, range[n]);
     for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t first = (task.block + block) * kSide;
+      const int64_t sample = (task.block + block) / sample_blocks, first = (task.block + block) % sample_blocks * kSide;
       for (int64_t n = 0; n < panels; ++n) {
         float* const to = sums + ((one_slice ? 0 : block) * panels + n) * square;
         // float32: a slice is summed on its own before it is added, because rounding errors grow with the length of a chain of sums.
         const bool apart = parts == 3 && s > 0;
         alignas(64) float fresh[square];
-        multiply_shifted<parts>(pixels + first * kUnits + s * parts * part_bytes, part_bytes, ahead, layout, scratch + n * panel_bytes, here,
+        multiply_shifted<parts>(pixels + (sample * of_sample + first) * kUnits + s * parts * part_bytes, part_bytes, ahead, layout, scratch + n * panel_bytes, here,
                                 apart ? fresh : to, apart || s == 0);
         if (apart) {
 #pragma omp simd
@@ -230,7 +230,7 @@ static uint32_t multiply(const LinearCall& c, const ConvolutionBand& band, const
         Epilogue<T> epilogue(c, col, std::min(kSide, c.outputs - col));
         for (int64_t i = 0; i < kSide; ++i) {
           const int64_t row = (first + i) / layout.width, column = (first + i) % layout.width;
-          if (row < band.rows && column < p.out_width) epilogue.row(band.sample * p.pixels() + (band.row + row) * p.out_width + column, to + i * kSide);
+          if (row < band.rows && column < p.out_width) epilogue.row((band.sample + sample) * p.pixels() + (band.row + row) * p.out_width + column, to + i * kSide);
         }
       }
     }
@@ -240,8 +240,8 @@ static uint32_t multiply(const LinearCall& c, const ConvolutionBand& band, const
   return bad;
 }
 
-bool convolution_pack_row(const LinearCall& c, const ConvolutionBand& band, int64_t row, char* packed, ScalarKind type) {
-  return with_type(type, [&](auto t) { return pack_row<decltype(t)>(c, band, row, packed); });
+bool convolution_pack_row(const LinearCall& c, const ConvolutionBand& band, int64_t sample, int64_t row, char* packed, ScalarKind type) {
+  return with_type(type, [&](auto t) { return pack_row<decltype(t)>(c, band, sample, row, packed); });
 }
 uint32_t convolution_multiply(const LinearCall& c, const ConvolutionBand& band, const ConvolutionTask& task, const char* pixels, char* scratch, ScalarKind type) {
   return with_type(type, [&](auto t) { return multiply<decltype(t)>(c, band, task, pixels, scratch); });

@@ -15,29 +15,30 @@ static void on_tiles(const LinearCall& call, ScalarKind type) {
   const Picture& picture = *call.picture;
   const int64_t threads = torch::stable::get_num_threads(), enough = 3 * threads;
   const int64_t block = amx::kConvolutionBlock, panels = (call.outputs + block - 1) / block, samples = call.rows / picture.pixels();
-  // Bands as high as memory allows, and as equal as can be: for each the weights are packed anew
+  // Bands as high as memory allows, and as equal as can be, or of as many samples: for each the weights are packed anew
   const int64_t least = amx::convolution_pixel_bytes(call, 1, type), row_bytes = (amx::convolution_pixel_bytes(call, 33, type) - least) / 32;
   const int64_t most = std::clamp<int64_t>(1 + (amx::kConvolutionBandBytes - least) / row_bytes, 1, picture.out_height);
   const int64_t bands = (picture.out_height + most - 1) / most, height = (picture.out_height + bands - 1) / bands;
+  const int64_t fit = std::clamp<int64_t>(amx::kConvolutionBandBytes / amx::convolution_pixel_bytes(call, height, type), 1, samples);
+  const int64_t together = bands > 1 ? 1 : fit, groups = (samples + together - 1) / together;
   // Tasks of a few panels; where panels are few, or their sums would not fit, pixels are shared out too, though each task packs its weights.
   const int64_t widest = type == ScalarKind::bf16 ? amx::kConvolutionPanels : amx::kConvolutionPanels / 2;
   const int64_t col_groups = (panels + widest - 1) / widest, width = (panels + col_groups - 1) / col_groups;
   const int64_t most_blocks = amx::convolution_most_blocks(call, width, type);
-  char* const pixels = packed_memory(amx::convolution_pixel_bytes(call, height, type));
-  std::vector<char> sample_splits(samples, 1);
+  char* const pixels = packed_memory(together * amx::convolution_pixel_bytes(call, height, type));
+  std::vector<std::atomic<bool>> bad_samples(samples);
   std::vector<std::atomic<uint32_t>> bad_panels(col_groups);
-  for (int64_t i = 0; i < samples * bands; ++i) {
-    const int64_t row = i % bands * height;
-    const amx::ConvolutionBand band{i / bands, row, std::min(height, picture.out_height - row)};
+  for (int64_t i = 0; i < groups * bands; ++i) {
+    const int64_t sample = i / bands * together, row = i % bands * height;
+    const amx::ConvolutionBand band{sample, std::min(together, samples - sample), row, std::min(height, picture.out_height - row)};
     if (band.rows <= 0) continue;
-    std::atomic<bool> splits{true};
-    torch::stable::parallel_for(0, amx::convolution_packed_rows(call, band.rows), 1, [&](int64_t begin, int64_t end) {
+    const int64_t seen = amx::convolution_packed_rows(call, band.rows);
+    torch::stable::parallel_for(0, band.samples * seen, 1, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
-        if (!amx::convolution_pack_row(call, band, r, pixels, type)) splits = false;
+        if (!amx::convolution_pack_row(call, band, r / seen, r % seen, pixels, type)) bad_samples[sample + r / seen] = true;
       }
     });
-    if (!splits) sample_splits[band.sample] = 0;
-    const int64_t blocks = amx::convolution_blocks(call, band.rows);
+    const int64_t blocks = band.samples * amx::convolution_blocks(call, band.rows);
     const int64_t row_groups = std::min(blocks, std::max((enough + col_groups - 1) / col_groups, (blocks + most_blocks - 1) / most_blocks));
     const int64_t tasks = row_groups * col_groups, bytes = amx::convolution_scratch_bytes(call, (blocks + row_groups - 1) / row_groups, width, type);
     std::atomic<int64_t> next{0};
@@ -51,7 +52,7 @@ static void on_tiles(const LinearCall& call, ScalarKind type) {
     });
   }
   for (int64_t i = 0; i < samples; ++i) {
-    if (!sample_splits[i]) linear_part_on_vectors(call, {i * picture.pixels(), picture.pixels(), 0, call.outputs}, type);
+    if (bad_samples[i]) linear_part_on_vectors(call, {i * picture.pixels(), picture.pixels(), 0, call.outputs}, type);
   }
   for (int64_t i = 0; i < panels; ++i) {
     const bool bad = bad_panels[i / width] >> i % width & 1;

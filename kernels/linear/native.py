@@ -31,6 +31,7 @@ PYTORCHS = "PyTorch's own product is faster here"
 FEW_TOKENS = 32
 FEW_ROWS = 64  # of x [B, K], as csrc/cpu/linear.h has it: one pass over the weight takes 0.5 of PyTorch's time at one row, 0.3 at two, 0.7 at 64 (Zen 5)
 AMX_TOKENS, AMX_OUTPUTS = 48, 192  # below either, packing the operands takes longer than what the product saves
+AMX_INPUTS_FLOAT32 = 512  # 0.7 to 0.85 of MKL's rate with 320, 1.0 to 1.5 with 640 and more
 # In bfloat16 oneDNN reads x as it lies, ours packs it, which counts where neither the outputs nor the weights are many. With weights that are not in the
 # cache, as in a model, ours has 1.1 to 2.0 times oneDNN's rate from 32 tokens and 768 inputs on, and 0.5 to 1.1 with fewer inputs.
 AMX_TOKENS_BFLOAT16, AMX_INPUTS_BFLOAT16, AMX_WEIGHTS_BFLOAT16 = 32, 768, 2_000_000
@@ -78,7 +79,7 @@ def product_is_pytorchs(x, weight) -> str:
             return ""
         if tokens < FEW_TOKENS:
             return "for so few rows of a sample PyTorch's product is as fast, and sums in shorter chains"
-        if INTEL and not (ISA == "amx" and tokens >= AMX_TOKENS and weight.shape[0] >= AMX_OUTPUTS):
+        if INTEL and not (ISA == "amx" and tokens >= AMX_TOKENS and weight.shape[0] >= AMX_OUTPUTS and weight.shape[1] >= AMX_INPUTS_FLOAT32):
             return PYTORCHS
     if x.dtype is torch.float16 and WIDENED and FLOAT16_PRODUCTS:
         return PYTORCHS

@@ -24,6 +24,8 @@ MAX_TAPS = 64
 # (benchmarks/results/xeon-avx512/convolutions.json) 16 bits gain as much at 8 x 8 and 16 x 16, float32 nothing.
 # By the sample, not by the batch: whether a sample is in a batch must not change its result.
 WEIGHTS_PER_NUMBER = {torch.bfloat16: 8, torch.float32: 12}
+# With AMX rows.py is faster but for 8 x 8 pixels of 1280 channels (benchmarks/results/amx-shared/convolutions.json).
+AMX_WEIGHTS_PER_NUMBER = dict.fromkeys((torch.bfloat16, torch.float16, torch.float32), 48)
 WIDENED_WEIGHTS_PER_NUMBER = {torch.bfloat16: 8, torch.float16: 8}
 
 
@@ -44,6 +46,8 @@ _why_not_library = CPU.why_not("conv_patches")
 def _least(dtype: torch.dtype) -> int | None:
     if native.WIDENED:
         return WIDENED_WEIGHTS_PER_NUMBER.get(dtype)
+    if native.ISA == "amx":
+        return AMX_WEIGHTS_PER_NUMBER.get(dtype)
     return None if INTEL else WEIGHTS_PER_NUMBER.get(dtype)
 
 

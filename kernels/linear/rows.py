@@ -1,7 +1,7 @@
 """A convolution as one product, whose patches are gathered where they are multiplied: nothing is unfolded in memory.
 
-On AMX (csrc/cpu/amx_convolution.cpp): by strides of 1, where it is up to 2.5 times as fast as oneDNN's in bfloat16, 2 in float32, 5 in float16
-(benchmarks/results/convolutions.json), and in float32 errs a fifth as much.
+On AMX (csrc/cpu/amx_convolution.cpp): by strides of 1, where it is up to twice as fast as oneDNN's in bfloat16 and float32, in float16 up to 6.9 times
+(benchmarks/results/amx-shared/convolutions.json), and in float32 errs less.
 
 On Intel without AMX (native.WIDENED): in 16 bits, where oneDNN convolves SD1.5's and its autoencoder's shapes at half the rate of these products, in
 float32 at more (benchmarks/results/xeon-avx512/convolutions.json). Where the weight outweighs the picture, each of its numbers, which lie a tap apart, is

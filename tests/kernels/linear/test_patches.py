@@ -67,6 +67,16 @@ def test_against_float64(dtype, bias, stride, padding, memory_format):
     assert_exact(patches.convolution(x.contiguous(), weight, b, stride, padding), got)
 
 
+@pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
+def test_when_it_is_chosen_with_amx(monkeypatch):
+    monkeypatch.setattr(native, "WIDENED", False)
+    monkeypatch.setattr(native, "ISA", "amx")
+    monkeypatch.setattr(native, "ONEDNN_BFLOAT16", True)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert patches.serves(*picture(dtype, channels=1280, outputs=1280), *SAME)
+        assert not patches.serves(*picture(dtype, size=16, channels=1280, outputs=1280), *SAME)
+
+
 @needed
 @pytorchs
 @pytest.mark.parametrize("dtype", SERVED, ids=str)

@@ -110,15 +110,9 @@ struct Ahead {
   }
 };
 
-// c[32][32] (+)= a . b over `steps` steps. Operands: [step][part][2 tiles][1024 bytes]. Every element is
-// summed in one order, whatever its neighbours. `lower_first`: the small products of all steps before the large ones, so that fewer sums
-// are rounded at full size; for results that an exponential will magnify.
-// `whole`: float16's fourth product too, so that nothing is rounded but sums; for results whose difference from another sum will matter.
-template <int parts, bool lower_first = false, bool whole = false>
-[[gnu::always_inline]] inline void multiply_block(const char* a, const char* b, int64_t steps, float* c, int64_t row_floats, bool first,
-                                                  Ahead ahead = {nullptr, 0}) {
+// Tiles 0-3 become the sums c[32][32], or zeros at first; and c becomes what they hold.
+[[gnu::always_inline]] inline void take_sums(const float* c, int64_t row_floats, bool first) {
   const int64_t stride = row_floats * sizeof(float);
-  constexpr int64_t a_part = kPartBytes;
   asm volatile("" ::: "memory");  // as in TileScope
   if (first) {
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
@@ -126,6 +120,23 @@ template <int parts, bool lower_first = false, bool whole = false>
     _tile_loadd(0, c, stride); _tile_loadd(1, c + 16, stride);
     _tile_loadd(2, c + 16 * row_floats, stride); _tile_loadd(3, c + 16 * row_floats + 16, stride);
   }
+}
+[[gnu::always_inline]] inline void leave_sums(float* c, int64_t row_floats) {
+  const int64_t stride = row_floats * sizeof(float);
+  _tile_stored(0, c, stride); _tile_stored(1, c + 16, stride);
+  _tile_stored(2, c + 16 * row_floats, stride); _tile_stored(3, c + 16 * row_floats + 16, stride);
+  asm volatile("" ::: "memory");
+}
+
+// c[32][32] (+)= a . b over `steps` steps. Operands: [step][part][2 tiles][1024 bytes]. Every element is
+// summed in one order, whatever its neighbours. `lower_first`: the small products of all steps before the large ones, so that fewer sums
+// are rounded at full size; for results that an exponential will magnify.
+// `whole`: float16's fourth product too, so that nothing is rounded but sums; for results whose difference from another sum will matter.
+template <int parts, bool lower_first = false, bool whole = false>
+[[gnu::always_inline]] inline void multiply_block(const char* a, const char* b, int64_t steps, float* c, int64_t row_floats, bool first,
+                                                  Ahead ahead = {nullptr, 0}) {
+  constexpr int64_t a_part = kPartBytes;
+  take_sums(c, row_floats, first);
   if constexpr (lower_first && parts == 3) {
     const char *const first_a = a, *const first_b = b;
     for (int64_t s = 0; s < steps; ++s, a += parts * kPartBytes, b += parts * kPartBytes) { FUSEWIRE_AMX_LOWER; }
@@ -141,9 +152,7 @@ template <int parts, bool lower_first = false, bool whole = false>
       FUSEWIRE_AMX_STEP(parts);
     }
   }
-  _tile_stored(0, c, stride); _tile_stored(1, c + 16, stride);
-  _tile_stored(2, c + 16 * row_floats, stride); _tile_stored(3, c + 16 * row_floats + 16, stride);
-  asm volatile("" ::: "memory");
+  leave_sums(c, row_floats);
 }
 
 // The parts of 32 elements of a row as units: pairs of bfloat16 along the summed dimension. Which elements pair up is free as long as both

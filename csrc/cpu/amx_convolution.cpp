@@ -38,16 +38,9 @@ struct Layout {
 template <int parts>
 [[gnu::always_inline]] inline void multiply_shifted(const char* a, int64_t a_part, int64_t ahead, const Layout& layout, const char* b, int64_t steps, float* c,
                                                     bool first) {
-  constexpr int64_t stride = kSide * sizeof(float);
   const Picture& p = layout.p;
   const int64_t lines = (kSide + layout.taps - 1) / layout.taps;
-  asm volatile("" ::: "memory");  // as in TileScope
-  if (first) {
-    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-  } else {
-    _tile_loadd(0, c, stride); _tile_loadd(1, c + 16, stride);
-    _tile_loadd(2, c + 16 * kSide, stride); _tile_loadd(3, c + 16 * kSide + 16, stride);
-  }
+  take_sums(c, kSide, first);
   for (const char* of_step = a; steps > 0; --steps, of_step += parts * a_part) {
     const char* next = of_step + ahead;
     for (int64_t h = 0; h < p.kernel_h; ++h) {
@@ -60,9 +53,7 @@ template <int parts>
       }
     }
   }
-  _tile_stored(0, c, stride); _tile_stored(1, c + 16, stride);
-  _tile_stored(2, c + 16 * kSide, stride); _tile_stored(3, c + 16 * kSide + 16, stride);
-  asm volatile("" ::: "memory");
+  leave_sums(c, kSide);
 }
 
 bool convolution_serves(const LinearCall& c) { return c.picture->stride_h == 1 && c.picture->stride_w == 1 && c.picture->channels >= kStep; }

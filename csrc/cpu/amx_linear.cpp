@@ -149,7 +149,7 @@ struct RowsAhead {
 // Few rows: all of them stay in the second-level cache while one panel of weights after another is packed and multiplied, and the next one fetched. The
 // weight's way through memory is what takes the time.
 static void columns_of_few_rows(const LinearCall& c, const LinearBlock& b, const char* packed, char* scratch) {
-  constexpr int64_t part = kSteps<1>, a_part = kPartBytes, square = kSide * kSide, stride = kSide * sizeof(float);
+  constexpr int64_t part = kSteps<1>, a_part = kPartBytes, square = kSide * kSide;
   const int64_t steps = steps_of(c.inputs), blocks = (b.rows + kSide - 1) / kSide, panels = (b.cols + kSide - 1) / kSide;
   const int64_t fit = std::clamp(kFewBytes / (blocks * kPartBytes), part, kFewSteps), slices = (steps + fit - 1) / fit;
   const int64_t slice = ((steps + slices - 1) / slices + part - 1) / part * part;  // as equal as can be
@@ -172,22 +172,14 @@ static void columns_of_few_rows(const LinearCall& c, const LinearBlock& b, const
       for (int64_t i = 0; i < blocks; ++i) {
         float* const sum = of_panel + i * square;
         const char* b_at = panel;
-        asm volatile("" ::: "memory");  // as in TileScope
-        if (first == 0) {
-          _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-        } else {
-          _tile_loadd(0, sum, stride); _tile_loadd(1, sum + 16, stride);
-          _tile_loadd(2, sum + 16 * kSide, stride); _tile_loadd(3, sum + 16 * kSide + 16, stride);
-        }
+        take_sums(sum, kSide, first == 0);
         for (int64_t s = first; s < end; ++s, b_at += kPartBytes) {
           const char* const a = packed + ((s / part * blocks + i) * part + s % part) * kPartBytes;
           const char* const b = b_at;
           ahead.fetch(lines);
           FUSEWIRE_AMX_STEP(1);
         }
-        _tile_stored(0, sum, stride); _tile_stored(1, sum + 16, stride);
-        _tile_stored(2, sum + 16 * kSide, stride); _tile_stored(3, sum + 16 * kSide + 16, stride);
-        asm volatile("" ::: "memory");
+        leave_sums(sum, kSide);
       }
       if (end < steps) continue;
       Epilogue<bfloat16> epilogue(c, b.col + n * kSide, rows);

@@ -19,7 +19,8 @@ from fusewire.kernels.library import CPU, define
 from fusewire.kernels.linear import native
 from fusewire.kernels.linear.pictures import convolved, may_serve, out_sizes
 
-DTYPES = torch.bfloat16, torch.float16
+WIDENED_DTYPES = torch.bfloat16, torch.float16
+AMX_DTYPES = *WIDENED_DTYPES, torch.float32
 CHANNELS, OUTPUTS, PIXELS = 64, 32, 64  # the least: of a tap, of the result, of a sample's result
 
 
@@ -39,7 +40,8 @@ _why_not_library = CPU.why_not("conv_rows")
 def serves(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> bool:
     """Whether ``convolution`` is worth it: for x [B, C, H, W], a contiguous weight [O, C, kh, kw] and a bias [O] or None that are not trained."""
     tiles = native.ISA == "amx"
-    if not (tiles or native.WIDENED) or x.dtype not in (*DTYPES, torch.float32)[:2 + tiles] or _why_not_library or not may_serve(x, weight, bias):
+    dtypes = AMX_DTYPES if tiles else WIDENED_DTYPES if native.WIDENED else ()
+    if x.dtype not in dtypes or _why_not_library or not may_serve(x, weight, bias):
         return False
     # One tap of a picture that lies channels-last is a product whose rows oneDNN reads as they are.
     if tiles and (stride != (1, 1) or x.dtype is torch.bfloat16 and weight.shape[2:].numel() == 1):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from fusewire import ops
 from fusewire.kernels.dispatch import forced
-from fusewire.kernels.library import CPU, ISA_LEVELS, cpu_isa
+from fusewire.kernels.library import CPU, ISA_LEVELS, cpu_isa, cpu_scratch
 from fusewire.kernels.linear import native, reference
 from fusewire.kernels.linear.op import _linear_op, _onednn_op
 from tests.kernels.isa_levels import run_at
@@ -322,7 +322,9 @@ def test_few_rows_and_many(inputs):
     def library(x):  # whatever `close` would take
         return torch.ops.fusewire.linear(x, weight, bias, "silu", None, None, False)
 
+    cpu_scratch(reset=True)
     together = library(x)
+    assert cpu_scratch() > 0  # PyTorch's product takes none of the library's working memory
     for first in (0, 3):
         assert_exact(library(x[first:first + 2]), together[first:first + 2])
         assert_exact(library(x[first:first + 1, :30]), together[first:first + 1, :30])

@@ -4,29 +4,31 @@
 
 namespace fusewire::FUSEWIRE_ISA {
 
-// 1 / x for x in [1, 2^126] and NaN, for a result of type T: where a division takes longer than all the rest, an estimate and (but for bfloat16) one
-// step of Newton's method, good to a unit in the last place.
+// 1 / x for x >= 1 (to 1.2e-38, what is smaller is not told apart) and NaN, for a result of type T: where a division takes longer than all the rest, an
+// estimate and (but for bfloat16) one step of Newton's method, good to a unit in the last place.
 template <typename T, int N>
 FUSEWIRE_INLINE lanes<compute_t<T>, N> close_reciprocal(lanes<compute_t<T>, N> x) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(x) == 64 && sizeof(x[0]) == 4) {
     const auto r = bits_as<lanes<float, N>>(_mm512_maskz_rcp14_ps(0xffff, bits_as<__m512>(x)));
     if constexpr (std::is_same_v<T, bfloat16>) return r;
-    return fma<N, float>(r, fma<N, float>(-x, r, splat<N>(1.0f)), r);
+    const auto finite = bits_as<lanes<float, N>>(_mm512_min_ps(bits_as<__m512>(x), _mm512_set1_ps(0x1p126f)));  // infinity * 0 would be NaN
+    return fma<N, float>(r, fma<N, float>(-finite, r, splat<N>(1.0f)), r);
   }
 #endif
   return 1 / x;
 }
 
-// y / (1 + e^-z): silu for z = y. Beyond -80 it is below what a reciprocal holds, and taken for zero (NaN where y is infinite, as in stock).
+// y / (1 + e^(-scale * z)): silu for z = y. NaN where y is infinite and the power too, as in stock.
 template <typename T, int N>
-FUSEWIRE_INLINE lanes<compute_t<T>, N> logistic(lanes<compute_t<T>, N> y, lanes<compute_t<T>, N> z) {
+FUSEWIRE_INLINE lanes<compute_t<T>, N> logistic(lanes<compute_t<T>, N> y, lanes<compute_t<T>, N> z, double scale = 1) {
   using C = compute_t<T>;
-  if constexpr (sizeof(C) == 8) {
-    return y / (1 + exponential<kHasFma, N, C>(-z));
-  } else {
-    return z < splat<N>(C(-80)) ? y * 0 : y * close_reciprocal<T, N>(1 + close_exponential<T, N>(-z));
+#if defined(__AVX512F__)
+  if constexpr (sizeof(z) == 64 && sizeof(C) == 4) {
+    return y * close_reciprocal<T, N>(1 + close_exp2<T, N>(z * splat<N>(static_cast<float>(-1.44269504088896341 * scale))));
   }
+#endif
+  return y / (1 + exponential<kHasFma, N, C>(z * splat<N>(C(-scale))));
 }
 
 // s = 1 / (1 + e^-z) and s * (1 - s), but for 16 bits, which do not show it, without the difference: it cancels where s is almost 1.
@@ -107,12 +109,19 @@ struct GeluErf {
 
 // x * s(2 u) with the logistic s, u = sqrt(2 / pi) * (x + 0.044715 x^3): no cancellation where u is large and negative.
 struct GeluTanh {
+  // x * (a + b x^2) = factor * 2 u
   template <typename T, int N, typename C = compute_t<T>>
-  FUSEWIRE_INLINE static lanes<C, N> twice_u(lanes<C, N> x) {
-    return C(1.5957691216057308) * fma<N, C>(C(0.044715) * x * x, x, x);
+  FUSEWIRE_INLINE static lanes<C, N> twice_u(lanes<C, N> x, double factor = 1) {
+    const double a = 1.5957691216057308 * factor;
+    return x * fma<N, C>(splat<N>(C(a * 0.044715)), x * x, splat<N>(C(a)));
   }
   template <typename T, int N, typename C = compute_t<T>>
-  FUSEWIRE_INLINE static lanes<C, N> value(lanes<C, N> x) { return logistic<T, N>(x, twice_u<T, N>(x)); }
+  FUSEWIRE_INLINE static lanes<C, N> value(lanes<C, N> x) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(x) == 64 && sizeof(C) == 4) return x * close_reciprocal<T, N>(1 + close_exp2<T, N>(twice_u<T, N>(x, -1.44269504088896341)));
+#endif
+    return logistic<T, N>(x, twice_u<T, N>(x));
+  }
   // s + x * s * (1 - s) * (2 u)'
   template <typename T, int N, typename C = compute_t<T>>
   FUSEWIRE_INLINE static void both(lanes<C, N> x, lanes<C, N>& y, lanes<C, N>& slope) {
@@ -129,7 +138,7 @@ struct ScaledSilu {
   template <typename C>
   static constexpr C kScale = Quick ? C(1.702) : C(1);
   template <typename T, int N, typename C = compute_t<T>>
-  FUSEWIRE_INLINE static lanes<C, N> value(lanes<C, N> x) { return logistic<T, N>(x, kScale<C> * x); }
+  FUSEWIRE_INLINE static lanes<C, N> value(lanes<C, N> x) { return logistic<T, N>(x, x, kScale<double>); }
   // s(z) + z * s(z) * (1 - s(z)), z = scale * x
   template <typename T, int N, typename C = compute_t<T>>
   FUSEWIRE_INLINE static void both(lanes<C, N> x, lanes<C, N>& y, lanes<C, N>& slope) {

@@ -94,27 +94,27 @@ FUSEWIRE_INLINE lanes<C, N> silu(lanes<C, N> x) {
   return x / (splat<N>(C(1)) + exponential<Fused, N, C>(-x));
 }
 
-// e^x for a result of type T that is rounded once, in fewer steps where the processor takes the fraction and the power of two in one each.
+#if defined(__AVX512F__)
+// 2^x for a result of type T that is rounded once, in fewer steps: the processor takes the fraction and the power of two in one each.
+template <typename T, int N>
+FUSEWIRE_INLINE lanes<float, N> close_exp2(lanes<float, N> x) {
+  constexpr int kDegree = std::is_same_v<T, bfloat16> ? 3 : 6;
+  const auto f = bits_as<lanes<float, N>>(_mm512_reduce_ps(bits_as<__m512>(x), 0x09));  // x - floor(x)
+  auto p = splat<N>(Exp2<kDegree>::c[kDegree - 1]);
+#pragma GCC unroll 8
+  for (int i = kDegree - 2; i >= 0; --i) p = fma<N, float>(p, f, splat<N>(Exp2<kDegree>::c[i]));
+  p = fma<N, float>(p, f, splat<N>(1.0f));
+  return bits_as<lanes<float, N>>(_mm512_scalef_ps(bits_as<__m512>(p), bits_as<__m512>(x)));
+}
+#endif
+
+// e^x likewise, where the processor does.
 template <typename T, int N>
 FUSEWIRE_INLINE lanes<compute_t<T>, N> close_exponential(lanes<compute_t<T>, N> x) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(x) == 64 && sizeof(x[0]) == 4) {
-    constexpr int kDegree = std::is_same_v<T, bfloat16> ? 3 : 6;
-    const auto z = x * splat<N>(1.44269504f), f = bits_as<lanes<float, N>>(_mm512_reduce_ps(bits_as<__m512>(z), 0x09));  // z - floor(z)
-    auto p = splat<N>(Exp2<kDegree>::c[kDegree - 1]);
-#pragma GCC unroll 8
-    for (int i = kDegree - 2; i >= 0; --i) p = fma<N, float>(p, f, splat<N>(Exp2<kDegree>::c[i]));
-    p = fma<N, float>(p, f, splat<N>(1.0f));
-    return bits_as<lanes<float, N>>(_mm512_scalef_ps(bits_as<__m512>(p), bits_as<__m512>(z)));
-  }
+  if constexpr (sizeof(x) == 64 && sizeof(x[0]) == 4) return close_exp2<T, N>(x * splat<N>(1.44269504f));
 #endif
   return exponential<kHasFma, N, compute_t<T>>(x);
-}
-
-// x / (1 + e^-x), rounded once
-template <typename T, int N>
-FUSEWIRE_INLINE lanes<compute_t<T>, N> close_silu(lanes<compute_t<T>, N> x) {
-  return x / (splat<N>(compute_t<T>(1)) + close_exponential<T, N>(-x));
 }
 
 // silu by the C library's exp, lane by lane: what PyTorch does with the elements that do not fill its vectors.

@@ -18,7 +18,7 @@ FUSEWIRE_INLINE void exact_element(const T* x, T* out, const ExactSteps& steps, 
   if (steps.shifted) y = rounded<T, N>(y + row.template get<N>(kShift, at));
   // None of the 65536 values of bfloat16 rounds otherwise by the shorter way (three of float16 do)
   if constexpr (Silu == 1) {
-    if constexpr (std::is_same_v<T, bfloat16>) y = close_silu<float, N>(y);
+    if constexpr (std::is_same_v<T, bfloat16>) y = y / (1 + close_exponential<float, N>(-y));
     else y = silu<true, N, C>(y);
   }
   if constexpr (Silu == 2) y = silu_by_library<N, C>(y);

@@ -3,6 +3,8 @@
 
 #include <cstdlib>
 
+#include "common/activations.h"
+
 namespace fusewire::FUSEWIRE_ISA {
 
 // close: `count` elements of x in one pass.
@@ -14,7 +16,7 @@ FUSEWIRE_INLINE void close_row(const T* x, T* out, int64_t count, const Row& row
     auto v = at.load(x);
     if constexpr (Added) v += row.template get<N>(kAdd, at);
     v = stock_fma<kHasFma, N, C>(v - row.template get<N>(kCenter, at), row.template get<N>(kFactor, at), row.template get<N>(kOffset, at));
-    if constexpr (Silu) v = close_silu<T, N>(v);
+    if constexpr (Silu) v = logistic<T, N>(v, v);
     at.store(out, v);
   });
 }

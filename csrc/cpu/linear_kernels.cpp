@@ -13,7 +13,7 @@
 
 namespace fusewire::FUSEWIRE_ISA {
 
-constexpr int kPanel = 2 * kLanes;
+constexpr int kPanel = 2 * kUnitLanes;
 constexpr int64_t kDepth = 256;
 constexpr int64_t kAhead = 8;     // units of a panel that are fetched before they are multiplied
 constexpr int64_t kStride = kDepth + 16;  // of the copied rows; an odd number of cache lines, so that they spread over the cache's sets
@@ -50,12 +50,12 @@ static void tile(const float* a, const float* b, int64_t depth, float* block, in
 #pragma GCC unroll 3
     for (const char* row : ahead.rows) __builtin_prefetch(row + begin * 4, 0, 2);
     __builtin_prefetch(block + std::min<int64_t>(begin / kLine, rows - 1) * stride, 1);
-    __builtin_prefetch(block + std::min<int64_t>(begin / kLine, rows - 1) * stride + kLanes, 1);
+    __builtin_prefetch(block + std::min<int64_t>(begin / kLine, rows - 1) * stride + kUnitLanes, 1);
     const int64_t end = std::min(begin + kLine, depth);
     for (int64_t k = begin; k < end; ++k, b += kPanel) {
       __builtin_prefetch(b + kAhead * kPanel);
-      __builtin_prefetch(b + kAhead * kPanel + kLanes);
-      const Units b0 = load(b), b1 = load(b + kLanes);
+      __builtin_prefetch(b + kAhead * kPanel + kUnitLanes);
+      const Units b0 = load(b), b1 = load(b + kUnitLanes);
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
         const Units x = broadcast(a + r * kStride + k);
@@ -67,7 +67,7 @@ static void tile(const float* a, const float* b, int64_t depth, float* block, in
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r, block += stride) {
     store(block, first ? sum[r][0] : add(load(block), sum[r][0]));
-    store(block + kLanes, first ? sum[r][1] : add(load(block + kLanes), sum[r][1]));
+    store(block + kUnitLanes, first ? sum[r][1] : add(load(block + kUnitLanes), sum[r][1]));
   }
 }
 
@@ -103,20 +103,20 @@ template <typename T>
 static void pack(const T* weight, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t count, float* panel) {
   constexpr int64_t unit = paired<T> ? 2 : 1;
   const int64_t units = (count + unit - 1) / unit;
-  for (int64_t n = 0; n < kPanel; n += kLanes) {
-    for (int64_t k = 0; k < units; k += kLanes) {
-      const int64_t here = std::min<int64_t>(kLanes, units - k);
-      Units block[kLanes];
-      for (int64_t r = 0; r < kLanes; ++r) {
-        alignas(64) float row[kLanes] = {};
+  for (int64_t n = 0; n < kPanel; n += kUnitLanes) {
+    for (int64_t k = 0; k < units; k += kUnitLanes) {
+      const int64_t here = std::min<int64_t>(kUnitLanes, units - k);
+      Units block[kUnitLanes];
+      for (int64_t r = 0; r < kUnitLanes; ++r) {
+        alignas(64) float row[kUnitLanes] = {};
         const T* from = weight + (n + r) * row_stride + k * unit * col_stride;
         if (n + r < rows) {
-          if (col_stride == 1) __builtin_prefetch(from + 2 * kLanes * unit);  // many rows at a time: no prefetcher follows
-          if ((std::is_same_v<T, float> || paired<T>) && col_stride == 1 && (k + kLanes) * unit <= count) {
+          if (col_stride == 1) __builtin_prefetch(from + 2 * kUnitLanes * unit);  // many rows at a time: no prefetcher follows
+          if ((std::is_same_v<T, float> || paired<T>) && col_stride == 1 && (k + kUnitLanes) * unit <= count) {
             block[r] = load(reinterpret_cast<const float*>(from));
             continue;
           }
-          copy_row(from, col_stride, std::min(kLanes * unit, count - k * unit), row);
+          copy_row(from, col_stride, std::min(kUnitLanes * unit, count - k * unit), row);
         }
         block[r] = load(row);
       }
@@ -137,7 +137,7 @@ static void block(const LinearCall& c, const LinearBlock& b, float* scratch) {
   const T* const x = static_cast<const T*>(c.x.data);
   // Of a picture, channels of one tap at a time, in parts as equal as can be
   const int64_t taps = c.picture ? c.picture->taps() : 1, channels = c.inputs / taps, parts = (channels + depth - 1) / depth;
-  const int64_t part = c.picture ? ((channels + parts - 1) / parts + 2 * kLanes - 1) / (2 * kLanes) * 2 * kLanes : depth;
+  const int64_t part = c.picture ? ((channels + parts - 1) / parts + 2 * kUnitLanes - 1) / (2 * kUnitLanes) * 2 * kUnitLanes : depth;
   Epilogue<T> epilogue(c, b.col, b.cols);
   for (int64_t slice = 0; slice < taps * parts; ++slice) {
     const int64_t tap = slice / parts, k = slice % parts * part, count = std::min(part, channels - k), units = (count + unit - 1) / unit;

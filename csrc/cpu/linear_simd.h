@@ -18,7 +18,7 @@ namespace fusewire::FUSEWIRE_ISA {
 #if defined(__AVX512F__)
 
 using Units = __m512;
-constexpr int kLanes = 16;
+constexpr int kUnitLanes = 16;
 constexpr int kTileRows = 14;  // 14 x 2 accumulators, 2 operands, 1 broadcast: 31 of 32 registers
 inline Units zero() { return _mm512_setzero_ps(); }
 inline Units load(const float* p) { return _mm512_loadu_ps(p); }
@@ -36,7 +36,7 @@ inline void transpose(Units r[16]) { transpose16(r); }
 #elif defined(__AVX2__)
 
 using Units = __m256;
-constexpr int kLanes = 8;
+constexpr int kUnitLanes = 8;
 constexpr int kTileRows = 6;  // 6 x 2 accumulators, 2 operands, 1 broadcast: 15 of 16 registers
 inline Units zero() { return _mm256_setzero_ps(); }
 inline Units load(const float* p) { return _mm256_loadu_ps(p); }
@@ -66,7 +66,7 @@ inline void transpose(Units r[8]) {
 #else  // any processor: the compiler's own vectors of 16 bytes
 
 typedef float Units __attribute__((vector_size(16)));
-constexpr int kLanes = 4;
+constexpr int kUnitLanes = 4;
 constexpr int kTileRows = 6;
 inline Units zero() { return Units{0, 0, 0, 0}; }
 inline Units load(const float* p) { Units a; std::memcpy(&a, p, sizeof a); return a; }

@@ -219,9 +219,12 @@ static uint32_t multiply(const LinearCall& c, const ConvolutionBand& band, const
         if (s + here < layout.steps) continue;
         const int64_t col = (task.panel + n) * kSide;
         Epilogue<T> epilogue(c, col, std::min(kSide, c.outputs - col));
-        for (int64_t i = 0; i < kSide; ++i) {
+        for (int64_t i = 0, run; i < kSide; i += run) {  // a row's pixels, then its border
           const int64_t row = (first + i) / layout.width, column = (first + i) % layout.width;
-          if (row < band.rows && column < p.out_width) epilogue.row((band.sample + sample) * p.pixels() + (band.row + row) * p.out_width + column, to + i * kSide);
+          if (row >= band.rows) break;
+          run = std::min(kSide - i, column < p.out_width ? p.out_width - column : layout.width - column);
+          if (column >= p.out_width) continue;
+          epilogue.rows((band.sample + sample) * p.pixels() + (band.row + row) * p.out_width + column, run, to + i * kSide, kSide);
         }
       }
     }

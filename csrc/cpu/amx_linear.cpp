@@ -183,7 +183,7 @@ static void columns_of_few_rows(const LinearCall& c, const LinearBlock& b, const
       }
       if (end < steps) continue;
       Epilogue<bfloat16> epilogue(c, b.col + n * kSide, rows);
-      for (int64_t r = 0; r < b.rows; ++r) epilogue.row(b.row + r, of_panel + r * kSide);
+      epilogue.rows(b.row, b.rows, of_panel, kSide);
     }
   }
 }
@@ -242,7 +242,7 @@ static uint32_t columns(const LinearCall& c, const LinearBlock& b, const char* p
         alignas(64) float y[kLinearCols];
         const float* row = sums + (r / kSide * panels * kSide + r % kSide) * kSide;
         for (int64_t n = 0; n < panels; ++n) std::memcpy(y + n * kSide, row + n * kSide * kSide, kSide * sizeof(float));
-        epilogue.row(b.row + r, y);
+        epilogue.rows(b.row + r, 1, y, 0);
       }
     }
   }

@@ -61,7 +61,7 @@ void linear_few_block(const LinearCall& c, const LinearBlock& b, float* scratch)
   int64_t r = 0;
   for (; r + kFewTile <= b.rows; r += kFewTile) row_tile<kFewTile>(c, b, rows + r * c.inputs, room, sums + r * kLinearCols);
   for (; r < b.rows; ++r) row_tile<1>(c, b, rows + r * c.inputs, room, sums + r * kLinearCols);
-  for (r = 0; r < b.rows; ++r) epilogue.row(b.row + r, sums + r * kLinearCols);
+  epilogue.rows(b.row, b.rows, sums, kLinearCols);
 }
 
 }  // namespace fusewire::FUSEWIRE_ISA

@@ -176,7 +176,7 @@ static void block(const LinearCall& c, const LinearBlock& b, float* scratch) {
         multiply(these, packed + n * kPanel * kDepth, units, sums + begin * width + n * kPanel, width, slice == 0, ahead);
       }
       if (!last_slice) continue;
-      for (int64_t r = begin; r < end; ++r) epilogue.row(b.row + r, sums + r * width);
+      epilogue.rows(b.row + begin, end - begin, sums + begin * width, width);
     }
   }
 }

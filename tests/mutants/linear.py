@@ -47,7 +47,7 @@ MUTANTS = (
            "test_linear.py"),
     mutant("C++: the rows that fill no tile are forgotten", "csrc/cpu/linear_few_kernels.cpp", "for (; r < b.rows; ++r) row_tile<1>", "for (; r + kFewTile <= b.rows; ++r) row_tile<1>",
            "test_linear.py"),
-    mutant("C++: all samples share the first one's gate", "csrc/cpu/linear_epilogue.h", "if (row != last) {", "if (!last) {", "test_linear.py"),
+    mutant("C++: all samples share the first one's gate", "csrc/cpu/linear_epilogue.h", "if (row != last_) {", "if (!last_) {", "test_linear.py"),
     mutant("C++: the last row of a picture is beyond its edge", "csrc/cpu/picture.h", "h >= 0 && h < height", "h >= 0 && h < height - 1", "test_patches.py"),
     mutant("rows: of a weight that is trained", "pictures.py", "not native.recorded(x, weight, bias)", "True", "test_rows.py"),
     mutant("rows: the batch chooses", "rows.py", "and math.prod(out_sizes(x, weight, stride, padding)) >= PIXELS", "and x.shape[0] * math.prod(out_sizes(x, weight, stride, padding)) >= PIXELS", "test_rows.py"),

@@ -1,6 +1,8 @@
 // What follows the matrix product of a linear layer: bias, activation, gate and residual on the float32 sums, rounded once.
 // For *_kernels.cpp and amx_*.cpp.
 #pragma once
+#include <algorithm>
+
 #include "common/activations.h"
 #include "cpu/linear.h"
 
@@ -48,10 +50,13 @@ class Epilogue {
   }
 
  private:
+  static constexpr int64_t kAheadBytes = 24 * 64;
+
   template <typename Act>
   void rows_by(int64_t first, int64_t count, const float* sums, int64_t pitch) {
     constexpr int N = kLanes<float>;
     const float* const bias = c_.bias ? bias_.read(static_cast<const T*>(c_.bias) + col_ * c_.bias_stride, c_.bias_stride, cols_) : nullptr;
+    const int64_t bytes = cols_ * static_cast<int64_t>(sizeof(T)), ahead = std::max<int64_t>(4, kAheadBytes / bytes);
     for (int64_t r = first; r < first + count; ++r, sums += pitch) {
       const float *const gate = read(gate_, c_.gate, r), *const residual = read(residual_, c_.residual, r);
       const auto finish = [&](const auto& at) __attribute__((always_inline)) {
@@ -63,8 +68,8 @@ class Epilogue {
         return y;
       };
       T* const out = static_cast<T*>(c_.out) + r * c_.outputs + col_;
-      const char* later = reinterpret_cast<const char*>(out + 4 * c_.outputs);  // cold memory, asked for early
-      for (int64_t at = 0; at < cols_ * static_cast<int64_t>(sizeof(T)); at += 64) __builtin_prefetch(later + at, 1);
+      const char* later = reinterpret_cast<const char*>(out + ahead * c_.outputs);  // cold memory, asked for early
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(later + at, 1);
       int64_t j = 0;
       for (; j + 2 * N <= cols_; j += 2 * N) put_pair<false, N>(out + j, finish(Whole<N>{j}), finish(Whole<N>{j + N}));
       for_columns<N>(j, cols_, [&](const auto& at) __attribute__((always_inline)) { at.store(out, finish(at)); });

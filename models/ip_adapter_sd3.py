@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from fusewire import ops
-from fusewire.kernels.checks import autocasts, kind_of
 from fusewire.kernels.rounding import compute_dtype
 from fusewire.models.attention import sdpa
 from fusewire.models.feed_forward import FeedForward, feed_forward_residual
@@ -35,8 +34,8 @@ class TimedPictures(NamedTuple):
 
 def _modulated(norm: nn.LayerNorm, x, shift, scale, how: How) -> torch.Tensor:
     """``norm(x) * (1 + scale) + shift`` of a norm with weight and bias."""
-    if untouched(norm) and norm.weight.dtype is x.dtype and not autocasts(kind_of(x)):
-        return ops.adaln_modulate(x, shift, scale, eps=norm.eps, weight=norm.weight, bias=norm.bias, numerics=how.numerics)
+    if untouched(norm):
+        return ops.adaln_modulate(norm_input(x), shift, scale, eps=norm.eps, weight=norm.weight, bias=norm.bias, numerics=how.numerics)
     return norm(x) * (1 + scale[:, None]) + shift[:, None]
 
 

@@ -172,9 +172,11 @@ def test_scales(variant):
     set_scale(model, 0)
     without = copy.deepcopy(model)
     detach(without)
-    assert torch.equal(model(**data), without(**text_alone(data))) and without.state_dict().keys() == bare(variant).state_dict().keys()
+    assert without.state_dict().keys() == bare(variant).state_dict().keys()
     scale_stock(stock, 0.0)
-    assert torch.equal(model(**data), run(stock, data))
+    unseen = dict(data, ip_adapter_image_embeds=torch.full((2, 7, IMAGE), torch.nan))
+    for given in (data, unseen):
+        assert torch.equal(model(**given), without(**text_alone(data))) and torch.equal(model(**given), run(stock, given))
     last = f"transformer_blocks.{len(model.transformer_blocks) - 1}."
     for under, scale in ((last, 1.3), *([("transformer_blocks.0.attn2", -0.4)] if variant == "sd3.5" else [])):
         before = model(**data)

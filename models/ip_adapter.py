@@ -1,9 +1,9 @@
-"""IP-Adapters of the U-Nets (SD1.5, SD2, SDXL) and of FLUX.1: pictures as a prompt beside the text.
+"""IP-Adapters of the U-Nets (SD1.5, SD2, SDXL) and of FLUX.1: pictures as a prompt beside the text; and what attaches one to any model.
 
 Ye et al. (2023), "IP-Adapter: Text Compatible Image Prompt Adapter for Text-to-Image Diffusion Models"; FLUX.1's is XLabs'. An encoder's embeddings of
 pictures become tokens (``encoder_hid_proj``), to which attentions look with keys and values of their own (``processor``), one pair for each adapter. Names
 and state-dict keys are those of diffusers' models after ``load_ip_adapter``: ``attach(model, projections_of(state_dict))``, then ``load_state_dict``.
-``ip_adapter_official.py`` loads the official checkpoints.
+``ip_adapter_sd3.py`` has the modules of SD3's, ``ip_adapter_official.py`` loads the official checkpoints.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from torch import nn
 
 from fusewire.models.cross_attention import CrossAttention, attended
 from fusewire.models.feed_forward import FeedForward, feed_forward_residual
+from fusewire.models.ip_adapter_sd3 import HEAD_DIM, JointDecoupledAttention, TimeImageProjection, time_projection
 from fusewire.models.layers import How, linear
 from fusewire.models.transformer_block import sum_norm
-
-HEAD_DIM = 64  # of the resampler's attention, in every published checkpoint; the state dict does not tell
 
 
 class ImageProjection(nn.Module):
@@ -165,35 +164,60 @@ def over_tokens(mask: torch.Tensor, tokens: int) -> torch.Tensor:
     return F.pad(small, (0, tokens - small.shape[1]))[..., None]
 
 
+def slot(model: nn.Module) -> str:
+    """Where a model has the projections of its adapters; an MMDiT, which takes one adapter, its only one."""
+    return "image_proj" if hasattr(model, "image_proj") else "encoder_hid_proj"
+
+
 def attach(model: nn.Module, projections: Sequence[nn.Module]) -> None:
-    """Makes room in a ``UNet`` or ``Flux`` for one adapter of each projection, in the place of those that were there; new weights are random, scales 1."""
-    layers = model.picture_layers()
+    """Makes room in a ``UNet``, ``Flux`` or ``MMDiT`` for one adapter of each projection, in the place of those that were there; new weights are random,
+    scales 1 (an MMDiT's 0.5), as diffusers'. Raises ValueError for projections that are not of such a model."""
+    layers, timed = model.picture_layers(), slot(model) == "image_proj"
     if not layers or not projections:
         raise ValueError(f"{'projections is empty' if layers else 'model has no attention to text'}; an IP-Adapter needs one")
+    _check_projections(model, projections, timed)
     for name in layers.values():
         layer = model.get_submodule(name)
-        new = DecoupledAttention([one.channels for one in projections], layer.to_k.out_features, layer.to_k.bias is not None, model.how)
+        channels = layer.to_k.out_features
+        if timed:
+            new = JointDecoupledAttention(projections[0].channels, projections[0].width, channels, layer.heads, model.how)
+        else:
+            new = DecoupledAttention([one.channels for one in projections], channels, layer.to_k.bias is not None, model.how)
         layer.processor = new.to(layer.to_k.weight)
-    model.encoder_hid_proj = MultiImageProjection(projections).to(layer.to_k.weight)
+    setattr(model, slot(model), (projections[0] if timed else MultiImageProjection(projections)).to(layer.to_k.weight))
+
+
+def _check_projections(model: nn.Module, projections: Sequence[nn.Module], timed: bool) -> None:
+    for index, one in enumerate(projections):
+        if isinstance(one, TimeImageProjection) != timed:
+            raise ValueError(f"projections[{index}] is of the class {type(one).__name__}; it should {'' if timed else 'not '}be TimeImageProjection, "
+                             f"as the model is of the class {type(model).__name__}")
+    if timed and len(projections) > 1:
+        raise ValueError(f"projections has {len(projections)} entries; it should have 1: an MMDiT takes one IP-Adapter")
+    if timed and projections[0].channels != model.config.inner_dim:
+        raise ValueError(f"projections[0] gives {projections[0].channels} channels; it should give {model.config.inner_dim}, as the model has")
 
 
 def detach(model: nn.Module) -> None:
     """Takes all adapters away."""
     for name in model.picture_layers().values():
         model.get_submodule(name).processor = None
-    model.encoder_hid_proj = None
+    setattr(model, slot(model), None)
 
 
 def set_scale(model: nn.Module, scale, under: str = "") -> None:
     """How much each adapter counts, in the layers whose names begin with ``under`` (``"up_blocks.0.attentions.1"``, InstantStyle's style). A number for all,
     or one for each adapter: a number, or a list with one for each of its pictures, where there are masks. ValueError for another count."""
-    names = [name for name in model.picture_layers().values() if name.startswith(under)]
-    count = 0 if model.encoder_hid_proj is None else len(model.encoder_hid_proj.image_projection_layers)
+    layers = list(model.picture_layers().values())
+    names = [name for name in layers if name.startswith(under)]
+    count = len(model.get_submodule(layers[0]).processor.scale) if layers and getattr(model, slot(model)) is not None else 0
     scale = list(scale) if isinstance(scale, (list, tuple)) else [scale] * count
     if len(scale) != count or not count or any(one is None for one in scale):
         raise ValueError(f"scale is {scale}; it should be a number or {count} of them, one for each IP-Adapter of the model")
+    if slot(model) == "image_proj" and isinstance(scale[0], (list, tuple)):
+        raise ValueError(f"scale is {scale}; it should be a number, as an MMDiT takes no masks")
     if not names:
-        raise ValueError(f"under is {under!r}, with which no name begins; names are {', '.join(model.picture_layers().values())}")
+        raise ValueError(f"under is {under!r}, with which no name begins; names are {', '.join(layers)}")
     for name in names:
         model.get_submodule(name).processor.scale = [list(one) if isinstance(one, (list, tuple)) else one for one in scale]
 
@@ -229,6 +253,9 @@ def projections_of(state_dict: Mapping[str, torch.Tensor], how: How = How()) -> 
 
     Raises KeyError for one of a kind that we do not have (FaceID's).
     """
+    timed = {key.removeprefix("image_proj."): value for key, value in state_dict.items() if key.startswith("image_proj.")}
+    if timed:
+        return [time_projection(timed, how)]
     found: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in state_dict.items():
         match = re.match(r"encoder_hid_proj\.image_projection_layers\.(\d+)\.", key)

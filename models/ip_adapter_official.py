@@ -1,4 +1,4 @@
-"""The names of the official IP-Adapters (tencent-ailab's, in h94/IP-Adapter; XLabs' of FLUX.1) under ours."""
+"""The names of the official IP-Adapters (tencent-ailab's, in h94/IP-Adapter; XLabs' of FLUX.1; InstantX's of SD3.5) under ours."""
 
 from __future__ import annotations
 
@@ -8,26 +8,31 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from fusewire.models.ip_adapter import attach, projections_of
+from fusewire.models.ip_adapter import attach, projections_of, slot
 
 _SIMPLE = {"proj": "image_embeds", "norm": "norm"}
 _FULL = {"proj.0": "ff.net.0.proj", "proj.2": "ff.net.2", "proj.3": "norm"}
 _RESAMPLER = {"0.norm1": "ln0", "0.norm2": "ln1", "0.to_q": "attn.to_q", "0.to_out": "attn.to_out.0", "1.0": "ff.0", "1.1": "ff.1.net.0.proj",
               "1.3": "ff.1.net.2"}
+_TIMED = {"0.norm1": "ln0", "0.norm2": "ln1", "0.to_q": "attn.to_q", "0.to_kv": "attn.to_kv", "0.to_out": "attn.to_out.0", "1.0": "adaln_norm",
+          "1.1": "ff.net.0.proj", "1.3": "ff.net.2", "2.1": "adaln_proj"}
 _KEYS = r"(?:ip_adapter\.(\d+)\.to_([kv])_ip|double_blocks\.(\d+)\.processor\.ip_adapter_double_stream_([kv])_proj)\.(weight|bias)"
 
 
 def from_official(checkpoints: Sequence[Mapping], model: nn.Module) -> dict[str, torch.Tensor]:
     """Official checkpoints, one for each adapter, under our (diffusers') names.
 
-    h94/IP-Adapter's, ``image_proj`` and ``ip_adapter`` as dicts or as prefixes of the names, and XLabs' of FLUX.1. The resampler's packed keys and values are
-    split into views. Raises KeyError for a name that they or ``model`` do not have, as those of FaceID.
+    h94/IP-Adapter's and InstantX's of SD3.5, ``image_proj`` and ``ip_adapter`` as dicts or as prefixes of the names, and XLabs' of FLUX.1. The packed keys and
+    values of h94's resampler are split into views. Raises KeyError for a name that they or ``model`` do not have, as those of FaceID; ValueError for a second
+    checkpoint for an MMDiT.
     """
     out, layers = {}, model.picture_layers()
+    if slot(model) == "image_proj":
+        if len(checkpoints) > 1:
+            raise ValueError(f"checkpoints has {len(checkpoints)} entries; it should have 1: an MMDiT takes one IP-Adapter")
+        return {name: value for one in checkpoints for key, value in _flat(one).items() for name in [_timed(key, layers)]}
     for index, checkpoint in enumerate(checkpoints):
-        flat = {}
-        for key, value in checkpoint.items():
-            flat |= {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, Mapping) else {key: value}
+        flat = _flat(checkpoint)
         projection = {re.sub(r"^(image_proj|ip_adapter_proj_model)\.", "", key): value for key, value in flat.items() if not re.fullmatch(_KEYS, key)}
         for key, value in _official_projection(projection):
             out[f"encoder_hid_proj.image_projection_layers.{index}.{key}"] = value
@@ -39,6 +44,28 @@ def from_official(checkpoints: Sequence[Mapping], model: nn.Module) -> dict[str,
                     raise KeyError(f"checkpoint {index} has {key!r}, which this model has no layer for")
                 out[f"{layers[number]}.processor.to_{kind}_ip.{index}.{match[5]}"] = value
     return out
+
+
+def _flat(checkpoint: Mapping) -> dict[str, torch.Tensor]:
+    flat = {}
+    for key, value in checkpoint.items():
+        flat |= {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, Mapping) else {key: value}
+    return flat
+
+
+def _timed(key: str, layers: Mapping[int, str]) -> str:
+    """Our name for one of InstantX's."""
+    match = re.fullmatch(r"ip_adapter\.(\d+)\.((?:to_[kv]_ip|norm_q|norm_k|norm_ip_k)\.weight|norm_ip\.linear\.(?:weight|bias))", key)
+    if match:
+        if int(match[1]) not in layers:
+            raise KeyError(f"checkpoint has {key!r}, which this model has no layer for")
+        return f"{layers[int(match[1])]}.processor.{match[2]}"
+    match = re.fullmatch(r"image_proj\.layers\.(\d+)\.(.+)\.(weight|bias)", key)
+    if match and match[2] in _TIMED:
+        return f"image_proj.layers.{match[1]}.{_TIMED[match[2]]}.{match[3]}"
+    if re.fullmatch(r"image_proj\.(latents|(proj_in|proj_out|norm_out|time_embedding\.linear_[12])\.(weight|bias))", key):
+        return key
+    raise KeyError(f"checkpoint has {key!r}, which no IP-Adapter of an MMDiT has")
 
 
 def _official_projection(weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -56,7 +83,7 @@ def _official_projection(weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[
             for kind, half in zip("kv", value.chunk(2)):
                 yield f"layers.{layer[1]}.attn.to_{kind}.{leaf}", half
         else:
-            raise KeyError(f"checkpoint has {key!r}, which no IP-Adapter of ours has")
+            raise KeyError(f"checkpoint has {key!r}, which no IP-Adapter of such a model has")
 
 
 def load(model: nn.Module, checkpoints: Sequence[Mapping]) -> None:
@@ -66,7 +93,7 @@ def load(model: nn.Module, checkpoints: Sequence[Mapping]) -> None:
     """
     state_dict = from_official(checkpoints, model)
     holders = [model.get_submodule(name) for name in model.picture_layers().values()]
-    before, projection = [holder.processor for holder in holders], model.encoder_hid_proj
+    before, projection = [holder.processor for holder in holders], getattr(model, slot(model))
     try:
         attach(model, projections_of(state_dict, model.how))
         _check(state_dict, model)
@@ -74,12 +101,12 @@ def load(model: nn.Module, checkpoints: Sequence[Mapping]) -> None:
     except BaseException:
         for holder, processor in zip(holders, before):
             holder.processor = processor
-        model.encoder_hid_proj = projection
+        setattr(model, slot(model), projection)
         raise
 
 
 def _check(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> None:
-    wanted = {key: value.shape for key, value in model.state_dict().items() if key.startswith("encoder_hid_proj.") or ".processor." in key}
+    wanted = {key: value.shape for key, value in model.state_dict().items() if key.startswith(f"{slot(model)}.") or ".processor." in key}
     missing, unexpected = sorted(wanted.keys() - state_dict.keys()), sorted(state_dict.keys() - wanted.keys())
     if missing or unexpected:
         raise KeyError(f"checkpoints lack {missing} and have {unexpected}, which they should not")

@@ -17,7 +17,8 @@ from torch import nn
 from fusewire.models.attention import Attention
 from fusewire.models.configuration import StockConfig
 from fusewire.models.feed_forward import FeedForward, feed_forward_residual
-from fusewire.models.inputs import check_inputs, check_residuals, listed
+from fusewire.models.inputs import check_inputs, check_residuals, listed, present
+from fusewire.models.ip_adapter_sd3 import TimedPictures, pictures_of
 from fusewire.models.layers import AdaLayerNormContinuous, AdaLayerNormZero, How, TimeTextEmbed, gate_residual_norm, linear
 from fusewire.models.patches import PatchEmbed, unpatchify
 
@@ -76,9 +77,9 @@ class JointTransformerBlock(nn.Module):
         self.norm2_context = None if context_pre_only else nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
         self.ff_context = None if context_pre_only else FeedForward(channels, hidden, how)
 
-    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, temb: torch.Tensor):
-        """(image [B, T, C], text [B, L, C], conditioning [B, C]) -> (text or None, image)."""
-        return joint_block(self, hidden_states, encoder_hidden_states, temb, self.how)
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, temb: torch.Tensor, pictures: TimedPictures | None = None):
+        """(image [B, T, C], text [B, L, C], conditioning [B, C], what an IP-Adapter sees) -> (text or None, image)."""
+        return joint_block(self, hidden_states, encoder_hidden_states, temb, self.how, None if pictures is None else dict(pictures=pictures))
 
 
 def joint_block(block, x, context, temb, how: How, attention_kwargs: Mapping | None = None):
@@ -132,7 +133,7 @@ class MMDiT(nn.Module):
 
     def __init__(self, config: MMDiTConfig, numerics: str = "close"):
         super().__init__()
-        how = How.of(numerics)
+        self.how = how = How.of(numerics)
         self.config, self.numerics = config, numerics
         channels = config.inner_dim
         self.pos_embed = PatchEmbed(config.patch_size, config.in_channels, channels, config.pos_embed_max_size,
@@ -145,9 +146,17 @@ class MMDiT(nn.Module):
             for i in range(config.num_layers))
         self.norm_out = AdaLayerNormContinuous(channels, how)
         self.proj_out = nn.Linear(channels, config.patch_size**2 * config.out_channels)
+        self.image_proj: nn.Module | None = None  # an IP-Adapter's projection
+
+    def picture_layers(self) -> dict[int, str]:
+        """The attentions that an IP-Adapter extends, all of them, by their number in an official checkpoint."""
+        names = [f"transformer_blocks.{index}.{name}" for index, block in enumerate(self.transformer_blocks) for name in ("attn", "attn2")
+                 if getattr(block, name) is not None]
+        return dict(enumerate(names))
 
     def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, pooled_projections: torch.Tensor, timestep: torch.Tensor,
-                block_controlnet_hidden_states: list[torch.Tensor] | None = None, skip_layers: Iterable[int] | None = None) -> torch.Tensor:
+                block_controlnet_hidden_states: list[torch.Tensor] | None = None, skip_layers: Iterable[int] | None = None,
+                ip_adapter_image_embeds: torch.Tensor | None = None) -> torch.Tensor:
         """The velocity at ``hidden_states``.
 
         Args:
@@ -157,28 +166,31 @@ class MMDiT(nn.Module):
             timestep: [B], 0 to 1000 (1000 times the noise level sigma).
             block_controlnet_hidden_states: residuals [B, T, C], spread over the blocks and added behind each but the last.
             skip_layers: indices of blocks to leave out (skip-layer guidance).
+            ip_adapter_image_embeds: [B, L, C] an encoder's states of a picture, or of several in a row, where there is an IP-Adapter
+                (``ip_adapter.attach``).
 
         Returns: [B, out_channels, H, W].
         Raises: ValueError naming the argument whose shape or device does not fit, TypeError whose dtype does not.
         """
-        self._check(hidden_states, encoder_hidden_states, pooled_projections, timestep, block_controlnet_hidden_states)
+        self._check(hidden_states, encoder_hidden_states, pooled_projections, timestep, block_controlnet_hidden_states, ip_adapter_image_embeds)
+        pictures = pictures_of(self.image_proj, "ip_adapter_image_embeds", ip_adapter_image_embeds, timestep)
         (height, width), p = hidden_states.shape[-2:], self.config.patch_size
         skip = frozenset(skip_layers or ())
         x = self.pos_embed(hidden_states).contiguous()
         temb = self.time_text_embed(timestep, pooled_projections)
-        context = linear(self.context_embedder, encoder_hidden_states, self.norm_out.how)
+        context = linear(self.context_embedder, encoder_hidden_states, self.how)
         for index, block in enumerate(self.transformer_blocks):
             if index not in skip:
-                context, x = block(x, context, temb)
+                context, x = block(x, context, temb, pictures)
             if block_controlnet_hidden_states is not None and not block.context_pre_only:
                 interval = len(self.transformer_blocks) / len(block_controlnet_hidden_states)
                 x = x + block_controlnet_hidden_states[int(index / interval)]
-        x = linear(self.proj_out, self.norm_out(x, temb), self.norm_out.how)
+        x = linear(self.proj_out, self.norm_out(x, temb), self.how)
         return unpatchify(x, height // p, width // p, p)
 
-    def _check(self, x, context, pooled, timestep, residuals) -> None:
+    def _check(self, x, context, pooled, timestep, residuals, embeds) -> None:
         check_inputs(self.pos_embed.proj, dict(hidden_states=x, encoder_hidden_states=context, pooled_projections=pooled)
-                     | listed("block_controlnet_hidden_states", residuals), reals=dict(timestep=timestep))
+                     | listed("block_controlnet_hidden_states", residuals) | present(ip_adapter_image_embeds=embeds), reals=dict(timestep=timestep))
         config, p = self.config, self.config.patch_size
         check_latents(config, x, config.pos_embed_max_size)
         check_conditions(config, x.shape[0], context, pooled, timestep)
@@ -189,7 +201,8 @@ class MMDiT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:  # an IP-Adapter's have none
+                    nn.init.zeros_(module.bias)
         patches = self.pos_embed.proj
         nn.init.xavier_uniform_(patches.weight.view(patches.weight.shape[0], -1))
         nn.init.zeros_(patches.bias)

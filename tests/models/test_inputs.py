@@ -8,7 +8,7 @@ import torch
 from fusewire import ops
 from fusewire.models.inputs import check_inputs
 from tests.models import (stock_flux, stock_sd3, stock_text, stock_unet, test_adapter, test_controlnet_flux, test_controlnet_sd3, test_flux, test_ip_adapter,
-                          test_mmdit, test_pixart, test_text_encoders, test_unet, test_vae)
+                          test_ip_adapter_sd3, test_mmdit, test_pixart, test_text_encoders, test_unet, test_vae)
 from tests.models import test_dit as dit
 
 
@@ -56,6 +56,7 @@ CASES = {
     "UNet, distilled": lambda: unet("distilled"),
     "UNet with IP-Adapters": lambda: adapted("sd", "two", ip_adapter_masks=[torch.zeros(1, 2, 8, 12)] * 2),
     "Flux with an IP-Adapter": lambda: adapted("flux", "one"),
+    "MMDiT with an IP-Adapter": lambda: (test_ip_adapter_sd3.one(), test_ip_adapter_sd3.inputs()),
     "VAE's encoder": vae,
     "VAE's decoder": decoder,
     "T2I-Adapter": lambda: (test_adapter.ours(test_adapter.stock_model("light_adapter")), dict(x=test_adapter.picture("light_adapter"))),

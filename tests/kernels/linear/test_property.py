@@ -8,9 +8,9 @@ from fusewire import ops
 from fusewire.kernels.library import CPU
 from fusewire.kernels.linear import reference
 from tests.effort import examples
-from tests.kernels.linear.served import BELOW_AVX2, close
+from tests.kernels.linear.served import BELOW_AVX2, close, in_float64, layer, stock
 from tests.kernels.linear.test_backward import ACTIVATIONS, FAST, LAYOUT, gradients, inputs, served, serves
-from tests.kernels.linear.test_linear import DTYPES, in_float64, layer, stock
+from tests.kernels.linear.test_linear import DTYPES
 from tests.tolerance import assert_exact, assert_within
 
 

@@ -106,7 +106,8 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 160)
 
 
-def _show(as_json: bool, result, *tables) -> int:
+def _show(as_json: bool, result, *tables, kept: str = "") -> int:
+    """``kept``: what is left of an interrupted result, where that is not its complete rows."""
     with undisturbed():
         if as_json:
             print(json.dumps({"command": shlex.join(["fusewire", *sys.argv[1:]])} | result.to_dict(), indent=1))
@@ -116,7 +117,8 @@ def _show(as_json: bool, result, *tables) -> int:
                 console.print(table)
                 console.print()
         if getattr(result, "interrupted", False):
-            print(f"fusewire: interrupted; the {len(result.rows)} rows that were complete are kept, the others are lacking", file=sys.stderr)
+            kept = kept or f"the {len(result.rows)} rows that were complete are kept, the others are lacking"
+            print(f"fusewire: interrupted; {kept}", file=sys.stderr)
             return 130
     return 0 if result.ok else 1
 
@@ -172,11 +174,12 @@ def profile(target: TargetArg = None, dtype: Dtype = "float32", numerics: Numeri
 
     loaded = _load(target, dtype, layers, size)
     with bars() as tell:
-        result = measure(loaded.value, numerics=numerics, compile=compile, rounds=rounds, inputs=loaded.inputs, prompts=prompt, steps=steps,
-                         guidance=guidance, size=loaded.size, name=loaded.name, progress=tell)
+        result = finished(lambda: measure(loaded.value, numerics=numerics, compile=compile, rounds=rounds, inputs=loaded.inputs, prompts=prompt, steps=steps,
+                                          guidance=guidance, size=loaded.size, name=loaded.name, progress=tell))
     result.description = loaded.description
-    return _show(as_json, result, tables.profile_table(result), *([tables.memory_table(result)] if result.memory else []),
-                 tables.kinds_table(result), tables.verdict_table(result))
+    shown = (tables.memory_table, result.memory), (tables.kinds_table, result.kinds), (tables.verdict_table, result.verdicts)
+    kept = f"the medians are of {result.settings['rounds']} of {rounds} rounds, and what is measured after them is lacking"
+    return _show(as_json, result, tables.profile_table(result), *(table(result) for table, found in shown if found), kept=kept)
 
 
 @app.command(epilog=CODES)

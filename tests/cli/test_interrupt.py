@@ -69,6 +69,26 @@ def test_complete_rows_are_shown(monkeypatch):
     assert "Parity: sd3-tiny" in result.stdout and result.stdout.count("holds") == 2
 
 
+@pytest.mark.parametrize("name, at, rounds, kinds", [
+    ("fusewire.profile.timing.seconds", 3 + 2 * 3 + 2, 2, []),  # three sides warm up; the second of them in the third round
+    ("fusewire.profile.peak_of_call", 1, 4, ["eager"]), ("fusewire.profile.floor_of", 1, 4, ["eager", "exact", "close"])])
+def test_a_profile_keeps_its_complete_rounds(monkeypatch, name, at, rounds, kinds):
+    command = ("profile", "sd3-tiny", "--rounds", "4")
+    with monkeypatch.context() as patch:
+        interrupt(patch, name, at)
+        result = run(*command, "--json")
+    data = json.loads(result.stdout)
+    one_line(result, f"the medians are of {rounds} of 4 rounds")
+    assert data["interrupted"] is True and data["ok"] is False and data["verdicts"] == [] and data["floor"] == {}
+    assert data["settings"]["rounds"] == rounds and list(data["kinds"]) == kinds
+    assert [row["variant"] for row in data["rows"]] == ["eager", "exact", "close"] and all(row["median_ms"] > 0 for row in data["rows"])
+    assert [bool(row["backends"]) for row in data["rows"]] == [False, "exact" in kinds, "close" in kinds]
+    interrupt(monkeypatch, name, at)
+    shown = run(*command)
+    one_line(shown, f"the medians are of {rounds} of 4 rounds")
+    assert "Throughput: sd3-tiny" in shown.stdout and "Verdicts" not in shown.stdout and ("Where the time goes" in shown.stdout) is bool(kinds)
+
+
 @pytest.mark.parametrize("command, name", [
     (("parity", "sd3-tiny"), "fusewire.parity.ops.measure"), (("profile", "sd3-tiny", "--rounds", "1"), "fusewire.profile.alternate"),
     (("bench", "sd3-tiny", "--rounds", "1"), "fusewire.profile.bench._rows"), (("swap", "--dry-run", "sd3-tiny"), "fusewire.trial.swap_copies"),

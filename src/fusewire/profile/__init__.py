@@ -16,6 +16,7 @@ from torch import nn
 from fusewire.callable_package import calls
 from fusewire.copies import check_target, denoiser_of, place_of, shared_copy
 from fusewire.errors import NothingToDo, blaming, count
+from fusewire.interrupt import keeping
 from fusewire.machine import describe, seconds
 from fusewire.parity import check_run, inputs_of, parse_numerics, pictures, swap_copies, ticker
 from fusewire.parity.blocks import Counting
@@ -47,7 +48,8 @@ def profile(pipe_or_module, *, numerics: str = "both", compile: bool = False, ro
         prompts, seeds, steps, guidance, size, call, name, progress: as for ``fusewire.parity``.
 
     Returns: ProfileResult; ``.ok``, ``.rows``, ``.memory``, ``.verdicts``, ``.kinds``, ``.stages``, ``.floor``, ``.to_dict()``.
-    Raises: BadInput, NothingToDo (ValueErrors) as ``fusewire.parity`` does.
+    Raises: BadInput, NothingToDo (ValueErrors) as ``fusewire.parity`` does. A KeyboardInterrupt after the first complete round has the result of the complete
+    rounds in ``.result``.
     """
     check_target(pipe_or_module)
     wanted = parse_numerics(numerics)
@@ -102,41 +104,50 @@ def profile(pipe_or_module, *, numerics: str = "both", compile: bool = False, ro
     if not swaps:
         raise idle
 
-    with ExitStack() as stack:
-        clocks = {variant: stack.enter_context(StageClock(values[variant])) for variant in order} if is_pipe else {}
-        sides = {variant: _clocked(caller(values[variant]), clocks.get(variant)) for variant in order}
-        timings = alternate(sides, device, rounds=rounds, tick=ticker(tell, "timing, in turn", (rounds + 1) * len(order)))
-        stages = {variant: {stage: 1e3 * s for stage, s in clock.medians(rounds).items()} for variant, clock in clocks.items()}
-
-    tick = ticker(tell, "where the time goes", 2 + 2 * len(order))
-    kinds, memory, backends, weights = {}, {}, {}, weight_bytes(stock)
-    for variant in order:
-        if variant != "compile":  # generated kernels have no operator names that a kind could be read from
-            kinds[variant] = {kind: 1e3 * share * timings[variant].median for kind, share in by_kind(caller(values[variant]), device).items()}
-        tick()
-        found = []
-        for _ in range(MEASUREMENTS):
-            with Counting() as counts:
-                found.append(peak_of_call(caller(values[variant]), device))
-        if None not in found:
-            tensors, scratch = zip(*found)
-            memory[variant] = Memory(weights, kept.get(variant, 0), tensors, max(scratch))
-        backends[variant] = {backend: n for backend, n in counts.calls.items() if n}
-        tick()
-    floor = floor_of(caller(stock), dtype, device)
-    tick()
-
-    rows = [_row(variant, timings, floor, first[variant], memory.get(variant), backends[variant]) for variant in order]
     settings = dict(numerics=list(wanted), rounds=rounds, compile="compile" in values)
     if is_pipe:
         settings |= dict(prompts=run.prompts, seeds=run.seeds, steps=steps, guidance=guidance)
-    result = ProfileResult(name or type(pipe_or_module).__name__, describe_model(pipe_or_module), name_of(dtype), rows, [],
-                           _floor_dict(floor), kinds, stages, swaps, describe(), settings, notes)
+    result = ProfileResult(name or type(pipe_or_module).__name__, describe_model(pipe_or_module), name_of(dtype), [], [], {}, {}, {}, swaps, describe(),
+                           settings, notes)
+    samples: dict[str, list[float]] = {}
+    memory, backends, floor = {}, {}, None
+    with keeping(result):
+        try:
+            with ExitStack() as stack:
+                clocks = {variant: stack.enter_context(StageClock(values[variant])) for variant in order} if is_pipe else {}
+                sides = {variant: _clocked(caller(values[variant]), clocks.get(variant)) for variant in order}
+                timings = alternate(sides, device, rounds=rounds, tick=ticker(tell, "timing, in turn", (rounds + 1) * len(order)), samples=samples)
+                result.stages = {variant: {stage: 1e3 * s for stage, s in clock.medians(rounds).items()} for variant, clock in clocks.items()}
+
+            tick, weights = ticker(tell, "where the time goes", 2 + 2 * len(order)), weight_bytes(stock)
+            for variant in order:
+                if variant != "compile":  # generated kernels have no operator names that a kind could be read from
+                    shares = by_kind(caller(values[variant]), device)
+                    result.kinds[variant] = {kind: 1e3 * share * timings[variant].median for kind, share in shares.items()}
+                tick()
+                found = []
+                for _ in range(MEASUREMENTS):
+                    with Counting() as counts:
+                        found.append(peak_of_call(caller(values[variant]), device))
+                if None not in found:
+                    tensors, scratch = zip(*found)
+                    memory[variant] = Memory(weights, kept.get(variant, 0), tensors, max(scratch))
+                backends[variant] = {backend: n for backend, n in counts.calls.items() if n}
+                tick()
+            floor = floor_of(caller(stock), dtype, device)
+            tick()
+        finally:
+            if samples:
+                timings = {variant: Timing(tuple(taken)) for variant, taken in samples.items()}
+                result.rows = [_row(variant, timings, floor, first[variant], memory.get(variant), backends.get(variant, {})) for variant in order]
+                settings["rounds"] = len(samples["eager"])
+
+    result.floor = _floor_dict(floor)
     if memory:
         result.memory = judged(memory, torch.get_num_threads())
     else:
         notes.append(f"peak memory was not measured: the allocator of {device.type} does not tell")
-    result.verdicts = verdicts(rows) + memory_verdicts(result.memory)
+    result.verdicts = verdicts(result.rows) + memory_verdicts(result.memory)
     tick()
     return result
 
@@ -173,11 +184,11 @@ def _clocked(call, clock: StageClock | None):
     return run
 
 
-def _row(variant: str, timings: dict[str, Timing], floor: Floor, first: float, memory: Memory | None, backends: dict[str, int]) -> Row:
+def _row(variant: str, timings: dict[str, Timing], floor: Floor | None, first: float, memory: Memory | None, backends: dict[str, int]) -> Row:
     timing, compiled = timings[variant], timings.get("compile")
     low, high = timing.quartiles
     return Row(variant, 1e3 * timing.median, 1e3 * low, 1e3 * high, timings["eager"].median / timing.median,
-               None if compiled is None else compiled.median / timing.median, floor.roofline / timing.median, 1e3 * first,
+               None if compiled is None else compiled.median / timing.median, None if floor is None else floor.roofline / timing.median, 1e3 * first,
                1e3 * (first - timing.median), None if memory is None else memory.working / 2**20, backends)
 
 

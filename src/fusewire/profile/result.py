@@ -23,7 +23,7 @@ class Row:
     high_ms: float
     against_eager: float
     against_compile: float | None
-    floor_share: float  # the roofline's time divided by the median: 1 is the floor
+    floor_share: float | None  # the roofline's time divided by the median: 1 is the floor; None where the floor was not measured
     first_ms: float
     extra_first_ms: float
     peak_mib: float | None
@@ -64,7 +64,8 @@ class Verdict:
 
 @dataclass
 class ProfileResult:
-    """``ok`` is True only when every verdict holds."""
+    """``ok`` is True only when every verdict holds. interrupted: the rows are of the complete rounds, ``settings["rounds"]`` of them; what is measured after
+    the last round, and with it the verdicts, is lacking or in part."""
 
     target: str
     description: str
@@ -79,10 +80,11 @@ class ProfileResult:
     settings: dict
     notes: list[str] = field(default_factory=list)
     memory: list[MemoryRow] = field(default_factory=list)
+    interrupted: bool = False
 
     @property
     def ok(self) -> bool:
-        return bool(self.verdicts) and all(verdict.holds for verdict in self.verdicts)
+        return bool(self.verdicts) and not self.interrupted and all(verdict.holds for verdict in self.verdicts)
 
     def row(self, variant: str) -> Row | None:
         """The row of ``"eager"``, ``"compile"``, ``"exact"`` or ``"close"``, or None."""

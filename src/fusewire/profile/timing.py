@@ -31,10 +31,11 @@ class Timing:
 
 
 def alternate(sides: dict[str, Callable[[], object]], device: torch.device, *, rounds: int, warmup: int = 1, least: float = 0.0,
-              tick: Callable[[], None] = lambda: None) -> dict[str, Timing]:
+              tick: Callable[[], None] = lambda: None, samples: dict[str, list[float]] | None = None) -> dict[str, Timing]:
     """Call every side ``warmup`` times, then ``rounds`` times in turn.
 
-    least: seconds that one sample should take; a faster side is called several times for each sample.
+    least: seconds that one sample should take; a faster side is called several times for each sample. samples: filled with each side's seconds, a round at
+    a time, for a caller that is to have the complete rounds where a later one is interrupted.
     """
     repeats = {}
     for name, call in sides.items():
@@ -42,10 +43,13 @@ def alternate(sides: dict[str, Callable[[], object]], device: torch.device, *, r
             took = seconds(call, device)
         repeats[name] = max(1, min(10_000, int(least / max(took, 1e-7))))
         tick()
-    samples: dict[str, list[float]] = {name: [] for name in sides}
+    samples = {} if samples is None else samples
     for _ in range(rounds):
+        taken = {}
         for name, call in sides.items():
             count = repeats[name]
-            samples[name].append(seconds(lambda: [call() for _ in range(count)], device) / count)
+            taken[name] = seconds(lambda: [call() for _ in range(count)], device) / count
             tick()
+        for name, one in taken.items():
+            samples.setdefault(name, []).append(one)
     return {name: Timing(tuple(taken)) for name, taken in samples.items()}

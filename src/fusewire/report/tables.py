@@ -93,10 +93,11 @@ def profile_table(result: ProfileResult) -> Table:
         cells += [f"{row.against_compile:.2f}"] if compiled else []
         table.add_row(*cells, f"{row.first_ms:.0f}", "" if row.peak_mib is None else f"{row.peak_mib:.0f}",
                       ", ".join(f"{backend} {n}" for backend, n in row.backends.items()))
-    table.add_section()
     floor = result.floor
-    table.add_row("arithmetic floor", f"{floor['arithmetic_ms']:.1f}", "", *([""] if compiled else []), "", "", "",
-                  f"{floor['gflop']:.1f} GFLOP at {floor['gemm_gflops']:.0f} GFLOP/s")
+    if floor:
+        table.add_section()
+        table.add_row("arithmetic floor", f"{floor['arithmetic_ms']:.1f}", "", *([""] if compiled else []), "", "", "",
+                      f"{floor['gflop']:.1f} GFLOP at {floor['gemm_gflops']:.0f} GFLOP/s")
     return table
 
 

@@ -136,9 +136,9 @@ def test_what_serves_bfloat16_on_amx(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_batch_does_not_choose_the_backend(tokens, dtype):
     """batch-coupling: how many samples there are has no say in which library multiplies one."""
-    weight, found = torch.randn(256, 64).to(dtype), set()
+    weight, found = torch.randn(256, 1024).to(dtype), set()  # as many inputs as it takes for tiles to be an answer
     for batch in (1, 2, 8, 50):
-        x = torch.zeros(batch, tokens, 64, dtype=dtype)
+        x = torch.zeros(batch, tokens, 1024, dtype=dtype)
         found.add((*(choice.backend for choice in ops.backends("linear", x, weight, numerics="close") if choice.runs),
                    native.onednn_serves(x, weight, "none", None, None)))
     assert len(found) == 1

@@ -25,7 +25,7 @@ FUSEWIRE_INLINE lanes<compute_t<T>, N> logistic(lanes<compute_t<T>, N> y, lanes<
   using C = compute_t<T>;
 #if defined(__AVX512F__)
   if constexpr (sizeof(z) == 64 && sizeof(C) == 4) {
-    return y * close_reciprocal<T, N>(1 + close_exp2<T, N>(z * splat<N>(static_cast<float>(-1.44269504088896341 * scale))));
+    return y * close_reciprocal<T, N>(1 + close_exp2<T, N>(z * splat<N>(static_cast<float>(-ExpConstants<double>::log2e * scale))));
   }
 #endif
   return y / (1 + exponential<kHasFma, N, C>(z * splat<N>(C(-scale))));
@@ -118,7 +118,7 @@ struct GeluTanh {
   template <typename T, int N, typename C = compute_t<T>>
   FUSEWIRE_INLINE static lanes<C, N> value(lanes<C, N> x) {
 #if defined(__AVX512F__)
-    if constexpr (sizeof(x) == 64 && sizeof(C) == 4) return x * close_reciprocal<T, N>(1 + close_exp2<T, N>(twice_u<T, N>(x, -1.44269504088896341)));
+    if constexpr (sizeof(x) == 64 && sizeof(C) == 4) return x * close_reciprocal<T, N>(1 + close_exp2<T, N>(twice_u<T, N>(x, -ExpConstants<double>::log2e)));
 #endif
     return logistic<T, N>(x, twice_u<T, N>(x));
   }

@@ -127,6 +127,7 @@ def test_close_in_bfloat16_errs_as_diffusers(variant, monkeypatch):
     stock, _ = stock_model(variant, torch.bfloat16)
     data = inputs(4, dtype=torch.bfloat16)
     got, plain = ours(variant, stock)(**data), run(stock, data)
+    assert by_library("attention", "joint_attention", "linear", "adaln_modulate")
     assert_close(got, run(in_float64(stock, monkeypatch), {name: value.double() for name, value in data.items()}), plain)
 
 

@@ -51,23 +51,27 @@ class TileScope {
 };
 
 // One step of the products, into tiles 0-3. Parts of the left operand `a` lie `a_part` bytes apart, those of the right one, `b`, beside each other.
-// Loads stand right before the first product that needs them: the next ones are under way while the products run.
+// Loads stand right before the first product that needs them: the next ones are under way while the products run. `b_streams`: the right operand
+// comes from the second-level cache and goes by, without driving the left one out of the first.
 #define FUSEWIRE_AMX_LOAD(tile, from) _tile_loadd(tile, from, 64)
+#define FUSEWIRE_AMX_LOAD_B(tile, from)                                                       \
+  if constexpr (b_streams) _tile_stream_loadd(tile, from, 64);                                \
+  else _tile_loadd(tile, from, 64)
 #define FUSEWIRE_AMX_NEW_A(part)                                                              \
   FUSEWIRE_AMX_LOAD(4, a + (part) * a_part);                                                  \
   _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);                                           \
   FUSEWIRE_AMX_LOAD(5, a + (part) * a_part + kTileBytes);                                     \
   _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7)
 #define FUSEWIRE_AMX_NEW_B(part)                                                              \
-  FUSEWIRE_AMX_LOAD(6, b + (part) * kPartBytes);                                              \
+  FUSEWIRE_AMX_LOAD_B(6, b + (part) * kPartBytes);                                            \
   _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(2, 5, 6);                                           \
-  FUSEWIRE_AMX_LOAD(7, b + (part) * kPartBytes + kTileBytes);                                 \
+  FUSEWIRE_AMX_LOAD_B(7, b + (part) * kPartBytes + kTileBytes);                               \
   _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(3, 5, 7)
 #define FUSEWIRE_AMX_NEW(a_at, b_at)                                                          \
-  FUSEWIRE_AMX_LOAD(6, b + (b_at) * kPartBytes);                                              \
+  FUSEWIRE_AMX_LOAD_B(6, b + (b_at) * kPartBytes);                                            \
   FUSEWIRE_AMX_LOAD(4, a + (a_at) * a_part);                                                  \
   _tile_dpbf16ps(0, 4, 6);                                                                    \
-  FUSEWIRE_AMX_LOAD(7, b + (b_at) * kPartBytes + kTileBytes);                                 \
+  FUSEWIRE_AMX_LOAD_B(7, b + (b_at) * kPartBytes + kTileBytes);                               \
   _tile_dpbf16ps(1, 4, 7);                                                                    \
   FUSEWIRE_AMX_LOAD(5, a + (a_at) * a_part + kTileBytes);                                     \
   _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7)
@@ -136,6 +140,7 @@ template <int parts, bool lower_first = false, bool whole = false>
 [[gnu::always_inline]] inline void multiply_block(const char* a, const char* b, int64_t steps, float* c, int64_t row_floats, bool first,
                                                   Ahead ahead = {nullptr, 0}) {
   constexpr int64_t a_part = kPartBytes;
+  constexpr bool b_streams = false;
   take_sums(c, row_floats, first);
   if constexpr (lower_first && parts == 3) {
     const char *const first_a = a, *const first_b = b;

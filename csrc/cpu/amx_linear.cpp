@@ -1,5 +1,6 @@
-// Linear layers on AMX tiles. Rows of x and of the weight become parts in bfloat16 (amx.h); blocks of 32 x 32 results are accumulated in
-// tiles over a slice of the inner dimension and kept as float32 sums, which stay in the second-level cache until the epilogue.
+// Linear layers on AMX tiles. Rows of the weight are the left-hand operand, in which a row stays a row, and rows of x the right-hand one, which is
+// transposed: x is packed once for all threads, and a weight, of which there is more, only copied. Blocks of 32 x 32 results, transposed, are accumulated in
+// tiles over a slice of the inner dimension and kept as float32 sums, which stay in the second-level cache until the epilogue turns them.
 #include <algorithm>
 
 #include "cpu/amx.h"
@@ -8,32 +9,37 @@
 
 namespace fusewire::FUSEWIRE_ISA {
 
-// The inner dimension is cut into chunks: a thread's weights of a chunk, packed, share the second-level cache with what streams past them.
-// In bfloat16 a chunk is cut again, into slices, so that a block of the weights stays in the first level for a whole group of rows. With
-// more parts there are more products for each load, and fewer trips of the sums count for more.
+// The inner dimension is cut into equal slices of at most so many steps. In bfloat16 a panel of 32 weights of one stays in the first-level cache while
+// blocks of x stream past it. With more parts there are more products for each load: all panels stay in the second level, and each block of x meets all of
+// them, while trips of the sums count for more.
+constexpr int64_t kSteps = 16;
 template <int parts>
-constexpr int64_t kChunk = parts == 1 ? 48 : 16;  // steps
-template <int parts>
-constexpr int64_t kSteps = parts == 1 ? 8 : 16;   // of a slice
-constexpr int64_t kGroup = 8;                     // blocks of rows
-// Few rows, in bfloat16: as long a piece of all of them as stays in the second-level cache, and no longer than a panel of weights may be.
-constexpr int64_t kFewBlocks = 16, kFewBytes = 1280 << 10, kFewSteps = 96;
+constexpr bool kOnePanel = parts == 1;
+constexpr int64_t kRowBytes = 1280 << 10;  // of packed x that stays in the second-level cache with all else
 
 static_assert(kLinearBlock == kSide);
 
-inline int64_t steps_of(int64_t inputs) { return (inputs + kStep - 1) / kStep; }
+template <int parts>
+struct Slices {
+  explicit Slices(int64_t inputs) : steps((inputs + kStep - 1) / kStep), count((steps + kSteps - 1) / kSteps), length((steps + count - 1) / count) {}
+  int64_t here(int64_t slice) const { return std::min(length, steps - slice * length); }
+  const int64_t steps, count, length;
+};
 
 int64_t linear_packed_bytes(int64_t inputs, ScalarKind type) {
   return with_type(type, [&](auto t) {
     constexpr int parts = parts_of<decltype(t)>;
-    return (steps_of(inputs) + kSteps<parts> - 1) / kSteps<parts> * kSteps<parts> * parts * kPartBytes;
+    const Slices<parts> slices(inputs);
+    return slices.count * slices.length * parts * kPartBytes;
   });
 }
 
 int64_t linear_scratch_bytes(int64_t rows, int64_t cols, ScalarKind type) {
   const int64_t blocks = (rows + kSide - 1) / kSide, panels = (cols + kSide - 1) / kSide;
-  const int64_t panel = with_type(type, [](auto t) { return kChunk<parts_of<decltype(t)>> * parts_of<decltype(t)> * kPartBytes; });
-  return std::max(panels * panel, kFewSteps * kPartBytes) + blocks * panels * kSide * kSide * sizeof(float);
+  return with_type(type, [&](auto t) -> int64_t {
+    constexpr int parts = parts_of<decltype(t)>;
+    return (kOnePanel<parts> ? 1 : panels) * kSteps * parts * kPartBytes + blocks * panels * kSide * kSide * sizeof(float);
+  });
 }
 
 // Rows that lie side by side in memory, as they do in a transposed operand: 32 elements of each, from `x` on, as contiguous rows. Every cache line is read
@@ -66,31 +72,61 @@ static void turn(const T* x, int64_t stride, int64_t rows, int64_t count, T (&sq
   }
 }
 
+// Units of 32 rows of an operand, a step at a time. Rows from `count` on are not there.
 template <typename T>
-static uint32_t pack_rows(const LinearCall& c, int64_t row, int64_t blocks, char* packed) {
-  constexpr int parts = parts_of<T>;
-  Range range[kSide];
-  const T* rows[kSide];
-  const int64_t count = std::min(kSide, c.rows - row);
-  bool side_by_side = c.x.channel != 1;
-  for (int64_t r = 0; r < count; ++r) {
-    rows[r] = static_cast<const T*>(c.x.data) + c.x.offset(row + r);
-    side_by_side &= rows[r] == rows[0] + r;
+class UnitRows {
+ public:
+  static constexpr int parts = parts_of<T>;
+  UnitRows(const T* const* rows, int64_t count, int64_t stride, int64_t inputs) : rows_(rows), count_(count), stride_(stride), inputs_(inputs) {
+    side_by_side_ = stride != 1;
+    for (int64_t r = 0; r < count; ++r) side_by_side_ &= rows[r] == rows[0] + r;
   }
-  alignas(64) T square[kSide][kStep];
-  for (int64_t s = 0, k = 0; k < c.inputs; ++s, k += kStep) {
-    if (side_by_side) turn(rows[0] + k * c.x.channel, c.x.channel, count, c.inputs - k, square);
-    char* to = packed + (s / kSteps<parts> * blocks * kSteps<parts> + s % kSteps<parts>) * parts * kPartBytes;
-    for (int64_t r = 0; r < kSide; ++r, to += 64) {
-      __m512i units[parts];
-      if (r < count && side_by_side) {
-        units_of<parts>(static_cast<const T*>(square[r]), units, range[r]);
-      } else if (r < count) {
-        units_of<parts>(rows[r] + k * c.x.channel, c.x.channel, c.inputs - k, units, range[r]);
-      } else {
-        std::fill_n(units, parts, _mm512_setzero_si512());
+  void step(int64_t s) {
+    k_ = s * kStep;
+    if (side_by_side_) turn(rows_[0] + k_ * stride_, stride_, count_, inputs_ - k_, square_);
+  }
+  [[gnu::always_inline]] void read(int64_t r, __m512i (&units)[parts], Range& range) const {
+    if (r >= count_) {
+      std::fill_n(units, parts, _mm512_setzero_si512());
+    } else if (side_by_side_) {
+      units_of<parts>(static_cast<const T*>(square_[r]), units, range);
+    } else {
+      units_of<parts>(rows_[r] + k_ * stride_, stride_, inputs_ - k_, units, range);
+    }
+  }
+
+ private:
+  const T* const* const rows_;
+  const int64_t count_, stride_, inputs_;
+  bool side_by_side_;
+  int64_t k_ = 0;
+  alignas(64) T square_[kSide][kStep];
+};
+
+// Rows of x as the right-hand operand, units across the rows of a tile: [slices][blocks][steps of a slice].
+template <typename T>
+static uint32_t pack_rows(const LinearCall& c, int64_t row, int64_t block, int64_t blocks, char* packed) {
+  constexpr int parts = parts_of<T>;
+  const Slices<parts> slices(c.inputs);
+  const int64_t count = std::min(kSide, c.rows - row);
+  const T* rows[kSide];
+  for (int64_t r = 0; r < count; ++r) rows[r] = static_cast<const T*>(c.x.data) + c.x.offset(row + r);
+  UnitRows<T> from(rows, count, c.x.channel, c.inputs);
+  Range range[kSide];
+  for (int64_t s = 0; s < slices.steps; ++s) {
+    from.step(s);
+    char* const to = packed + ((s / slices.length * blocks + block) * slices.length + s % slices.length) * parts * kPartBytes;
+    for (int64_t tile = 0; tile < 2; ++tile) {
+      __m512 columns[parts][16];
+      for (int64_t r = 0; r < 16; ++r) {
+        __m512i units[parts];
+        from.read(tile * 16 + r, units, range[tile * 16 + r]);
+        for (int p = 0; p < parts; ++p) columns[p][r] = _mm512_castsi512_ps(units[p]);
       }
-      for (int p = 0; p < parts; ++p) _mm512_store_si512(to + p * kPartBytes, units[p]);
+      for (int p = 0; p < parts; ++p) {
+        transpose16(columns[p]);
+        for (int64_t i = 0; i < 16; ++i) _mm512_store_ps(to + p * kPartBytes + tile * kTileBytes + i * 64, columns[p][i]);
+      }
     }
   }
   uint32_t bad = 0;
@@ -100,167 +136,155 @@ static uint32_t pack_rows(const LinearCall& c, int64_t row, int64_t blocks, char
   return bad;
 }
 
-// Elements [k, k + steps * 32) of the 32 weight rows from `weight` on, as the right-hand operand: units across the rows of a tile. `ahead`: the next 32
-// rows are fetched meanwhile, which lie too far apart for the processor to foresee it.
-template <typename T, bool ahead = true>
-static void pack_weight(const LinearCall& c, const T* weight, int64_t rows, int64_t k, int64_t steps, char* packed, Range& range) {
-  constexpr int parts = parts_of<T>;
-  const bool side_by_side = c.weight_row == 1 && c.weight_col != 1;
-  alignas(64) T square[kSide][kStep];
-  for (int64_t s = 0; s < steps; ++s, k += kStep) {
-    if (side_by_side) turn(weight + k * c.weight_col, c.weight_col, rows, c.inputs - k, square);
-    for (int64_t tile = 0; tile < 2; ++tile) {
-      __m512 columns[parts][16];
-      for (int64_t r = 0; r < 16; ++r) {
-        __m512i units[parts];
-        const int64_t n = tile * 16 + r;
-        if (n < rows && side_by_side) {
-          units_of<parts>(static_cast<const T*>(square[n]), units, range);
-        } else if (n < rows) {
-          const char* next = reinterpret_cast<const char*>(weight + (n + kSide) * c.weight_row + k * c.weight_col);
-          for (int64_t line = 0; ahead && line < kStep * static_cast<int64_t>(sizeof(T)); line += 64) _mm_prefetch(next + line, _MM_HINT_T1);
-          units_of<parts>(weight + n * c.weight_row + k * c.weight_col, c.weight_col, c.inputs - k, units, range);
-        } else {
-          std::fill_n(units, parts, _mm512_setzero_si512());
-        }
-        for (int p = 0; p < parts; ++p) columns[p][r] = _mm512_castsi512_ps(units[p]);
-      }
-      for (int p = 0; p < parts; ++p) {
-        transpose16(columns[p]);
-        char* to = packed + (s * parts + p) * kPartBytes + tile * kTileBytes;
-        for (int64_t i = 0; i < 16; ++i) _mm512_store_ps(to + i * 64, columns[p][i]);
-      }
-    }
-  }
-}
-
-// Rows of a weight that will be packed next, a few lines at a time.
+// Rows of memory that will be needed soon, brought into the second-level cache a few lines at a time: many at once would hold up the tiles' own loads.
 struct RowsAhead {
-  const char* row;
-  int64_t stride, lines, at = 0;  // lines: of a row
-  void fetch(int64_t count) {
-    for (; count > 0; --count) {
+  const char* row = nullptr;
+  int64_t stride = 0, lines = 0, count = 0, at = 0;  // lines: of a row; count: at a time
+  void fetch() {
+    for (int64_t i = 0; i < count; ++i) {
       _mm_prefetch(row + at * 64, _MM_HINT_T1);
       if (++at == lines) at = 0, row += stride;
     }
   }
 };
 
-// Few rows: all of them stay in the second-level cache while one panel of weights after another is packed and multiplied, and the next one fetched. The
-// weight's way through memory is what takes the time.
-static void columns_of_few_rows(const LinearCall& c, const LinearBlock& b, const char* packed, char* scratch) {
-  constexpr int64_t part = kSteps<1>, a_part = kPartBytes, square = kSide * kSide;
-  const int64_t steps = steps_of(c.inputs), blocks = (b.rows + kSide - 1) / kSide, panels = (b.cols + kSide - 1) / kSide;
-  const int64_t fit = std::clamp(kFewBytes / (blocks * kPartBytes), part, kFewSteps), slices = (steps + fit - 1) / fit;
-  const int64_t slice = ((steps + slices - 1) / slices + part - 1) / part * part;  // as equal as can be
-  char* const panel = scratch;
-  float* const sums = reinterpret_cast<float*>(scratch + kFewSteps * kPartBytes);  // [panels][blocks][32][32], of one panel where all steps are one slice
-  const bfloat16* const weight = static_cast<const bfloat16*>(c.weight) + b.col * c.weight_row;
-  Range unused;
-  const TileScope tiles;
-  for (int64_t first = 0; first < steps; first += slice) {
-    const int64_t end = std::min(first + slice, steps);
-    for (int64_t n = 0; n < panels; ++n) {
-      const int64_t rows = std::min(kSide, b.cols - n * kSide);
-      float* const of_panel = sums + (slices > 1 ? n * blocks * square : 0);
-      pack_weight<bfloat16, false>(c, weight + n * kSide * c.weight_row, rows, first * kStep, end - first, panel, unused);
-      // What is packed next: the next panel's rows, or the first one's next slice
-      const bool last = n + 1 == panels;
-      const bfloat16* const coming = weight + (last ? 0 : (n + 1) * kSide) * c.weight_row + (last ? end : first) * kStep;
-      RowsAhead ahead{reinterpret_cast<const char*>(coming), c.weight_row * static_cast<int64_t>(sizeof(bfloat16)), end - first};
-      const int64_t lines = c.weight_col != 1 || (last && end == steps) ? 0 : (kSide + blocks - 1) / blocks;
-      for (int64_t i = 0; i < blocks; ++i) {
-        float* const sum = of_panel + i * square;
-        const char* b_at = panel;
-        take_sums(sum, kSide, first == 0);
-        for (int64_t s = first; s < end; ++s, b_at += kPartBytes) {
-          const char* const a = packed + ((s / part * blocks + i) * part + s % part) * kPartBytes;
-          const char* const b = b_at;
-          ahead.fetch(lines);
-          FUSEWIRE_AMX_STEP(1);
-        }
-        leave_sums(sum, kSide);
-      }
-      if (end < steps) continue;
-      Epilogue<bfloat16> epilogue(c, b.col + n * kSide, rows);
-      epilogue.rows(b.row, b.rows, of_panel, kSide);
-    }
-  }
-}
-
+// A block of columns: one group of panels, and of it one slice, after another, each times all rows.
 template <typename T>
-static uint32_t columns(const LinearCall& c, const LinearBlock& b, const char* packed, char* scratch) {
-  constexpr int parts = parts_of<T>;
-  constexpr int64_t step_bytes = parts * kPartBytes, panel_bytes = kChunk<parts> * step_bytes, slice_bytes = kSteps<parts> * step_bytes;
-  const int64_t steps = steps_of(c.inputs), blocks = (b.rows + kSide - 1) / kSide, panels = (b.cols + kSide - 1) / kSide;
-  if (parts == 1 && blocks <= kFewBlocks) {
-    columns_of_few_rows(c, b, packed, scratch);
-    return 0;
-  }
-  char* const panel = scratch;                                                    // [panels][steps of a chunk]
-  float* const sums = reinterpret_cast<float*>(scratch + panels * panel_bytes);   // [blocks][panels][32][32]
-  alignas(64) float fresh[kSide * kSide];
-  const T* weight = static_cast<const T*>(c.weight) + b.col * c.weight_row;
-  Epilogue<T> epilogue(c, b.col, b.cols);
-  Range range[kLinearCols / kSide];
-  const TileScope tiles;
-  for (int64_t chunk = 0; chunk < steps; chunk += kChunk<parts>) {
-    const int64_t end = std::min(chunk + kChunk<parts>, steps);
-    for (int64_t n = 0; n < panels; ++n)
-      pack_weight(c, weight + n * kSide * c.weight_row, b.cols - n * kSide, chunk * kStep, end - chunk, panel + n * panel_bytes, range[n]);
-    for (int64_t group = 0; group < blocks; group += kGroup) {
-      const int64_t group_end = std::min(group + kGroup, blocks);
-      for (int64_t first = chunk; first < end; first += kSteps<parts>) {
-        const int64_t here = std::min(kSteps<parts>, end - first);
-        // x is packed as [slices][blocks][steps of a slice]. The group's next slice, or the next group's first, is fetched meanwhile.
-        const bool more = first + here < end;
-        const char* x = packed + first * blocks * step_bytes;
-        const char* next = more ? x + blocks * slice_bytes : packed + chunk * blocks * step_bytes + kGroup * slice_bytes;
-        const int64_t ahead_lines = more || group_end < blocks ? slice_bytes / 64 / (panels * here) : 0;
-        const auto multiply = [&](int64_t i, int64_t n) {
-          const Ahead ahead{next + i * slice_bytes + n * ahead_lines * here * 64, ahead_lines};
-          float* block = sums + (i * panels + n) * kSide * kSide;
-          // float32: a slice is summed on its own before it is added, because rounding errors grow with the length of a chain of sums.
-          const bool apart = parts == 3 && first > 0;
-          multiply_block<parts>(x + i * slice_bytes, panel + n * panel_bytes + (first - chunk) * step_bytes, here, apart ? fresh : block, kSide,
-                                apart || first == 0, ahead);
-          if (apart) {
-#pragma omp simd
-            for (int64_t j = 0; j < kSide * kSide; ++j) block[j] += fresh[j];
-          }
-        };
-        if constexpr (parts == 1) {
-          for (int64_t n = 0; n < panels; ++n)
-            for (int64_t i = group; i < group_end; ++i) multiply(i, n);
-        } else {
-          for (int64_t i = group; i < group_end; ++i)
-            for (int64_t n = 0; n < panels; ++n) multiply(i, n);
-        }
+class Columns {
+ public:
+  Columns(const LinearCall& call, const LinearBlock& part, const char* packed, char* scratch)
+      : c_(call), b_(part), slices_(call.inputs), blocks_((part.rows + kSide - 1) / kSide), panels_((part.cols + kSide - 1) / kSide),
+        group_(kOnePanel<parts> ? 1 : panels_), tasks_(panels_ / group_ * slices_.count),
+        rows_stay_(kOnePanel<parts> && blocks_ * slices_.steps * kStepBytes <= kRowBytes), packed_(packed), weights_(scratch),
+        sums_(reinterpret_cast<float*>(scratch + group_ * kSteps * kStepBytes)) {}
+
+  // Bit n of what it returns: the weights of the n-th panel do not split.
+  uint32_t run() {
+    const TileScope tiles;
+    for (int64_t t = 0; t < tasks_; ++t) {
+      const Task now = task(t);
+      const int64_t steps = slices_.here(now.slice);
+      for (int64_t n = 0; n < group_; ++n) pack(now.first + n, now.slice, weights_ + n * steps * kStepBytes);
+      fetch_after(t);
+      for (int64_t i = 0; i < blocks_; ++i) {
+        for (int64_t n = 0; n < group_; ++n) multiply(weights_ + n * steps * kStepBytes, x(now.slice, i), steps, sums(now.first + n, i), now.slice == 0);
       }
-      if (end < steps) continue;
-      for (int64_t r = group * kSide; r < std::min(group_end * kSide, b.rows); ++r) {
-        alignas(64) float y[kLinearCols];
-        const float* row = sums + (r / kSide * panels * kSide + r % kSide) * kSide;
-        for (int64_t n = 0; n < panels; ++n) std::memcpy(y + n * kSide, row + n * kSide * kSide, kSide * sizeof(float));
-        epilogue.rows(b.row + r, 1, y, 0);
+      if (now.slice + 1 < slices_.count) continue;
+      if (rows_stay_) finish(now.first, now.first + group_);
+      else if (t + 1 == tasks_) finish(0, panels_);
+    }
+    uint32_t bad = 0;
+    if constexpr (parts > 1) {
+      for (int64_t n = 0; n < panels_; ++n) bad |= static_cast<uint32_t>(!range_[n].splits(kLeastExponent)) << n;
+    }
+    return bad;
+  }
+
+ private:
+  static constexpr int parts = parts_of<T>;
+  static constexpr int64_t kStepBytes = parts * kPartBytes, kSquare = kSide * kSide, kSquareLines = kSquare * sizeof(float) / 64;
+  struct Task { int64_t first, slice; };  // panels [first, first + group)
+
+  // Where all of x stays in the second-level cache, a panel is done at once; else a slice of x, which has to come there, serves all panels.
+  Task task(int64_t t) const {
+    const int64_t groups = panels_ / group_;
+    return rows_stay_ ? Task{t / slices_.count * group_, t % slices_.count} : Task{t % groups * group_, t / groups};
+  }
+  const T* weight(int64_t panel) const { return static_cast<const T*>(c_.weight) + (b_.col + panel * kSide) * c_.weight_row; }
+  const char* x(int64_t slice, int64_t block) const { return packed_ + (slice * blocks_ + block) * slices_.length * kStepBytes; }
+  float* sums(int64_t panel, int64_t block) const {
+    return sums_ + (((rows_stay_ ? 0 : panel / group_) * blocks_ + block) * group_ + panel % group_) * kSquare;
+  }
+
+  void pack(int64_t panel, int64_t slice, char* to) {
+    const int64_t count = std::min(kSide, b_.cols - panel * kSide);
+    const T* rows[kSide];
+    for (int64_t r = 0; r < count; ++r) rows[r] = weight(panel) + r * c_.weight_row;
+    UnitRows<T> from(rows, count, c_.weight_col, c_.inputs);
+    for (int64_t s = 0; s < slices_.here(slice); ++s, to += kStepBytes) {
+      from.step(slice * slices_.length + s);
+      for (int64_t r = 0; r < kSide; ++r) {
+        __m512i units[parts];
+        from.read(r, units, range_[panel]);
+        for (int p = 0; p < parts; ++p) _mm512_store_si512(to + p * kPartBytes + r * 64, units[p]);
       }
     }
   }
-  uint32_t bad = 0;
-  if constexpr (parts > 1) {
-    for (int64_t n = 0; n < panels; ++n) bad |= static_cast<uint32_t>(!range[n].splits(kLeastExponent)) << n;
+
+  // While task t is done: the next one's weights; and of x, where not all of it stays, what this panel's share of the next slice is, or the next blocks.
+  void fetch_after(int64_t t) {
+    const Task now = task(t), next = task(t + 1);
+    const int64_t visits = blocks_ * group_ * slices_.here(now.slice);
+    const auto at_a_time = [&](int64_t lines) { return (lines + visits - 1) / visits; };
+    weights_ahead_ = x_ahead_ = {};
+    if (t + 1 < tasks_ && c_.weight_col == 1) {
+      const int64_t lines = (slices_.here(next.slice) * kStep * static_cast<int64_t>(sizeof(T)) + 63) / 64;
+      weights_ahead_ = {reinterpret_cast<const char*>(weight(next.first) + next.slice * slices_.length * kStep), c_.weight_row * static_cast<int64_t>(sizeof(T)),
+                        lines, at_a_time(lines * group_ * kSide)};
+    }
+    if (!rows_stay_ && now.slice + 1 < slices_.count) {
+      const int64_t lines = blocks_ * slices_.length * kStepBytes / 64 * group_ / panels_;
+      const char* const from = kOnePanel<parts> ? x(now.slice + 1, 0) + now.first * lines * 64 : x(now.slice, 1);
+      x_ahead_ = {from, lines * 64, lines, at_a_time(lines)};
+    }
   }
-  return bad;
-}
+
+  // c (+)= a . b: weights, from the first-level cache, times x, which goes by. The next block's sums come nearer meanwhile.
+  void multiply(const char* a, const char* b, int64_t steps, float* c, bool first) {
+    constexpr int64_t a_part = kPartBytes;
+    constexpr bool b_streams = kOnePanel<parts>;
+    const int64_t lines = (kSquareLines + steps - 1) / steps;
+    const char* next = reinterpret_cast<const char*>(c + kSquare);
+    alignas(64) float fresh[kSquare];
+    // float32: a slice is summed on its own before it is added, because rounding errors grow with the length of a chain of sums.
+    const bool apart = parts == 3 && !first;
+    take_sums(apart ? fresh : c, kSide, apart || first);
+    for (int64_t s = 0; s < steps; ++s, a += kStepBytes, b += kStepBytes) {
+      for (int64_t i = 0; i < lines; ++i, next += 64) _mm_prefetch(next, _MM_HINT_T0);
+      weights_ahead_.fetch();
+      x_ahead_.fetch();
+      FUSEWIRE_AMX_STEP(parts);
+    }
+    leave_sums(apart ? fresh : c, kSide);
+    if (apart) {
+#pragma omp simd
+      for (int64_t j = 0; j < kSquare; ++j) c[j] += fresh[j];
+    }
+  }
+
+  void finish(int64_t first, int64_t end) {
+    const int64_t width = (end - first) * kSide;
+    Epilogue<T> epilogue(c_, b_.col + first * kSide, std::min(width, b_.cols - first * kSide));
+    alignas(64) float turned[16 * kLinearCols];
+    for (int64_t r = 0; r < b_.rows; r += 16) {
+      for (int64_t n = 0; n < width; n += 16) {
+        const float* const from = sums(first + n / kSide, r / kSide) + n % kSide * kSide + r % kSide;
+        __m512 square[16];
+        for (int64_t i = 0; i < 16; ++i) square[i] = _mm512_load_ps(from + i * kSide);
+        transpose16(square);
+        for (int64_t i = 0; i < 16; ++i) _mm512_store_ps(turned + i * width + n, square[i]);
+      }
+      epilogue.rows(b_.row + r, std::min<int64_t>(16, b_.rows - r), turned, width);
+    }
+  }
+
+  const LinearCall& c_;
+  const LinearBlock& b_;
+  const Slices<parts> slices_;
+  const int64_t blocks_, panels_, group_, tasks_;
+  const bool rows_stay_;
+  const char* const packed_;
+  char* const weights_;  // [panels of a group][steps of a slice]
+  float* const sums_;    // [groups, or the one at work][blocks][panels of a group][32 weights][32 rows]
+  Range range_[kLinearCols / kSide];
+  RowsAhead weights_ahead_, x_ahead_;
+};
 
 uint32_t linear_pack(const LinearCall& c, int64_t row, int64_t block, int64_t blocks, char* packed, ScalarKind type) {
-  return with_type(type, [&](auto t) {
-    constexpr int parts = parts_of<decltype(t)>;
-    return pack_rows<decltype(t)>(c, row, blocks, packed + block * kSteps<parts> * parts * kPartBytes);
-  });
+  return with_type(type, [&](auto t) { return pack_rows<decltype(t)>(c, row, block, blocks, packed); });
 }
 uint32_t linear_columns(const LinearCall& c, const LinearBlock& b, const char* packed, char* scratch, ScalarKind type) {
-  return with_type(type, [&](auto t) { return columns<decltype(t)>(c, b, packed, scratch); });
+  return with_type(type, [&](auto t) { return Columns<decltype(t)>(c, b, packed, scratch).run(); });
 }
 
 }  // namespace fusewire::FUSEWIRE_ISA

@@ -85,7 +85,7 @@ static void on_tiles(const LinearCall& call, ScalarKind type) {
   const int64_t threads = torch::stable::get_num_threads(), block = amx::kLinearBlock;
   const int64_t block_bytes = amx::linear_packed_bytes(call.inputs, type);
   const int64_t row_blocks = (call.rows + block - 1) / block;
-  const int64_t most = std::clamp<int64_t>(amx::kLinearSlabBytes / block_bytes, 1, amx::kLinearSlab / block);
+  const int64_t most = std::clamp<int64_t>(amx::kLinearSlabBytes / block_bytes, 1, amx::linear_slab(type) / block);
   const int64_t slabs = (row_blocks + most - 1) / most, slab = (row_blocks + slabs - 1) / slabs;  // as equal as can be
   const int64_t panels = (call.outputs + block - 1) / block;
   const int64_t width = std::clamp<int64_t>(panels / (3 * threads), 1, kLinearCols / block) * block, cols = (call.outputs + width - 1) / width;

@@ -62,7 +62,8 @@ FUSEWIRE_DECLARE(void, linear_few_block, (const LinearCall&, const LinearBlock&,
 // The same product on AMX tiles: the rows of x are packed once, by all threads, then every thread takes blocks of columns.
 namespace amx {
 constexpr int64_t kLinearBlock = 32;         // rows of a packed block, and what a block's columns should be a multiple of
-constexpr int64_t kLinearSlab = 1536;        // rows packed at a time
+// Rows packed at a time: their sums stay in the second-level cache, in bfloat16 beside a slice of x, else beside the weights.
+constexpr int64_t linear_slab(ScalarKind type) { return type == ScalarKind::bf16 ? 512 : 1536; }
 constexpr int64_t kLinearSlabBytes = 96 << 20;
 int64_t linear_packed_bytes(int64_t inputs, ScalarKind type);                // of one block of rows
 int64_t linear_scratch_bytes(int64_t rows, int64_t cols, ScalarKind type);   // that linear_columns needs, 64-byte aligned

@@ -19,7 +19,6 @@ constexpr int64_t kRowBytes = 1280 << 10;  // of packed x that stays in the seco
 
 static_assert(kLinearBlock == kSide);
 
-template <int parts>
 struct Slices {
   explicit Slices(int64_t inputs) : steps((inputs + kStep - 1) / kStep), count((steps + kSteps - 1) / kSteps), length((steps + count - 1) / count) {}
   int64_t here(int64_t slice) const { return std::min(length, steps - slice * length); }
@@ -27,11 +26,8 @@ struct Slices {
 };
 
 int64_t linear_packed_bytes(int64_t inputs, ScalarKind type) {
-  return with_type(type, [&](auto t) {
-    constexpr int parts = parts_of<decltype(t)>;
-    const Slices<parts> slices(inputs);
-    return slices.count * slices.length * parts * kPartBytes;
-  });
+  const Slices slices(inputs);
+  return with_type(type, [&](auto t) { return slices.count * slices.length * parts_of<decltype(t)> * kPartBytes; });
 }
 
 int64_t linear_scratch_bytes(int64_t rows, int64_t cols, ScalarKind type) {
@@ -107,7 +103,7 @@ class UnitRows {
 template <typename T>
 static uint32_t pack_rows(const LinearCall& c, int64_t row, int64_t block, int64_t blocks, char* packed) {
   constexpr int parts = parts_of<T>;
-  const Slices<parts> slices(c.inputs);
+  const Slices slices(c.inputs);
   const int64_t count = std::min(kSide, c.rows - row);
   const T* rows[kSide];
   for (int64_t r = 0; r < count; ++r) rows[r] = static_cast<const T*>(c.x.data) + c.x.offset(row + r);
@@ -270,7 +266,7 @@ class Columns {
 
   const LinearCall& c_;
   const LinearBlock& b_;
-  const Slices<parts> slices_;
+  const Slices slices_;
   const int64_t blocks_, panels_, group_, tasks_;
   const bool rows_stay_;
   const char* const packed_;

@@ -148,8 +148,8 @@ struct RowsAhead {
 template <typename T>
 class Columns {
  public:
-  Columns(const LinearCall& call, const LinearBlock& part, const char* packed, char* scratch)
-      : c_(call), b_(part), slices_(call.inputs), blocks_((part.rows + kSide - 1) / kSide), panels_((part.cols + kSide - 1) / kSide),
+  Columns(const LinearCall& call, const LinearBlock& part, const LinearBlock& later, const char* packed, char* scratch)
+      : c_(call), b_(part), later_(later), slices_(call.inputs), blocks_((part.rows + kSide - 1) / kSide), panels_((part.cols + kSide - 1) / kSide),
         group_(kOnePanel<parts> ? 1 : panels_), tasks_(panels_ / group_ * slices_.count),
         rows_stay_(kOnePanel<parts> && blocks_ * slices_.steps * kStepBytes <= kRowBytes), packed_(packed), weights_(scratch),
         sums_(reinterpret_cast<float*>(scratch + group_ * kSteps * kStepBytes)) {}
@@ -186,7 +186,8 @@ class Columns {
     const int64_t groups = panels_ / group_;
     return rows_stay_ ? Task{t / slices_.count * group_, t % slices_.count} : Task{t % groups * group_, t / groups};
   }
-  const T* weight(int64_t panel) const { return static_cast<const T*>(c_.weight) + (b_.col + panel * kSide) * c_.weight_row; }
+  const T* weight(int64_t panel) const { return weight_row(b_.col + panel * kSide); }
+  const T* weight_row(int64_t row) const { return static_cast<const T*>(c_.weight) + row * c_.weight_row; }
   const char* x(int64_t slice, int64_t block) const { return packed_ + (slice * blocks_ + block) * slices_.length * kStepBytes; }
   float* sums(int64_t panel, int64_t block) const {
     return sums_ + (((rows_stay_ ? 0 : panel / group_) * blocks_ + block) * group_ + panel % group_) * kSquare;
@@ -207,16 +208,18 @@ class Columns {
     }
   }
 
-  // While task t is done: the next one's weights; and of x, where not all of it stays, what this panel's share of the next slice is, or the next blocks.
+  // While task t is done: the next one's weights, or the next block's first; and of x, where not all of it stays, what this panel's share of the next
+  // slice is, or the next blocks.
   void fetch_after(int64_t t) {
-    const Task now = task(t), next = task(t + 1);
+    const Task now = task(t), next = t + 1 < tasks_ ? task(t + 1) : Task{};
     const int64_t visits = blocks_ * group_ * slices_.here(now.slice);
     const auto at_a_time = [&](int64_t lines) { return (lines + visits - 1) / visits; };
     weights_ahead_ = x_ahead_ = {};
-    if (t + 1 < tasks_ && c_.weight_col == 1) {
+    if ((t + 1 < tasks_ || later_.cols > 0) && c_.weight_col == 1) {
+      const T* const row = t + 1 < tasks_ ? weight(next.first) : weight_row(later_.col);
       const int64_t lines = (slices_.here(next.slice) * kStep * static_cast<int64_t>(sizeof(T)) + 63) / 64;
-      weights_ahead_ = {reinterpret_cast<const char*>(weight(next.first) + next.slice * slices_.length * kStep), c_.weight_row * static_cast<int64_t>(sizeof(T)),
-                        lines, at_a_time(lines * group_ * kSide)};
+      weights_ahead_ = {reinterpret_cast<const char*>(row + next.slice * slices_.length * kStep), c_.weight_row * static_cast<int64_t>(sizeof(T)), lines,
+                        at_a_time(lines * group_ * kSide)};
     }
     if (!rows_stay_ && now.slice + 1 < slices_.count) {
       const int64_t lines = blocks_ * slices_.length * kStepBytes / 64 * group_ / panels_;
@@ -265,7 +268,7 @@ class Columns {
   }
 
   const LinearCall& c_;
-  const LinearBlock& b_;
+  const LinearBlock &b_, &later_;
   const Slices slices_;
   const int64_t blocks_, panels_, group_, tasks_;
   const bool rows_stay_;
@@ -279,8 +282,8 @@ class Columns {
 uint32_t linear_pack(const LinearCall& c, int64_t row, int64_t block, int64_t blocks, char* packed, ScalarKind type) {
   return with_type(type, [&](auto t) { return pack_rows<decltype(t)>(c, row, block, blocks, packed); });
 }
-uint32_t linear_columns(const LinearCall& c, const LinearBlock& b, const char* packed, char* scratch, ScalarKind type) {
-  return with_type(type, [&](auto t) { return Columns<decltype(t)>(c, b, packed, scratch).run(); });
+uint32_t linear_columns(const LinearCall& c, const LinearBlock& b, const LinearBlock& later, const char* packed, char* scratch, ScalarKind type) {
+  return with_type(type, [&](auto t) { return Columns<decltype(t)>(c, b, later, packed, scratch).run(); });
 }
 
 }  // namespace fusewire::FUSEWIRE_ISA

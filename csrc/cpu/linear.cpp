@@ -87,22 +87,28 @@ static void on_tiles(const LinearCall& call, ScalarKind type) {
   const int64_t row_blocks = (call.rows + block - 1) / block;
   const int64_t most = std::clamp<int64_t>(amx::kLinearSlabBytes / block_bytes, 1, amx::linear_slab(type) / block);
   const int64_t slabs = (row_blocks + most - 1) / most, slab = (row_blocks + slabs - 1) / slabs;  // as equal as can be
-  const int64_t panels = (call.outputs + block - 1) / block;
-  const int64_t width = std::clamp<int64_t>(panels / (3 * threads), 1, kLinearCols / block) * block, cols = (call.outputs + width - 1) / width;
+  const int64_t panels = (call.outputs + block - 1) / block, width = std::clamp<int64_t>(panels / (3 * threads), 1, kLinearCols / block) * block;
   char* const packed = packed_memory(std::min(slab, row_blocks) * block_bytes);
-  std::vector<uint32_t> bad_rows(row_blocks), bad_panels(cols);
+  std::vector<uint32_t> bad_rows(row_blocks);
+  std::vector<uint8_t> bad_panels(panels);
   for (int64_t first = 0; first < row_blocks; first += slab) {
     const int64_t here = std::min(slab, row_blocks - first);
     torch::stable::parallel_for(0, here, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) bad_rows[first + i] = amx::linear_pack(call, (first + i) * block, i, here, packed, type);
     });
     const int64_t rows = std::min(here * block, call.rows - first * block);
-    std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, std::min(threads, cols), 1, [&](int64_t, int64_t) {
+    // Each block of columns is taken while the one before is at work, which fetches its first weights.
+    std::atomic<int64_t> free{0};
+    const auto take = [&]() -> LinearBlock {
+      const int64_t col = free.fetch_add(width);
+      return {first * block, rows, col, std::min(width, call.outputs - col)};
+    };
+    torch::stable::parallel_for(0, std::min(threads, panels), 1, [&](int64_t, int64_t) {
       char* memory = linear_memory(amx::linear_scratch_bytes(rows, width, type));
-      for (int64_t i = next++; i < cols; i = next++) {
-        const LinearBlock part{first * block, rows, i * width, std::min(width, call.outputs - i * width)};
-        bad_panels[i] = amx::linear_columns(call, part, packed, memory, type);
+      for (LinearBlock part = take(), later; part.cols > 0; part = later) {
+        later = take();
+        const uint32_t bad = amx::linear_columns(call, part, later, packed, memory, type);
+        for (int64_t n = 0; n * block < part.cols; ++n) bad_panels[part.col / block + n] = bad >> n & 1;
       }
     });
   }
@@ -111,11 +117,9 @@ static void on_tiles(const LinearCall& call, ScalarKind type) {
       if (bad_rows[i] >> r & 1) linear_part_on_vectors(call, {i * block + r, 1, 0, call.outputs}, type);
     }
   }
-  for (int64_t i = 0; i < cols; ++i) {
-    for (int64_t n = 0; n < width / block && bad_panels[i] != 0; ++n) {
-      const int64_t col = i * width + n * block;
-      if (bad_panels[i] >> n & 1) linear_part_on_vectors(call, {0, call.rows, col, std::min(block, call.outputs - col)}, type);
-    }
+  for (int64_t n = 0; n < panels; ++n) {
+    const int64_t col = n * block;
+    if (bad_panels[n]) linear_part_on_vectors(call, {0, call.rows, col, std::min(block, call.outputs - col)}, type);
   }
 }
 #endif

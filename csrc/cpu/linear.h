@@ -69,8 +69,9 @@ int64_t linear_packed_bytes(int64_t inputs, ScalarKind type);                // 
 int64_t linear_scratch_bytes(int64_t rows, int64_t cols, ScalarKind type);   // that linear_columns needs, 64-byte aligned
 // Packs rows [row, row + 32) as block `block` of `blocks`. Bit r of what it returns: row r does not split into bfloat16 parts.
 uint32_t linear_pack(const LinearCall&, int64_t row, int64_t block, int64_t blocks, char* packed, ScalarKind type);
-// Columns of the packed rows [row, row + rows). Bit n of what it returns: the weights of the block's n-th 32 columns do not split.
-uint32_t linear_columns(const LinearCall&, const LinearBlock&, const char* packed, char* scratch, ScalarKind type);
+// Columns of the packed rows [row, row + rows). Bit n of what it returns: the weights of the block's n-th 32 columns do not split. `later`: what this thread
+// does after it, if it has columns.
+uint32_t linear_columns(const LinearCall&, const LinearBlock&, const LinearBlock& later, const char* packed, char* scratch, ScalarKind type);
 }  // namespace amx
 
 }  // namespace fusewire

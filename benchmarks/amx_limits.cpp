@@ -21,12 +21,14 @@ struct Case {
   const char* name;
   int64_t steps, left_blocks;  // of 32 summed elements between visits to the results; blocks of 32 rows that take turns
   bool loads, results;         // whether operands are loaded, and results loaded and stored
+  bool streams = false;        // whether rows pass by the first-level cache, and the next results are fetched into it meanwhile
 };
 static const Case kCases[] = {
     {"products of what is in tile registers", 8, 1, false, false},
     {"operands in the first-level cache", 8, 1, true, false},
     {"rows from the second-level cache, columns from the first", 8, 8, true, false},
     {"the same, and results updated every 256 summed elements", 8, 8, true, true},
+    {"the same, every 512, rows passing by the first-level cache and results fetched into it ahead", 16, 8, true, true, true},
     {"rows and columns from the second-level cache, results every 1536", 48, 8, true, true},
 };
 
@@ -38,7 +40,8 @@ static double run(const Case& c, char* memory, int threads, int round) {
   const auto start = std::chrono::steady_clock::now();
   for (int64_t v = 0; v < visits; ++v) {
     const char *a = rows + v % c.left_blocks * c.steps * kBlock / 2, *b = columns;
-    char* out = results + v % 48 * kBlock;
+    char *out = results + v % 48 * kBlock, *next = results + (v + 1) % 48 * kBlock;
+    const int64_t lines = kBlock / 64 / c.steps;  // of the next results, a step
     asm volatile("" ::: "memory");
     if (c.results) {
       _tile_loadd(0, out, 64); _tile_loadd(1, out + 1024, 64); _tile_loadd(2, out + 2048, 64); _tile_loadd(3, out + 3072, 64);
@@ -46,7 +49,15 @@ static double run(const Case& c, char* memory, int threads, int round) {
       _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     }
     for (int64_t s = 0; s < c.steps; ++s, a += kBlock / 2, b += kBlock / 2) {
-      if (c.loads) {
+      if (c.streams) {
+        for (int64_t i = 0; i < lines; ++i, next += 64) _mm_prefetch(next, _MM_HINT_T0);
+        _tile_loadd(6, b, 64);
+        _tile_stream_loadd(4, a, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b + 1024, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_stream_loadd(5, a + 1024, 64);
+      } else if (c.loads) {
         _tile_loadd(6, b, 64);
         _tile_loadd(4, a, 64);
         _tile_dpbf16ps(0, 4, 6);

@@ -51,16 +51,18 @@ class TileScope {
 };
 
 // One step of the products, into tiles 0-3. Parts of the left operand `a` lie `a_part` bytes apart, those of the right one, `b`, beside each other.
-// Loads stand right before the first product that needs them: the next ones are under way while the products run. `b_streams`: the right operand
-// comes from the second-level cache and goes by, without driving the left one out of the first.
-#define FUSEWIRE_AMX_LOAD(tile, from) _tile_loadd(tile, from, 64)
+// Loads stand right before the first product that needs them: the next ones are under way while the products run. `a_streams`, `b_streams`: that operand
+// comes from the second-level cache and goes by, without driving out of the first what is used again.
+#define FUSEWIRE_AMX_LOAD_A(tile, from)                                                       \
+  if constexpr (a_streams) _tile_stream_loadd(tile, from, 64);                                \
+  else _tile_loadd(tile, from, 64)
 #define FUSEWIRE_AMX_LOAD_B(tile, from)                                                       \
   if constexpr (b_streams) _tile_stream_loadd(tile, from, 64);                                \
   else _tile_loadd(tile, from, 64)
 #define FUSEWIRE_AMX_NEW_A(part)                                                              \
-  FUSEWIRE_AMX_LOAD(4, a + (part) * a_part);                                                  \
+  FUSEWIRE_AMX_LOAD_A(4, a + (part) * a_part);                                                \
   _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);                                           \
-  FUSEWIRE_AMX_LOAD(5, a + (part) * a_part + kTileBytes);                                     \
+  FUSEWIRE_AMX_LOAD_A(5, a + (part) * a_part + kTileBytes);                                   \
   _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7)
 #define FUSEWIRE_AMX_NEW_B(part)                                                              \
   FUSEWIRE_AMX_LOAD_B(6, b + (part) * kPartBytes);                                            \
@@ -69,11 +71,11 @@ class TileScope {
   _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(3, 5, 7)
 #define FUSEWIRE_AMX_NEW(a_at, b_at)                                                          \
   FUSEWIRE_AMX_LOAD_B(6, b + (b_at) * kPartBytes);                                            \
-  FUSEWIRE_AMX_LOAD(4, a + (a_at) * a_part);                                                  \
+  FUSEWIRE_AMX_LOAD_A(4, a + (a_at) * a_part);                                                \
   _tile_dpbf16ps(0, 4, 6);                                                                    \
   FUSEWIRE_AMX_LOAD_B(7, b + (b_at) * kPartBytes + kTileBytes);                               \
   _tile_dpbf16ps(1, 4, 7);                                                                    \
-  FUSEWIRE_AMX_LOAD(5, a + (a_at) * a_part + kTileBytes);                                     \
+  FUSEWIRE_AMX_LOAD_A(5, a + (a_at) * a_part + kTileBytes);                                   \
   _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7)
 
 // Every product but high.high, of two operands in three parts.
@@ -105,15 +107,6 @@ class TileScope {
     FUSEWIRE_AMX_NEW_A(0);                                                                    \
   }
 
-// Memory that will be needed soon, brought into the second-level cache a few lines at a time.
-struct Ahead {
-  const char* at;
-  int64_t lines;  // for each step
-  void fetch() {
-    for (int64_t i = 0; i < lines; ++i, at += 64) _mm_prefetch(at, _MM_HINT_T1);
-  }
-};
-
 // Tiles 0-3 become the sums c[32][32], or zeros at first; and c becomes what they hold.
 [[gnu::always_inline]] inline void take_sums(const float* c, int64_t row_floats, bool first) {
   const int64_t stride = row_floats * sizeof(float);
@@ -136,9 +129,9 @@ struct Ahead {
 // summed in one order, whatever its neighbours. `lower_first`: the small products of all steps before the large ones, so that fewer sums
 // are rounded at full size; for results that an exponential will magnify.
 // `whole`: float16's fourth product too, so that nothing is rounded but sums; for results whose difference from another sum will matter.
-template <int parts, bool lower_first = false, bool whole = false>
-[[gnu::always_inline]] inline void multiply_block(const char* a, const char* b, int64_t steps, float* c, int64_t row_floats, bool first,
-                                                  Ahead ahead = {nullptr, 0}) {
+// `a_streams`: see above.
+template <int parts, bool lower_first = false, bool whole = false, bool a_streams = false>
+[[gnu::always_inline]] inline void multiply_block(const char* a, const char* b, int64_t steps, float* c, int64_t row_floats, bool first) {
   constexpr int64_t a_part = kPartBytes;
   constexpr bool b_streams = false;
   take_sums(c, row_floats, first);
@@ -148,7 +141,6 @@ template <int parts, bool lower_first = false, bool whole = false>
     a = first_a, b = first_b;
   }
   for (int64_t s = 0; s < steps; ++s, a += parts * kPartBytes, b += parts * kPartBytes) {
-    ahead.fetch();
     if constexpr (parts == 2 && whole) {
       FUSEWIRE_AMX_WHOLE;
     } else if constexpr (parts == 3 && lower_first) {

@@ -30,6 +30,7 @@ template <typename T>
 class AmxTask : AmxOperands<T> {
   using AmxOperands<T>::parts, AmxOperands<T>::call_, AmxOperands<T>::task_, AmxOperands<T>::steps_, AmxOperands<T>::columns_;
   static constexpr int kDegree = parts == 1 ? 3 : 6;  // of the exponential: see attention_simd.h
+  static constexpr bool kStreams = parts == 1;         // keys and values, each of which is loaded once for a block of queries
 
  public:
   AmxTask(const AttentionCall& call, const AttentionTask& task) : AmxOperands<T>(call, task) {
@@ -133,7 +134,7 @@ class AmxTask : AmxOperands<T> {
     for (int g = 0; g < 2; ++g) raise(state, g, vmax(bound[g], vload(state.highest + g * kLanes)), now);
     const int64_t key_steps = (count + kStep - 1) / kStep;
     const auto multiply = [&](int64_t key) {
-      multiply_block<parts, true>(k_ + key / kSide * steps_ * parts * kPartBytes, q_, steps_, pair_of_logits(key), kQueryBlock, true);
+      multiply_block<parts, true, false, kStreams>(k_ + key / kSide * steps_ * parts * kPartBytes, q_, steps_, pair_of_logits(key), kQueryBlock, true);
     };
     if (count > 0) multiply(0);
     for (int64_t block = 0; block < count; block += kBoundedKeyBlock) {
@@ -185,7 +186,7 @@ class AmxTask : AmxOperands<T> {
 #pragma omp simd
         for (int64_t i = 0; i < kSide * kQueryBlock; ++i) out[i] += fresh[i];
       } else {
-        multiply_block<parts>(v, weights, steps, out, kQueryBlock, false);
+        multiply_block<parts, false, false, kStreams>(v, weights, steps, out, kQueryBlock, false);
       }
     }
   }
@@ -201,7 +202,7 @@ class AmxTask : AmxOperands<T> {
       seen_[steps++] = static_cast<int32_t>(key / kStep);
     }
     const auto multiply = [&](int64_t step) {  // logits of 32 keys
-      multiply_block<parts, true>(k_ + seen_[step] * steps_ * parts * kPartBytes, q_, steps_, logits(step), kQueryBlock, true);
+      multiply_block<parts, true, false, kStreams>(k_ + seen_[step] * steps_ * parts * kPartBytes, q_, steps_, logits(step), kQueryBlock, true);
     };
     for (int64_t step = 0; step < std::min(kBlockSteps, steps); ++step) multiply(step);
     for (int64_t block = 0; block < steps; block += kBlockSteps) {

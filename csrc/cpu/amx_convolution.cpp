@@ -38,7 +38,7 @@ struct Layout {
 template <int parts>
 [[gnu::always_inline]] inline void multiply_shifted(const char* a, int64_t a_part, int64_t ahead, const Layout& layout, const char* b, int64_t steps, float* c,
                                                     bool first) {
-  constexpr bool b_streams = false;  // most pixels are another tap's too
+  constexpr bool a_streams = false, b_streams = false;  // most pixels are another tap's too
   const Picture& p = layout.p;
   const int64_t lines = (kSide + layout.taps - 1) / layout.taps;
   take_sums(c, kSide, first);

@@ -231,7 +231,7 @@ class Columns {
   // c (+)= a . b: weights, from the first-level cache, times x, which goes by. The next block's sums come nearer meanwhile.
   void multiply(const char* a, const char* b, int64_t steps, float* c, bool first) {
     constexpr int64_t a_part = kPartBytes;
-    constexpr bool b_streams = kOnePanel<parts>;
+    constexpr bool a_streams = false, b_streams = kOnePanel<parts>;
     const int64_t lines = (kSquareLines + steps - 1) / steps;
     const char* next = reinterpret_cast<const char*>(c + kSquare);
     alignas(64) float fresh[kSquare];

@@ -3,7 +3,8 @@
 Ye et al. (2023), "IP-Adapter: Text Compatible Image Prompt Adapter for Text-to-Image Diffusion Models"; FLUX.1's is XLabs'. An encoder's embeddings of
 pictures become tokens (``encoder_hid_proj``), to which attentions look with keys and values of their own (``processor``), one pair for each adapter. Names
 and state-dict keys are those of diffusers' models after ``load_ip_adapter``: ``attach(model, projections_of(state_dict))``, then ``load_state_dict``.
-``ip_adapter_sd3.py`` has the modules of SD3's, ``ip_adapter_official.py`` loads the official checkpoints.
+``ip_adapter_resampler.py`` has the projections of many tokens, ``ip_adapter_sd3.py`` the modules of SD3's, ``ip_adapter_official.py`` loads the official
+checkpoints.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fusewire.models.cross_attention import CrossAttention, attended
-from fusewire.models.feed_forward import FeedForward, feed_forward_residual
+from fusewire.models.cross_attention import attended
+from fusewire.models.feed_forward import FeedForward
+from fusewire.models.ip_adapter_resampler import FacePlusImageProjection, PlusImageProjection
 from fusewire.models.ip_adapter_sd3 import HEAD_DIM, JointDecoupledAttention, TimeImageProjection, time_projection
 from fusewire.models.layers import How, linear
-from fusewire.models.transformer_block import sum_norm
 
 
 class ImageProjection(nn.Module):
@@ -54,42 +55,19 @@ class FullImageProjection(nn.Module):
         return self.norm(self.ff(x))
 
 
-class ResamplerBlock(nn.Module):
-    """Latents [B, K, C] look at the encoder's tokens [B, L, C] and at themselves; then a feed-forward."""
+class FaceImageProjection(nn.Module):
+    """diffusers' ``IPAdapterFaceIDImageProjection``: a face's embedding [B, image_channels] -> [B, tokens, channels]."""
 
-    def __init__(self, channels: int, heads: int, head_dim: int, hidden: int, how: How):
+    takes_tokens = False
+
+    def __init__(self, image_channels: int, channels: int, hidden: int, tokens: int = 4, how: How = How()):
         super().__init__()
-        self.how = how
-        self.ln0, self.ln1 = nn.LayerNorm(channels), nn.LayerNorm(channels)
-        self.attn = CrossAttention(channels, heads, head_dim, how=how, out_bias=False)
-        self.ff = nn.Sequential(nn.LayerNorm(channels), FeedForward(channels, hidden, how, approximate="none", bias=False))
-
-    def forward(self, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        y, (norm, feed_forward) = self.ln1(latents), self.ff
-        latents, y = sum_norm(norm, latents, self.attn(y, torch.cat([self.ln0(x), y], dim=1)), self.how)
-        return feed_forward_residual(feed_forward, y, None, latents, self.how)
-
-
-class PlusImageProjection(nn.Module):
-    """diffusers' ``IPAdapterPlusImageProjection``, a resampler (Alayrac et al., 2022, "Flamingo"): [B, L, image_channels] -> [B, tokens, channels]."""
-
-    takes_tokens = True
-
-    def __init__(self, image_channels: int, channels: int, width: int = 1280, depth: int = 4, heads: int = 16, head_dim: int = HEAD_DIM, tokens: int = 8,
-                 mlp_ratio: float = 4.0, how: How = How()):
-        super().__init__()
-        self.image_channels, self.channels, self.how = image_channels, channels, how
-        self.latents = nn.Parameter(torch.randn(1, tokens, width) / width**0.5)
-        self.proj_in = nn.Linear(image_channels, width)
-        self.proj_out = nn.Linear(width, channels)
-        self.norm_out = nn.LayerNorm(channels)
-        self.layers = nn.ModuleList(ResamplerBlock(width, heads, head_dim, int(mlp_ratio * width), how) for _ in range(depth))
+        self.image_channels, self.channels, self.tokens = image_channels, channels, tokens
+        self.ff = FeedForward(image_channels, hidden, how, approximate="none", out_channels=tokens * channels)
+        self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        latents, x = self.latents.expand(x.shape[0], -1, -1), linear(self.proj_in, x, self.how)
-        for layer in self.layers:
-            latents = layer(x, latents)
-        return self.norm_out(linear(self.proj_out, latents, self.how))
+        return self.norm(self.ff(x).unflatten(-1, (self.tokens, self.channels)))
 
 
 class MultiImageProjection(nn.Module):
@@ -199,7 +177,7 @@ def _check_projections(model: nn.Module, projections: Sequence[nn.Module], timed
 
 
 def detach(model: nn.Module) -> None:
-    """Takes all adapters away."""
+    """Takes all adapters away. The LoRA that came with one of FaceID stays, in peft's layers."""
     for name in model.picture_layers().values():
         model.get_submodule(name).processor = None
     setattr(model, slot(model), None)
@@ -251,7 +229,7 @@ def pictures_of(projection: MultiImageProjection | None, name: str, embeds, batc
 def projections_of(state_dict: Mapping[str, torch.Tensor], how: How = How()) -> list[nn.Module]:
     """Projections of the shapes that a diffusers state dict of a model with IP-Adapters has, in order; their weights are not loaded.
 
-    Raises KeyError for one of a kind that we do not have (FaceID's).
+    Raises KeyError for one of a kind that we do not have.
     """
     timed = {key.removeprefix("image_proj."): value for key, value in state_dict.items() if key.startswith("image_proj.")}
     if timed:
@@ -268,14 +246,20 @@ def _projection(weights: Mapping[str, torch.Tensor], how: How) -> nn.Module:
     if "image_embeds.weight" in weights:
         channels, (outputs, inputs) = weights["norm.weight"].shape[0], weights["image_embeds.weight"].shape
         return ImageProjection(inputs, channels, outputs // channels, how)
-    if "latents" in weights:
-        layers = len({key.split(".")[1] for key in weights if key.startswith("layers.")})
-        _, tokens, width = weights["latents"].shape
+    if "proj_in.weight" in weights:
+        width, image_channels = weights["proj_in.weight"].shape
         heads, hidden = weights["layers.0.attn.to_q.weight"].shape[0] // HEAD_DIM, weights["layers.0.ff.1.net.0.proj.weight"].shape[0]
-        return PlusImageProjection(weights["proj_in.weight"].shape[1], weights["proj_out.weight"].shape[0], width, layers, heads, tokens=tokens,
-                                   mlp_ratio=hidden / width, how=how)
+        shape = dict(image_channels=image_channels, channels=weights["proj_out.weight"].shape[0], width=width, heads=heads, mlp_ratio=hidden / width,
+                     depth=len({key.split(".")[1] for key in weights if key.startswith("layers.")}), how=how)
+        if "latents" in weights:
+            return PlusImageProjection(tokens=weights["latents"].shape[1], **shape)
+        if "proj.net.0.proj.weight" in weights:
+            hidden, face_channels = weights["proj.net.0.proj.weight"].shape
+            return FacePlusImageProjection(face_channels, hidden, tokens=weights["proj.net.2.weight"].shape[0] // width, **shape)
     if "ff.net.0.proj.weight" in weights:
-        channels, (hidden, inputs) = weights["norm.weight"].shape[0], weights["ff.net.0.proj.weight"].shape
-        if hidden == inputs and weights["ff.net.2.weight"].shape[0] == channels:
+        channels, (hidden, inputs), outputs = weights["norm.weight"].shape[0], weights["ff.net.0.proj.weight"].shape, weights["ff.net.2.weight"].shape[0]
+        if hidden == inputs and outputs == channels:
             return FullImageProjection(inputs, channels, how)
+        if outputs % channels == 0:
+            return FaceImageProjection(inputs, channels, hidden, outputs // channels, how)
     raise KeyError(f"state_dict has a projection of {sorted(weights)}, which no IP-Adapter of ours has")

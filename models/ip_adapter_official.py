@@ -1,4 +1,4 @@
-"""The names of the official IP-Adapters (tencent-ailab's, in h94/IP-Adapter; XLabs' of FLUX.1; InstantX's of SD3.5) under ours."""
+"""The names of the official IP-Adapters (tencent-ailab's, in h94/IP-Adapter and h94/IP-Adapter-FaceID; XLabs' of FLUX.1; InstantX's of SD3.5) under ours."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import torch
 from torch import nn
 
 from fusewire.models.ip_adapter import attach, projections_of, slot
+from fusewire.models.lora import add_lora, require_peft
 
 _SIMPLE = {"proj": "image_embeds", "norm": "norm"}
 _FULL = {"proj.0": "ff.net.0.proj", "proj.2": "ff.net.2", "proj.3": "norm"}
+_FACE = {"proj.0": "ff.net.0.proj", "proj.2": "ff.net.2", "norm": "norm"}
+_FACE_PLUS = {"proj.0": "proj.net.0.proj", "proj.2": "proj.net.2", "norm": "norm"}
 _RESAMPLER = {"0.norm1": "ln0", "0.norm2": "ln1", "0.to_q": "attn.to_q", "0.to_out": "attn.to_out.0", "1.0": "ff.0", "1.1": "ff.1.net.0.proj",
               "1.3": "ff.1.net.2"}
 _TIMED = {"0.norm1": "ln0", "0.norm2": "ln1", "0.to_q": "attn.to_q", "0.to_kv": "attn.to_kv", "0.to_out": "attn.to_out.0", "1.0": "adaln_norm",
           "1.1": "ff.net.0.proj", "1.3": "ff.net.2", "2.1": "adaln_proj"}
+_LORA = r"ip_adapter\.(\d+)\.to_([qkv]|out)_lora\.(down|up)\.weight"
 _KEYS = r"(?:ip_adapter\.(\d+)\.to_([kv])_ip|double_blocks\.(\d+)\.processor\.ip_adapter_double_stream_([kv])_proj)\.(weight|bias)"
 
 
@@ -23,8 +27,8 @@ def from_official(checkpoints: Sequence[Mapping], model: nn.Module) -> dict[str,
     """Official checkpoints, one for each adapter, under our (diffusers') names.
 
     h94/IP-Adapter's and InstantX's of SD3.5, ``image_proj`` and ``ip_adapter`` as dicts or as prefixes of the names, and XLabs' of FLUX.1. The packed keys and
-    values of h94's resampler are split into views. Raises KeyError for a name that they or ``model`` do not have, as those of FaceID; ValueError for a second
-    checkpoint for an MMDiT.
+    values of h94's resampler are split into views. FaceID's LoRA, which is no part of a model without peft's layers, is left out: ``face_lora``. Raises
+    KeyError for a name that they or ``model`` do not have; ValueError for a second checkpoint for an MMDiT.
     """
     out, layers = {}, model.picture_layers()
     if slot(model) == "image_proj":
@@ -33,7 +37,8 @@ def from_official(checkpoints: Sequence[Mapping], model: nn.Module) -> dict[str,
         return {name: value for one in checkpoints for key, value in _flat(one).items() for name in [_timed(key, layers)]}
     for index, checkpoint in enumerate(checkpoints):
         flat = _flat(checkpoint)
-        projection = {re.sub(r"^(image_proj|ip_adapter_proj_model)\.", "", key): value for key, value in flat.items() if not re.fullmatch(_KEYS, key)}
+        projection = {re.sub(r"^(image_proj|ip_adapter_proj_model)\.", "", key): value for key, value in flat.items()
+                      if not re.fullmatch(f"{_KEYS}|{_LORA}", key)}
         for key, value in _official_projection(projection):
             out[f"encoder_hid_proj.image_projection_layers.{index}.{key}"] = value
         for key, value in flat.items():
@@ -43,6 +48,32 @@ def from_official(checkpoints: Sequence[Mapping], model: nn.Module) -> dict[str,
                 if number not in layers:
                     raise KeyError(f"checkpoint {index} has {key!r}, which this model has no layer for")
                 out[f"{layers[number]}.processor.to_{kind}_ip.{index}.{match[5]}"] = value
+    return out
+
+
+def face_lora(checkpoint: Mapping, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The LoRA of an official FaceID checkpoint as peft's names, ``<linear>.lora_A.weight`` and ``lora_B``; empty where it has none.
+
+    Raises KeyError for a layer that ``model`` does not have, or half of a pair; ValueError for shapes that do not fit it.
+    """
+    out, layers, parts = {}, model.picture_layers(), {"down": "lora_A", "up": "lora_B"}
+    for key, value in _flat(checkpoint).items():
+        match = re.fullmatch(_LORA, key)
+        if not match:
+            continue
+        # Attentions to themselves and to text are numbered in turn; picture_layers() has the latter.
+        number = int(match[1])
+        if number | 1 not in layers:
+            raise KeyError(f"checkpoint has {key!r}, which this model has no layer for")
+        name = layers[number | 1].removesuffix("2") + "12"[number % 2]
+        out[f"{name}.to_{'out.0' if match[2] == 'out' else match[2]}.{parts[match[3]]}.weight"] = value
+    for key, down in out.items():
+        stem, part = key.removesuffix(".weight").rsplit(".", 1)
+        layer, up = model.get_submodule(stem), out.get(f"{stem}.lora_B.weight")
+        if up is None or f"{stem}.lora_A.weight" not in out:
+            raise KeyError(f"checkpoint has {key!r}, as one half of a pair")
+        if part == "lora_A" and (down.shape[1], *up.shape) != (layer.in_features, layer.out_features, down.shape[0]):
+            raise ValueError(f"{stem} has a LoRA of {list(up.shape)} times {list(down.shape)}; it should make [{layer.out_features}, {layer.in_features}]")
     return out
 
 
@@ -69,13 +100,20 @@ def _timed(key: str, layers: Mapping[int, str]) -> str:
 
 
 def _official_projection(weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    names = _SIMPLE if "proj.weight" in weights else _FULL if "proj.3.weight" in weights else {}
-    for key, value in weights.items():
+    names, resampled = {}, "latents" in weights or "perceiver_resampler.proj_in.weight" in weights
+    if "proj.weight" in weights:
+        names = _SIMPLE
+    elif "proj.3.weight" in weights:
+        names = _FULL
+    elif "proj.0.weight" in weights:
+        names = _FACE_PLUS if resampled else _FACE
+    for name, value in weights.items():
+        key = name.removeprefix("perceiver_resampler.")
         stem, _, leaf = key.rpartition(".")
         layer = re.fullmatch(r"layers\.(\d+)\.(.+)", stem)
         if stem in names:
             yield f"{names[stem]}.{leaf}", value
-        elif "latents" in weights and (key == "latents" or stem in ("proj_in", "proj_out", "norm_out")):
+        elif resampled and (key == "latents" or stem in ("proj_in", "proj_out", "norm_out")):
             yield key, value
         elif layer and layer[2] in _RESAMPLER:
             yield f"layers.{layer[1]}.{_RESAMPLER[layer[2]]}.{leaf}", value
@@ -83,15 +121,20 @@ def _official_projection(weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[
             for kind, half in zip("kv", value.chunk(2)):
                 yield f"layers.{layer[1]}.attn.to_{kind}.{leaf}", half
         else:
-            raise KeyError(f"checkpoint has {key!r}, which no IP-Adapter of such a model has")
+            raise KeyError(f"checkpoint has {name!r}, which no IP-Adapter of such a model has")
 
 
 def load(model: nn.Module, checkpoints: Sequence[Mapping]) -> None:
-    """Attaches one adapter for each official checkpoint, with its weights, in the place of those that were there.
+    """Attaches one adapter for each official checkpoint, with its weights, in the place of those that were there. FaceID's LoRA becomes an adapter of peft's,
+    ``faceid_<number of the checkpoint>``; of several the last is on, as diffusers has it.
 
-    Raises KeyError for a name too much or too few, as ``from_official``, ValueError for a shape; the model is then as it was.
+    Raises KeyError for a name too much or too few, as ``from_official``, ValueError for a shape, ImportError where a LoRA needs peft, which is not installed;
+    the model is then as it was.
     """
     state_dict = from_official(checkpoints, model)
+    loras = {f"faceid_{index}": lora for index, one in enumerate(checkpoints) if (lora := face_lora(one, model))}
+    if loras:
+        require_peft()
     holders = [model.get_submodule(name) for name in model.picture_layers().values()]
     before, projection = [holder.processor for holder in holders], getattr(model, slot(model))
     try:
@@ -103,6 +146,8 @@ def load(model: nn.Module, checkpoints: Sequence[Mapping]) -> None:
             holder.processor = processor
         setattr(model, slot(model), projection)
         raise
+    for name, lora in loras.items():
+        add_lora(model, lora, name)
 
 
 def _check(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> None:

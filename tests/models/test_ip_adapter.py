@@ -380,7 +380,7 @@ def test_a_model_without_one():
     (lambda model: model(**scaled(model, [[0.5], 1.0]), ip_adapter_masks=masks_of("two", 8, 12)), ValueError, r"^scale is \[0.5\]; .* 2 of them"),
     (lambda model: from_official([changed(image_proj={"perceiver_resampler.latents": 0})], model), KeyError, "perceiver_resampler.latents"),
     (lambda model: from_official([changed(ip_adapter={"9.to_k_ip.weight": torch.zeros(1)})], model), KeyError, "9.to_k_ip.weight"),
-    (lambda model: from_official([changed(ip_adapter={"1.to_k_lora.down.weight": torch.zeros(1)})], model), KeyError, "1.to_k_lora.down.weight"),
+    (lambda model: from_official([changed(ip_adapter={"1.to_k_lora.alpha": torch.zeros(1)})], model), KeyError, "1.to_k_lora.alpha"),
     (lambda model: load(copy.deepcopy(model), [dict(image_proj=official_projection("simple", 24), ip_adapter={})]), KeyError, "lack .*attn2.processor.to_k_ip"),
     (lambda model: projections_of({"encoder_hid_proj.image_projection_layers.0.proj.weight": torch.zeros(1)}), KeyError, "a projection of .'proj.weight'"),
 ])

@@ -49,21 +49,16 @@ static double run(const Case& c, char* memory, int threads, int round) {
       _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     }
     for (int64_t s = 0; s < c.steps; ++s, a += kBlock / 2, b += kBlock / 2) {
-      if (c.streams) {
-        for (int64_t i = 0; i < lines; ++i, next += 64) _mm_prefetch(next, _MM_HINT_T0);
+      if (c.loads) {
+        for (int64_t i = 0; c.streams && i < lines; ++i, next += 64) _mm_prefetch(next, _MM_HINT_T0);
         _tile_loadd(6, b, 64);
-        _tile_stream_loadd(4, a, 64);
+        if (c.streams) _tile_stream_loadd(4, a, 64);
+        else _tile_loadd(4, a, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, b + 1024, 64);
         _tile_dpbf16ps(1, 4, 7);
-        _tile_stream_loadd(5, a + 1024, 64);
-      } else if (c.loads) {
-        _tile_loadd(6, b, 64);
-        _tile_loadd(4, a, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, b + 1024, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, a + 1024, 64);
+        if (c.streams) _tile_stream_loadd(5, a + 1024, 64);
+        else _tile_loadd(5, a + 1024, 64);
       } else {
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);

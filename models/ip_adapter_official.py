@@ -45,9 +45,7 @@ def from_official(checkpoints: Sequence[Mapping], model: nn.Module) -> dict[str,
             match = re.fullmatch(_KEYS, key)
             if match:
                 number, kind = int(match[1] or match[3]), match[2] or match[4]
-                if number not in layers:
-                    raise KeyError(f"checkpoint {index} has {key!r}, which this model has no layer for")
-                out[f"{layers[number]}.processor.to_{kind}_ip.{index}.{match[5]}"] = value
+                out[f"{_layer(layers, number, key)}.processor.to_{kind}_ip.{index}.{match[5]}"] = value
     return out
 
 
@@ -63,9 +61,7 @@ def face_lora(checkpoint: Mapping, model: nn.Module) -> dict[str, torch.Tensor]:
             continue
         # Attentions to themselves and to text are numbered in turn; picture_layers() has the latter.
         number = int(match[1])
-        if number | 1 not in layers:
-            raise KeyError(f"checkpoint has {key!r}, which this model has no layer for")
-        name = layers[number | 1].removesuffix("2") + "12"[number % 2]
+        name = _layer(layers, number | 1, key).removesuffix("2") + "12"[number % 2]
         out[f"{name}.to_{'out.0' if match[2] == 'out' else match[2]}.{parts[match[3]]}.weight"] = value
     for key, down in out.items():
         stem, part = key.removesuffix(".weight").rsplit(".", 1)
@@ -75,6 +71,12 @@ def face_lora(checkpoint: Mapping, model: nn.Module) -> dict[str, torch.Tensor]:
         if part == "lora_A" and (down.shape[1], *up.shape) != (layer.in_features, layer.out_features, down.shape[0]):
             raise ValueError(f"{stem} has a LoRA of {list(up.shape)} times {list(down.shape)}; it should make [{layer.out_features}, {layer.in_features}]")
     return out
+
+
+def _layer(layers: Mapping[int, str], number: int, key: str) -> str:
+    if number not in layers:
+        raise KeyError(f"checkpoint has {key!r}, which this model has no layer for")
+    return layers[number]
 
 
 def _flat(checkpoint: Mapping) -> dict[str, torch.Tensor]:
@@ -88,9 +90,7 @@ def _timed(key: str, layers: Mapping[int, str]) -> str:
     """Our name for one of InstantX's."""
     match = re.fullmatch(r"ip_adapter\.(\d+)\.((?:to_[kv]_ip|norm_q|norm_k|norm_ip_k)\.weight|norm_ip\.linear\.(?:weight|bias))", key)
     if match:
-        if int(match[1]) not in layers:
-            raise KeyError(f"checkpoint has {key!r}, which this model has no layer for")
-        return f"{layers[int(match[1])]}.processor.{match[2]}"
+        return f"{_layer(layers, int(match[1]), key)}.processor.{match[2]}"
     match = re.fullmatch(r"image_proj\.layers\.(\d+)\.(.+)\.(weight|bias)", key)
     if match and match[2] in _TIMED:
         return f"image_proj.layers.{match[1]}.{_TIMED[match[2]]}.{match[3]}"

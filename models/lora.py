@@ -36,7 +36,7 @@ def add_lora(model: nn.Module, weights: Mapping[str, torch.Tensor], name: str) -
 def remove_lora(model: nn.Module, name: str) -> None:
     """Takes a LoRA off, and peft's layers where they have no other. Nothing happens where there is none of that name."""
     for path, module in list(model.named_modules()):
-        if name not in getattr(module, "r", ()) or not hasattr(module, "base_layer"):
+        if not hasattr(module, "base_layer") or name not in getattr(module, "r", {}):
             continue
         module.delete_adapter(name)
         if not module.r:

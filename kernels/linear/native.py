@@ -4,8 +4,8 @@ Measured with two cores, GFLOP/s at [1024, 1536] x [1536, 6144] and back (``F.li
 
 - Zen 4: float32 130, 200, 160-170; bfloat16 350-390, 350-390, 290-360; float16 20-35, -, 150.
 - Zen 5: float32 155, 450, 410-440.
-- Intel with AMX: float32 330, 320, 490; bfloat16 1690-1800, 1910-1940, 1840-1860 (a whole SD3.5 block, weights cold:
-  2-4 % less time than with oneDNN); float16 310-340, 320-340, 770-790.
+- Intel with AMX: float32 330, 320, 490; bfloat16 1690-1800, 1910-1940, 1840-1860, when weights were still transposed (a
+  whole SD3.5 block, weights cold: 2-4 % less time than with oneDNN); float16 310-340, 320-340, 770-790.
 - Intel with AVX512-BF16 and without AMX: float32 300-310, 295, 295; bfloat16 155-165, 165, 280-300 (vdpbf16ps has half the rate of float32's FMA, so that
   operands are widened here); float16 290-305, -, 240.
 

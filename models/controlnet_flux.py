@@ -2,19 +2,21 @@
 
 Zhang, Rao and Agrawala (2023), "Adding Conditional Control to Text-to-Image Diffusion Models", on the blocks of Black Forest Labs (2024). Attribute names
 and state-dict keys are those of diffusers' ``FluxControlNetModel``, in the forms that were published: InstantX's and Shakker Labs', which see the picture's
-latents, also the union of several kinds, each with a token of its own before the text; and XLabs', which see the picture's pixels. What joins the Flux
-begins at zero: trained from ``load_state_dict(flux.state_dict(), strict=False)``, it begins by changing nothing.
+latents, also the union of several kinds, each with a token of its own before the text; and XLabs', which see the picture's pixels (``from_official`` maps
+the names of their repository). What joins the Flux begins at zero: trained from ``load_state_dict(flux.state_dict(), strict=False)``, it begins by changing nothing.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from fusewire.models.controlnet import ConditioningEmbedding
-from fusewire.models.flux import FluxConfig, FluxTrunk, rope_tables
+from fusewire.models.flux import OFFICIAL_INPUTS, FluxConfig, FluxTrunk, renamed, rope_tables
 from fusewire.models.inputs import present
 from fusewire.models.layers import linear, zeroed
 from fusewire.models.patches import patchify
@@ -112,3 +114,18 @@ class FluxControlNet(FluxTrunk):
         if (mode is not None) != (config.num_mode is not None) or mode is not None and mode.shape != (batch, 1):
             raise ValueError(f"controlnet_mode is {None if mode is None else list(mode.shape)}; "
                              f"it should be {None if config.num_mode is None else [batch, 1]}, as num_mode is {config.num_mode}")
+
+
+_HINT = ("conv_in", *(f"blocks.{index}" for index in range(2 * (len(WIDTHS) - 1))), "conv_out")  # every other layer of theirs is a SiLU
+_OFFICIAL_TOP = OFFICIAL_INPUTS | {"pos_embed_input": "controlnet_x_embedder",
+                                   **{f"input_hint_block.{2 * index}": f"input_hint_block.{name}" for index, name in enumerate(_HINT)}}
+
+
+def from_official(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict of XLabs' ``ControlNetFlux`` under our (diffusers') names.
+
+    For a config with ``num_single_layers=0``, ``patch_size=2`` and ``conditioning_embedding_channels=16``. Packed projections are split into views.
+    Raises KeyError for a name that ControlNetFlux does not have.
+    """
+    outlets = {stem: stem for stem in (key.rpartition(".")[0] for key in state_dict) if re.fullmatch(r"controlnet_blocks\.\d+", stem)}
+    return renamed(state_dict, _OFFICIAL_TOP | outlets, "ControlNetFlux")

@@ -2,12 +2,14 @@
 
 Zhang, Rao and Agrawala (2023), "Adding Conditional Control to Text-to-Image Diffusion Models", on the blocks of Esser et al. (2024). Attribute names and
 state-dict keys are those of diffusers' ``SD3ControlNetModel``, in the forms that were published: SD3's, which see the text (InstantX; alimama's, which has
-a mask beside the picture), and SD3.5-large's, which do not (Stability AI). Picture and residuals join at zero: trained from
-``load_state_dict(mmdit.state_dict(), strict=False)``, one of fewer blocks than the MMDiT begins by changing nothing.
+a mask beside the picture), and SD3.5-large's, which do not (Stability AI, whose own names ``from_official`` maps onto them). Picture and residuals join at
+zero: trained from ``load_state_dict(mmdit.state_dict(), strict=False)``, one of fewer blocks than the MMDiT begins by changing nothing.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +19,7 @@ from fusewire.models.attention import Attention
 from fusewire.models.feed_forward import FeedForward, feed_forward_residual
 from fusewire.models.inputs import check_inputs, present
 from fusewire.models.layers import AdaLayerNormZero, How, TimeTextEmbed, gate_residual_norm, linear, zeroed
-from fusewire.models.mmdit import JointTransformerBlock, MMDiTConfig, check_conditions, check_latents
+from fusewire.models.mmdit import OFFICIAL_BLOCK, OFFICIAL_QKV, JointTransformerBlock, MMDiTConfig, check_conditions, check_latents
 from fusewire.models.patches import PatchEmbed, Patches
 
 
@@ -158,3 +160,29 @@ class SD3ControlNet(nn.Module):
             wanted = f"[{batch}, {channels}, H, W], {x.shape[1]} patches of {p} x {p}"
         if not fits or shape[0] not in (1, batch):
             raise ValueError(f"controlnet_cond is {None if picture is None else shape}; it should be {wanted}")
+
+
+def from_official(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict of a ControlNet of SD3.5-large, as Stability AI published them, under our (diffusers') names.
+
+    For a config with ``joint_attention_dim=None``, ``use_pos_embed=False``, ``pos_embed_max_size=None`` and ``pooled_projection_dim=2048``. Packed qkv are
+    split into views; an embedding of latents (``pos_embed.proj``), which is the MMDiT's there, is left out.
+    Raises KeyError for a name that these ControlNets do not have.
+    """
+    out: dict[str, torch.Tensor] = {}
+    for key, value in state_dict.items():
+        stem, leaf = key.rsplit(".", 1)
+        match = re.match(r"transformer_blocks\.(\d+)\.(.*)", stem)
+        part = f"x_block.{match[2]}" if match else None
+        if stem == "pos_embed.proj":
+            continue
+        if part in OFFICIAL_QKV:
+            for name, third in zip(OFFICIAL_QKV[part], value.chunk(3)):
+                out[f"transformer_blocks.{match[1]}.{name}.{leaf}"] = third
+        elif part in OFFICIAL_BLOCK:
+            out[f"transformer_blocks.{match[1]}.{OFFICIAL_BLOCK[part]}.{leaf}"] = value
+        elif re.fullmatch(r"controlnet_blocks\.\d+|pos_embed_input\.proj|time_text_embed\.(timestep|text)_embedder\.linear_[12]", stem):
+            out[key] = value
+        else:
+            raise KeyError(f"state_dict has {key!r}, which the ControlNets of SD3.5-large do not have")
+    return out

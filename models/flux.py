@@ -247,10 +247,10 @@ class Flux(FluxTrunk):
 _STREAMS = {"img": ("norm1", "attn.to_q attn.to_k attn.to_v", "attn.norm_q", "attn.norm_k", "attn.to_out.0", "ff"),
             "txt": ("norm1_context", "attn.add_q_proj attn.add_k_proj attn.add_v_proj", "attn.norm_added_q", "attn.norm_added_k", "attn.to_add_out",
                     "ff_context")}
-_OFFICIAL_TOP = {"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out",
-                 **{f"{theirs}.{layer}_layer": f"time_text_embed.{ours}_embedder.linear_{number}"
-                    for theirs, ours in (("time_in", "timestep"), ("vector_in", "text"), ("guidance_in", "guidance"))
-                    for layer, number in (("in", 1), ("out", 2))}}
+OFFICIAL_INPUTS = {"img_in": "x_embedder", "txt_in": "context_embedder",
+                   **{f"{theirs}.{layer}_layer": f"time_text_embed.{ours}_embedder.linear_{number}"
+                      for theirs, ours in (("time_in", "timestep"), ("vector_in", "text"), ("guidance_in", "guidance"))
+                      for layer, number in (("in", 1), ("out", 2))}}
 
 
 def _official_double() -> dict[str, tuple[str, ...]]:
@@ -273,15 +273,19 @@ def from_official(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
     Packed projections are split into views; the final layer, which chunks shift, scale officially, is turned to scale, shift.
     Raises KeyError for a name that Flux does not have.
     """
+    out = renamed(state_dict, OFFICIAL_INPUTS | {"final_layer.linear": "proj_out", "final_layer.adaLN_modulation.1": "norm_out.linear"}, "Flux")
+    return {key: torch.cat(value.chunk(2)[::-1]) if key.startswith("norm_out.linear.") else value for key, value in out.items()}
+
+
+def renamed(state_dict: Mapping[str, torch.Tensor], top: Mapping[str, str], model: str) -> dict[str, torch.Tensor]:
+    """An official state dict under our names: of blocks, and by ``top`` {official: ours} of the other layers. KeyError for a name that ``model`` lacks."""
     out: dict[str, torch.Tensor] = {}
     channels = state_dict["img_in.weight"].shape[0]
     for key, value in state_dict.items():
         stem, leaf = key.rsplit(".", 1)
         match = re.match(r"(double|single)_blocks\.(\d+)\.(.*)", stem)
-        if stem in _OFFICIAL_TOP:
-            out[f"{_OFFICIAL_TOP[stem]}.{leaf}"] = value
-        elif stem == "final_layer.adaLN_modulation.1":
-            out[f"norm_out.linear.{leaf}"] = torch.cat(value.chunk(2)[::-1])
+        if stem in top:
+            out[f"{top[stem]}.{leaf}"] = value
         elif match and match[3] in (names := _OFFICIAL_DOUBLE if match[1] == "double" else _OFFICIAL_SINGLE):
             block = f"{'single_' if match[1] == 'single' else ''}transformer_blocks.{match[2]}"
             parts = names[match[3]]
@@ -289,5 +293,5 @@ def from_official(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
             for name, part in zip(parts, value.split(sizes)):
                 out[f"{block}.{name}.{'weight' if leaf == 'scale' else leaf}"] = part
         else:
-            raise KeyError(f"state_dict has {key!r}, which Flux does not have")
+            raise KeyError(f"state_dict has {key!r}, which {model} does not have")
     return out

@@ -217,7 +217,7 @@ class MMDiT(nn.Module):
 
 
 # Official name -> our name, for the parts of a joint block that are renamed only.
-_OFFICIAL_BLOCK = {
+OFFICIAL_BLOCK = {
     "x_block.adaLN_modulation.1": "norm1.linear", "context_block.adaLN_modulation.1": "norm1_context.linear",
     "x_block.attn.proj": "attn.to_out.0", "context_block.attn.proj": "attn.to_add_out", "x_block.attn2.proj": "attn2.to_out.0",
     "x_block.attn.ln_q": "attn.norm_q", "x_block.attn.ln_k": "attn.norm_k",
@@ -226,12 +226,12 @@ _OFFICIAL_BLOCK = {
     "x_block.mlp.fc1": "ff.net.0.proj", "x_block.mlp.fc2": "ff.net.2",
     "context_block.mlp.fc1": "ff_context.net.0.proj", "context_block.mlp.fc2": "ff_context.net.2",
 }
-_OFFICIAL_QKV = {
+OFFICIAL_QKV = {
     "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
 }
-_OFFICIAL_TOP = {
+OFFICIAL_TOP = {
     "x_embedder.proj": "pos_embed.proj", "context_embedder": "context_embedder",
     "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1", "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
     "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1", "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
@@ -260,18 +260,18 @@ def from_official(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
         stem, leaf = key.rsplit(".", 1)
         match = re.match(r"joint_blocks\.(\d+)\.(.*)", stem)
         if match is None:
-            if stem not in _OFFICIAL_TOP:
+            if stem not in OFFICIAL_TOP:
                 raise KeyError(f"state_dict has {key!r}, which MMDiTX does not have")
-            out[f"{_OFFICIAL_TOP[stem]}.{leaf}"] = _scale_first(value) if stem == "final_layer.adaLN_modulation.1" else value
+            out[f"{OFFICIAL_TOP[stem]}.{leaf}"] = _scale_first(value) if stem == "final_layer.adaLN_modulation.1" else value
             continue
         index, part = int(match[1]), match[2]
         block = f"transformer_blocks.{index}"
-        if part in _OFFICIAL_QKV:
-            for name, third in zip(_OFFICIAL_QKV[part], value.chunk(3)):
+        if part in OFFICIAL_QKV:
+            for name, third in zip(OFFICIAL_QKV[part], value.chunk(3)):
                 out[f"{block}.{name}.{leaf}"] = third
-        elif part in _OFFICIAL_BLOCK:
+        elif part in OFFICIAL_BLOCK:
             pre_only = part == "context_block.adaLN_modulation.1" and index == depth - 1
-            out[f"{block}.{_OFFICIAL_BLOCK[part]}.{leaf}"] = _scale_first(value) if pre_only else value
+            out[f"{block}.{OFFICIAL_BLOCK[part]}.{leaf}"] = _scale_first(value) if pre_only else value
         else:
             raise KeyError(f"state_dict has {key!r}, which MMDiTX does not have")
     return out

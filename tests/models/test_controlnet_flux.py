@@ -11,8 +11,9 @@ from diffusers.models.transformers import transformer_flux
 
 from fusewire import ops
 from fusewire.kernels.library import CPU
-from fusewire.models.controlnet_flux import FluxControlNet, FluxControlNetConfig
+from fusewire.models.controlnet_flux import FluxControlNet, FluxControlNetConfig, from_official
 from tests.models import stock_flux, test_flux
+from tests.models.golden import golden
 from tests.models.stock_flux import in_float64
 from tests.models.stock_sd3 import randomise
 from tests.models.test_controlnet import assert_equal, assert_near, loaded
@@ -220,3 +221,25 @@ def test_bad_config_is_named(change, message):
 def test_bad_input_is_named(variant, change, message):
     with pytest.raises(ValueError, match=message):
         FluxControlNet(FluxControlNetConfig.from_dict(CONFIGS[variant]))(**inputs(variant) | change)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-6), (torch.float32, MODEL_FLOAT32)], ids=str)
+@torch.no_grad()
+def test_golden_tensors_of_the_official_repository(dtype, bound):
+    """float64 is held up by the float32 tables of the rotation alone."""
+    tensors, official = golden("flux_controlnet")
+    config = FluxControlNetConfig(patch_size=2, in_channels=64, num_layers=2, num_single_layers=0, attention_head_dim=24, num_attention_heads=2,
+                                  joint_attention_dim=28, pooled_projection_dim=20, guidance_embeds=True, axes_dims_rope=(4, 8, 12),
+                                  conditioning_embedding_channels=16)
+    model = FluxControlNet(config).eval()
+    model.load_state_dict(from_official(official), strict=True)
+    img, txt, pooled, timestep, guidance, picture = (tensors[f"in/{name}"].to(dtype) for name in ("img", "txt", "y", "timesteps", "guidance", "controlnet_cond"))
+    found, none = model.to(dtype)(img, txt, pooled, timestep, tensors["in/img_ids"][0].to(dtype), tensors["in/txt_ids"][0].to(dtype), picture, guidance)
+    assert none is None
+    assert_near(found, [tensors["out/0"], tensors["out/1"]], bound)
+
+
+@pytest.mark.parametrize("key", ["final_layer.linear.weight", "double_blocks.0.img_attn.bogus.weight", "input_hint_block.16.weight", "controlnet_blocks.0.0.bias"])
+def test_a_name_the_official_repository_does_not_have(key):
+    with pytest.raises(KeyError, match=key):
+        from_official({"img_in.weight": torch.zeros(48, 64), key: torch.zeros(3)})

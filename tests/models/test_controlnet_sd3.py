@@ -10,8 +10,9 @@ from diffusers import SD3ControlNetModel
 
 from fusewire import ops
 from fusewire.kernels.library import CPU
-from fusewire.models.controlnet_sd3 import SD3ControlNet, SD3ControlNetConfig
+from fusewire.models.controlnet_sd3 import SD3ControlNet, SD3ControlNetConfig, from_official
 from tests.models import stock_sd3, test_mmdit
+from tests.models.golden import golden
 from tests.models.stock_sd3 import SD3, SD35, in_float64, randomise
 from tests.models.test_controlnet import assert_equal, assert_near, loaded
 from tests.tolerance import GRADIENTS_FLOAT64, MODEL_FLOAT32, MODEL_FLOAT64
@@ -217,3 +218,22 @@ def test_bad_config_is_named(change, message):
 def test_bad_input_is_named(variant, change, message):
     with pytest.raises(ValueError, match=message):
         SD3ControlNet(SD3ControlNetConfig.from_dict(CONFIGS[variant]))(**inputs(variant) | change)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, MODEL_FLOAT64), (torch.float32, MODEL_FLOAT32)], ids=str)
+@torch.no_grad()
+def test_golden_tensors_of_the_official_repository(dtype, bound):
+    tensors, official = golden("sd35_controlnet")
+    config = SD3ControlNetConfig(patch_size=2, in_channels=4, num_layers=2, attention_head_dim=64, num_attention_heads=1, joint_attention_dim=None,
+                                 pooled_projection_dim=24, pos_embed_max_size=None, pos_embed_type=None, use_pos_embed=False)
+    model = SD3ControlNet(config).eval()
+    model.load_state_dict(from_official(official), strict=True)
+    x, picture, pooled = (tensors[f"in/{name}"].to(dtype) for name in ("x", "x_cond", "y"))
+    got = model.to(dtype)(x, None, pooled, 1000 * tensors["in/timestep"], picture)
+    assert_near(got, [tensors["out/0"], tensors["out/1"]], bound)
+
+
+@pytest.mark.parametrize("key", ["transformer_blocks.0.context_block.attn.qkv.weight", "x_embedder.proj.bias"])
+def test_a_name_the_official_repository_does_not_have(key):
+    with pytest.raises(KeyError, match=key):
+        from_official({key: torch.zeros(3)})

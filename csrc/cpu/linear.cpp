@@ -13,6 +13,7 @@ namespace fusewire {
 
 static Activation activation_of(const std::string& name) {
   if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "gelu") return Activation::gelu_erf;
   if (name == "silu") return Activation::silu;
   STD_TORCH_CHECK(name == "none", "linear: unknown activation");
   return Activation::none;

@@ -9,7 +9,7 @@
 
 namespace fusewire {
 
-enum class Activation : int { none, gelu_tanh, silu };
+enum class Activation : int { none, gelu_tanh, gelu_erf, silu };
 
 enum class ScalarKind : int { f32, bf16, f16 };
 

@@ -45,6 +45,7 @@ class Epilogue {
     switch (c_.activation) {
       case Activation::none: return rows_by<Identity>(first, count, sums, pitch);
       case Activation::gelu_tanh: return rows_by<GeluTanh>(first, count, sums, pitch);
+      case Activation::gelu_erf: return rows_by<GeluErf>(first, count, sums, pitch);
       case Activation::silu: return rows_by<Silu>(first, count, sums, pitch);
     }
   }

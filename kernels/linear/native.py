@@ -91,7 +91,7 @@ def onednn_serves(x, weight, activation, gate, residual) -> bool:
     if x.dtype is not torch.bfloat16 or not ONEDNN_BFLOAT16 or not torch.backends.mkldnn.enabled:
         return False
     outputs, inputs = weight.shape
-    if ISA == "amx" and activation != "gelu" and x.dim() > 2 and outputs >= AMX_OUTPUTS and inputs >= AMX_INPUTS_BFLOAT16:
+    if ISA == "amx" and x.dim() > 2 and outputs >= AMX_OUTPUTS and inputs >= AMX_INPUTS_BFLOAT16:
         if x.shape[-2] >= AMX_TOKENS_BFLOAT16 and (weight.numel() >= AMX_WEIGHTS_BFLOAT16 or x.shape[-2] <= 2 * outputs):
             return False
     # A graph serves any number of tokens: its first number must not become a guard, at which a second resolution is traced again.

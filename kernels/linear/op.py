@@ -53,8 +53,6 @@ def _cpu(x, weight, bias, activation, gate, residual, exact) -> torch.Tensor:
         if residual is None:
             return y
         return residual + y if gate is None else gate_residual(residual, y, gate, numerics="close")
-    if activation == "gelu":  # has no epilogue
-        return gradients.bias_activation.by_cpu(native.product(x, weight), bias, activation)
     if gate is not None:
         gate = reference.over_tokens(gate, x)
     if native.apart(residual, gate) and native.recorded(x, weight, bias, gate, residual):

@@ -13,13 +13,6 @@ needs_native = pytest.mark.skipif(not CPU.loaded or cpu_isa() == "base", reason=
 FLOAT64 = pytest.mark.on_reference(when=lambda dtype, **_: dtype is torch.float64, reason="float64 has no kernel")
 
 
-def _erf_form(dtype, activation, **_) -> bool:
-    return activation == "gelu" and not (dtype is torch.bfloat16 and native.ONEDNN_BFLOAT16)
-
-
-ERF_FORM = pytest.mark.on_reference(when=_erf_form, reason="the erf form of GELU has no kernel but oneDNN's, where no gradient is recorded")
-
-
 def close(x, weight, bias, **options):
     """Wherever the library can serve the call, also where the dispatcher would prefer PyTorch's own product; as dispatched elsewhere."""
     with forced("cpu"):

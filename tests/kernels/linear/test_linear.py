@@ -10,7 +10,7 @@ from fusewire.kernels.library import ISA_LEVELS, cpu_isa, cpu_scratch
 from fusewire.kernels.linear import native, reference
 from fusewire.kernels.linear.op import _linear_op, _onednn_op
 from tests.kernels.isa_levels import run_at
-from tests.kernels.linear.served import BELOW_AVX2, ERF_FORM, FLOAT64, close, in_float64, layer, linear, needs_native, stock
+from tests.kernels.linear.served import BELOW_AVX2, FLOAT64, close, in_float64, layer, linear, needs_native, stock
 from tests.kernels.on_reference import EXACT
 from tests.layouts import LAYOUTS, one_at_a_time
 from tests.tolerance import assert_close, assert_exact
@@ -23,7 +23,6 @@ pytestmark = BELOW_AVX2
 
 
 @FLOAT64
-@ERF_FORM
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape, n", SHAPES)
 @pytest.mark.parametrize("activation", [None, "gelu_tanh", "gelu", "silu"])

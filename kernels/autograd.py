@@ -49,8 +49,9 @@ def _recompute(reference: Callable, ctx, tensors: Sequence[torch.Tensor], grads:
     pairs = [(out, grad) for out, grad in zip(outputs, grads) if grad is not None and out.requires_grad]
     found = torch.autograd.grad([out for out, _ in pairs], wanted, [grad for _, grad in pairs], create_graph=again,
                                 allow_unused=True) if pairs else [None] * len(wanted)
-    # What has no elements may not have been used: no gradient is one of its own shape
-    found = iter([torch.zeros_like(value) if gradient is None and not value.numel() else gradient for value, gradient in zip(wanted, found)])
+    # What has no elements, and what a result without elements was made of, may not have been used: no gradient is one of its own shape
+    empty = all(not out.numel() for out in outputs)
+    found = iter([torch.zeros_like(value) if gradient is None and (empty or not value.numel()) else gradient for value, gradient in zip(wanted, found)])
     return tuple(next(found) if is_tensor and needed else None for is_tensor, needed in zip(ctx.layout, ctx.needs_input_grad))
 
 

@@ -8,6 +8,7 @@ call, otherwise the reason why not. The first row that can serve runs; nothing i
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -42,6 +43,7 @@ def transformed() -> bool:
 
 
 _is_grad_enabled, _is_inference, _any_requires_grad = torch.is_grad_enabled, torch.is_inference_mode_enabled, torch._C._any_requires_grad
+_get_tracing_state = torch._C._get_tracing_state
 _transforms_active, _BelowAutograd = torch._C._are_functorch_transforms_active, torch._C._AutoDispatchBelowAutograd
 _BelowVersions = torch._C._AutoDispatchBelowADInplaceOrView
 
@@ -53,7 +55,7 @@ def unrecorded(op: torch._ops.OpOverload) -> Callable:
     call, written = op._op, written_by(op)
 
     def run(*args):
-        if is_compiling():
+        if is_compiling() or _get_tracing_state() is not None:  # torch.jit.trace compares graphs, which name the lines that called their ops
             return op(*args)
         if _is_inference() or forward_ad._current_level >= 0 or _is_grad_enabled() and (_any_requires_grad(*args) or _transforms_active()):
             return call(*args)
@@ -120,7 +122,8 @@ def _forced_by_environment() -> str | None:
 
 
 _forced: str | None = _forced_by_environment()
-_QUESTION = "?"  # in the place of a forced backend: what would run?
+_asking = 0  # threads inside ``choices``: a plain number, which costs a call nothing to read
+_ASKING, _THIS_THREAD = threading.Lock(), threading.local()
 TABLES: dict[str, "Table"] = {}
 
 
@@ -147,6 +150,8 @@ class Table:
         self._sure = rows[0].name == "cpu" and CPU.loaded and not CPU.why_not(self.op)
 
     def __call__(self, *args):
+        if _asking and _is_question():
+            raise _Reached(self, args)
         if _forced is not None:
             return self._run_forced(args)
         for why_not, direct, name, run in self._direct:
@@ -159,14 +164,12 @@ class Table:
 
     def by_cpu(self, *args):
         """A call that the CPU row, the first, is known to serve from the checks that the op made: served without asking it again, 0.3 us."""
-        if _forced is not None or not self._sure or is_compiling():
+        if _forced is not None or _asking or not self._sure or is_compiling():
             return self(*args)
         self.calls["cpu"] += 1
         return self._direct[0][1](*args)
 
     def _run_forced(self, args):
-        if _forced is _QUESTION:
-            raise _Reached(self, args)
         for row in self.rows:
             if row.name == _forced:
                 reason = row.why_not(*args)
@@ -199,7 +202,7 @@ class LeftToReference:
         self.table, self.reason, self.run = table, reason, run
 
     def __call__(self, *args):
-        if _forced is _QUESTION:
+        if _asking and _is_question():
             raise _Reached(self, args)
         if _forced not in (None, "reference"):
             raise BackendError(f"{self.table.op}: the forced backend {_forced!r} cannot serve this call: {self.reason}")
@@ -216,13 +219,24 @@ class _Reached(Exception):
     """How a question ends: the table (or what is left to the reference of one) that the call came to, and the arguments that its rows get."""
 
 
+def _ask(begins: bool) -> None:
+    """Calls of this thread, and of no other, are questions from now on, or no longer."""
+    global _asking
+    with _ASKING:
+        _asking += 1 if begins else -1
+    _THIS_THREAD.asks = begins
+
+
+def _is_question() -> bool:
+    return getattr(_THIS_THREAD, "asks", False)
+
+
 def choices(call: Callable, *args, **kwargs) -> list[Choice]:
     """What each backend would do with ``call(*args, **kwargs)``, a public op: its checks run, no kernel does.
 
     RuntimeError where the op returns without having come to a table: a fault of the op, whose calls would neither be counted nor obey a forced backend.
     """
-    global _forced
-    before, _forced = _forced, _QUESTION
+    _ask(True)
     try:
         call(*args, **kwargs)
     except _Reached as reached:
@@ -230,7 +244,7 @@ def choices(call: Callable, *args, **kwargs) -> list[Choice]:
     else:
         raise RuntimeError(f"{call.__name__} returned without choosing a backend: nothing is known of its calls")
     finally:
-        _forced = before
+        _ask(False)
     return table.choices(*given)
 
 
@@ -251,7 +265,7 @@ def forced_backend() -> str | None:
 
 @contextmanager
 def forced(name: str | None) -> Iterator[None]:
-    """Force one backend for the calls inside (None: none). Raises ``BackendError`` at a call it cannot serve."""
+    """Force one backend for the calls inside, in every thread of the process (None: none). Raises ``BackendError`` at a call it cannot serve."""
     global _forced
     if name is not None and name not in NAMES:
         raise ValueError(f"name is {name!r}; it should be one of {', '.join(NAMES)}")

@@ -145,6 +145,8 @@ static Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<
   }
   shape.push_back(call.outputs);
   Tensor out = torch::stable::new_empty(x, shape);
+  if (call.rows == 0 || call.outputs == 0) return out;
+  STD_TORCH_CHECK(call.inputs > 0, "linear: x has rows of no elements");
   call.x = leading_rows(x, x);
   call.weight = weight.data_ptr();
   call.weight_row = weight.stride(0);

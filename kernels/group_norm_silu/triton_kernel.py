@@ -142,7 +142,7 @@ def group_norm_apply_kernel(x, x_n, add, add_n, add_c, parts, weight, weight_c, 
     b_y = _modulated(b_xhat, i_n, i_c, mask, weight, weight_c, bias, bias_c, shift, shift_n, shift_c, scale, scale_n, scale_c)
     if SILU:
         b_y = _silu(b_y, b_y, False)
-    o_c, o_out = _elements(o_e, i_n, i_g, channels.to(tl.int64) * pixels, per_group, pixels, channels, PLANES)
+    o_c, o_out = _elements(o_e, i_n, i_g, tl.cast(channels, tl.int64) * pixels, per_group, pixels, channels, PLANES)
     tl.store(out + o_out, narrow(b_y, out.dtype.element_ty), mask=mask)
 
 
@@ -193,7 +193,7 @@ def group_norm_dx_kernel(grad, grad_n, x, x_n, add, add_n, add_c, parts, weight,
     b_dh = _modulated(b_dh, i_n, i_c, mask, weight, weight_c, None, 0, None, 0, 0, scale, scale_n, scale_c)
     o_means = i_group.to(tl.int64) * 2
     b_dx = rstd * (b_dh - tl.load(means + o_means) - b_xhat * tl.load(means + (o_means + 1)))
-    o_c, o_out = _elements(o_e, i_n, i_g, channels.to(tl.int64) * pixels, per_group, pixels, channels, PLANES)
+    o_c, o_out = _elements(o_e, i_n, i_g, tl.cast(channels, tl.int64) * pixels, per_group, pixels, channels, PLANES)
     tl.store(dx + o_out, narrow(b_dx, dx.dtype.element_ty), mask=mask)
 
 

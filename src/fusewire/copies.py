@@ -25,9 +25,9 @@ def shared_copy(value):
                 raise BadInput(f"{prefix}{name or 'module'} is swapped already; restore it first, so that there is a stock side to compare with")
     if isinstance(value, nn.Module):
         return _copy_module(value)
-    parts = {name: _copy_module(part) if isinstance(part, nn.Module) else copy.deepcopy(part) for name, part in value.components.items()}
-    twin = type(value)(**parts)
-    twin.set_progress_bar_config(**getattr(value, "_progress_bar_config", {}))
+    twin = copy.copy(value)  # not made by its class, which would forget its options, and whatever the user set since
+    for name, part in value.components.items():
+        vars(twin)[name] = _copy_module(part) if isinstance(part, nn.Module) else copy.deepcopy(part)
     return twin
 
 

@@ -110,8 +110,7 @@ def check_component(folder: Path, library: str, class_name: str) -> None:
     """One component of a pipeline: its folder, configuration, vocabulary and weights are all there and agree."""
     if not folder.is_dir():
         raise BadInput(f"component folder {folder.name} is missing: the checkpoint is half downloaded")
-    if library not in ("diffusers", "transformers"):
-        raise BadInput(f"component {folder.name} comes from {library!r}; only diffusers and transformers classes are loaded, never code from a folder")
+    module = module_of(library, folder.name)
     if not any((folder / name).is_file() for name in CONFIGS):
         raise BadInput(f"{folder.name} has none of {', '.join(CONFIGS)}: the checkpoint is half downloaded")
     for name in CONFIGS:
@@ -121,9 +120,23 @@ def check_component(folder: Path, library: str, class_name: str) -> None:
         check_vocabulary(folder, class_name)
     if not (folder / "config.json").is_file():
         return  # a scheduler, a tokenizer or an image processor: no weights
+    if hasattr(needs("diffusers"), class_name) and not hasattr(getattr(module, class_name), "from_config"):  # several models under one name
+        for part in (folder, *sorted(folder.parent.glob(f"{folder.name}_*[0-9]"))):
+            check_component(part, "diffusers", str(read_json(part / "config.json").get("_class_name")))
+        return
     shapes = weight_shapes(folder)
     if library == "diffusers":
         check_against_config(folder, class_name, shapes)
+
+
+def module_of(library: str, component: str) -> ModuleType:
+    """Where diffusers looks for a component's class: diffusers, transformers, or a package of diffusers' own pipelines. BadInput for any other."""
+    if library in ("diffusers", "transformers"):
+        return needs(library)
+    package = getattr(needs("diffusers").pipelines, library, None) if library.isidentifier() else None
+    if not isinstance(package, ModuleType):
+        raise BadInput(f"component {component} comes from {library!r}; only diffusers and transformers classes are loaded, never code from a folder")
+    return package
 
 
 def check_vocabulary(folder: Path, class_name: str) -> None:
@@ -142,11 +155,10 @@ def check_vocabulary(folder: Path, class_name: str) -> None:
         raise BadInput(f"{folder.name} has no vocabulary ({wanted}): the checkpoint is half downloaded")
 
 
-def open_encoder(folder: Path, class_name: str, dtype: torch.dtype) -> torch.nn.Module:
-    """A model of transformers; ``BadInput`` where a weight is missing, which its loader would draw at random with no more than a warning."""
-    transformers = needs("transformers")
-    model = getattr(transformers, class_name, None)
-    if not (isinstance(model, type) and issubclass(model, transformers.PreTrainedModel)):
+def open_encoder(folder: Path, library: str, class_name: str, dtype: torch.dtype) -> torch.nn.Module:
+    """A model of transformers' kind; ``BadInput`` where a weight is missing, which its loader would draw at random with no more than a warning."""
+    model = getattr(module_of(library, folder.name), class_name, None)
+    if not is_pretrained(model):
         raise BadInput(f"component {folder.name} is of the class {class_name!r}, which is no model of this transformers")
     loaded, info = model.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True)
     missing = sorted(info["missing_keys"])
@@ -155,6 +167,10 @@ def open_encoder(folder: Path, class_name: str, dtype: torch.dtype) -> torch.nn.
         raise BadInput(f"{files[0] if len(files) == 1 else folder.name} lacks {len(missing)} weights, {missing[0]!r} among them: "
                        "the checkpoint is incomplete")
     return loaded
+
+
+def is_pretrained(cls) -> bool:
+    return isinstance(cls, type) and issubclass(cls, needs("transformers").PreTrainedModel)
 
 
 def check_against_config(folder: Path, class_name: str, shapes: dict[str, list[int]]) -> None:
@@ -215,8 +231,9 @@ def open_folder(folder: Path, dtype: torch.dtype):
         for name, entry in index.items():
             if not name.startswith("_") and isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
                 check_component(folder / name, *entry)
-                if entry[0] == "transformers" and (folder / name / "config.json").is_file() and name in parameters:
-                    encoders[name] = entry[1]
+                theirs = entry[0] == "transformers" or is_pretrained(getattr(module_of(entry[0], name), entry[1], None))
+                if theirs and (folder / name / "config.json").is_file() and name in parameters:
+                    encoders[name] = entry
         # Stable Diffusion 3 may come without its third, largest text encoder; its folder then names it as null, or not at all.
         absent = {name: None for name in ("text_encoder_3", "tokenizer_3")
                   if name in parameters and index.get(name) in (None, [None, None])}
@@ -229,7 +246,7 @@ def open_folder(folder: Path, dtype: torch.dtype):
     # What is left to go wrong lies inside the loaders, which raise what they like; a folder is input, so all of it is bad input.
     try:
         with silent():
-            parts = {name: open_encoder(folder / name, encoder, dtype) for name, encoder in encoders.items()}
+            parts = {name: open_encoder(folder / name, *encoder, dtype) for name, encoder in encoders.items()}
             value = cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, torch_dtype=dtype, **absent, **parts)
     except BadInput:
         raise

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from fusewire import targets
 from fusewire.errors import BadInput
-from fusewire.folders import check_vocabulary, open_encoder, safetensors_header
+from fusewire.folders import check_vocabulary, open_encoder, open_folder, safetensors_header
 from tests.cli.runner import run
 from tests.tiny import tiny_pipeline
 
@@ -168,7 +168,7 @@ def test_a_weight_under_two_names_is_not_missing(tmp_path):
     from transformers import T5Config, T5EncoderModel
 
     T5EncoderModel(T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(tmp_path)
-    got, want = open_encoder(tmp_path, "T5EncoderModel", torch.float16), T5EncoderModel.from_pretrained(tmp_path, dtype=torch.float16)
+    got, want = open_encoder(tmp_path, "transformers", "T5EncoderModel", torch.float16), T5EncoderModel.from_pretrained(tmp_path, dtype=torch.float16)
     assert {name: value.dtype for name, value in got.state_dict().items()} == {name: value.dtype for name, value in want.state_dict().items()}
     assert all(torch.equal(value, want.state_dict()[name]) for name, value in got.state_dict().items())
 
@@ -226,3 +226,40 @@ def test_the_full_shape_is_that_of_the_published_model():
     assert config["num_attention_heads"] * config["attention_head_dim"] == 1536 == config["caption_projection_dim"]
     preset = targets.PRESETS["sd3.5-medium"]
     assert (preset.size // 16) ** 2 == 1024 and preset.text_tokens == 154 and preset.depth(preset.layers)["dual_attention_layers"] == (0, 1)
+
+
+def unet_folder(path, cls, **parts):
+    from diffusers import DDIMScheduler
+    from tests.models import stock_unet
+
+    none = dict.fromkeys(("vae", "text_encoder", "tokenizer", "feature_extractor", "safety_checker"))
+    cls(**(none | parts), unet=stock_unet.unet("sd"), scheduler=DDIMScheduler(), requires_safety_checker=False).save_pretrained(path)
+    return path
+
+
+def test_a_class_of_diffusers_own_pipelines(tmp_path):
+    """SD1's safety checker is neither diffusers' at large nor transformers'; a weight of it that is missing would be drawn at random."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig
+
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = CLIPConfig(vision_config=dict(small, image_size=32, patch_size=16), text_config=dict(small, vocab_size=100), projection_dim=16)
+    path = unet_folder(tmp_path / "sd", StableDiffusionPipeline, safety_checker=StableDiffusionSafetyChecker(config))
+    assert type(open_folder(path, torch.float32).safety_checker) is StableDiffusionSafetyChecker
+    weights = path / "safety_checker/model.safetensors"
+    save_file({name: value for name, value in load_file(weights).items() if name != "concept_embeds"}, weights, {"format": "pt"})
+    with pytest.raises(BadInput, match="safety_checker/model.safetensors lacks 1 weights, 'concept_embeds'"):
+        open_folder(path, torch.float32)
+
+
+def test_several_controlnets(tmp_path):
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+    from tests.models import stock_unet
+
+    nets = [ControlNetModel.from_unet(stock_unet.unet("sd"), conditioning_embedding_out_channels=(4, 8)) for _ in range(2)]
+    path = unet_folder(tmp_path / "two", StableDiffusionControlNetPipeline, controlnet=nets)
+    assert len(open_folder(path, torch.float32).controlnet.nets) == 2
+    (path / "controlnet_1/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(BadInput, match="controlnet_1 has no .safetensors file"):
+        open_folder(path, torch.float32)

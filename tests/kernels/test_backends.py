@@ -1,6 +1,7 @@
 """``ops.backends`` says beforehand what a call then does, for every op."""
 
 import inspect
+import threading
 
 import pytest
 import torch
@@ -133,6 +134,28 @@ def test_an_op_without_a_table():
     with pytest.raises(RuntimeError, match="undispatched returned without choosing a backend"):
         dispatch.choices(undispatched, X)
     assert dispatch.forced_backend() is None and any(choice.runs for choice in ops.backends("gate_residual", X, X, ROW))
+
+
+def test_a_question_is_one_threads_own():
+    """While one thread asks, calls of another run, and are counted."""
+    x, shift = torch.randn(1, 8, 64), torch.randn(1, 64)
+    reached, answered, done = threading.Event(), threading.Event(), []
+
+    def probe(*args):
+        reached.set()
+        assert answered.wait(20)
+        return ops.adaln_modulate(*args)
+
+    asking = threading.Thread(target=lambda: done.append(dispatch.choices(probe, x, shift, shift)))
+    asking.start()
+    assert reached.wait(20)
+    y = ops.adaln_modulate(x, shift, shift)
+    served = sum(ops.stats()["adaln_modulate"].values())
+    other = dispatch.choices(ops.adaln_modulate, x, shift, shift)
+    answered.set()
+    asking.join()
+    assert y.shape == x.shape and served == 1 == sum(ops.stats()["adaln_modulate"].values()) and done == [other]
+    assert ops.adaln_modulate(x, shift, shift).equal(y)
 
 
 def test_bad_questions():

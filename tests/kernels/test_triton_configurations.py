@@ -8,6 +8,9 @@ import ast
 import functools
 import importlib
 import inspect
+import os
+import subprocess
+import sys
 import textwrap
 from collections import defaultdict
 from pathlib import Path
@@ -160,3 +163,30 @@ def test_hopper():
     """The kernel in Gluon has one tile for a head dimension."""
     for dim in DIMS:
         assert {f"attention hopper {dim} bf16", f"attention hopper {dim} bf16 causal", f"joint_attention hopper {dim} bf16"} <= CASES.keys()
+
+
+ONE_CHANNEL = """
+import torch
+from triton.runtime import driver
+from fusewire.kernels.aot.report import TARGETS, Offline
+from fusewire.kernels.group_norm_silu import triton_kernel
+from fusewire.kernels.triton_launch import launches_go_to
+
+driver.set_active(Offline(TARGETS["sm_90"]))
+x, weight = torch.empty(2, 1, 16, 16, dtype=torch.bfloat16, device="meta"), torch.empty(1, dtype=torch.bfloat16, device="meta")
+found = []
+with launches_go_to(TARGETS["sm_90"], lambda *launch: found.append(launch)):
+    triton_kernel.group_norm_silu(x, 1, weight, weight, 1e-5, None, None, None, True, False)
+    triton_kernel.group_norm_silu_backward(x, x, 1, weight, weight, 1e-5, None, None, None, True, True)
+for kernel, programs, args, options in found:
+    kernel.run(*args, grid=(1,), warmup=True, **options)
+    print(kernel.__name__)
+"""
+
+
+def test_one_channel_compiles():
+    """A size of 1 reaches a kernel as a constant, which has no methods; in the interpreter it is a tensor like any other."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", ONE_CHANNEL], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert set(done.stdout.split()) == {f"group_norm_{part}_kernel" for part in ("parts", "apply", "sums", "dx")}

@@ -28,6 +28,20 @@ def test_shared_copy_shares_weights_and_nothing_else(pipe):
     assert not pipe.transformer.transformer_blocks[0]._forward_hooks
 
 
+def test_a_copied_pipeline_has_its_options(pipe):
+    """Those that its class was made with, and those that somebody set since."""
+    from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+    from tests.models import stock_unet
+
+    none = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    stock = StableDiffusionXLPipeline(**none, unet=stock_unet.unet("sd"), scheduler=DDIMScheduler(), force_zeros_for_empty_prompt=False)
+    stock.vae_scale_factor, pipe.default_sample_size = 4, 3
+    twin = shared_copy(stock)
+    assert twin.config.force_zeros_for_empty_prompt is False and twin.vae_scale_factor == 4 and shared_copy(pipe).default_sample_size == 3
+    twin.scheduler, twin.vae_scale_factor = None, 8
+    assert stock.scheduler is not None and stock.config["scheduler"][1] is not None and stock.vae_scale_factor == 4
+
+
 def test_twin_computes_in_float64_and_leaves_the_model_alone(pipe, inputs):
     before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
     with torch.inference_mode():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 
 import fusewire
 from tests.models import stock_unet
@@ -74,3 +75,21 @@ def test_shapes_on_the_meta_device(variant, numerics):
     data = {name: {key: one.to("meta") for key, one in value.items()} if isinstance(value, dict) else value.to("meta") for name, value in data.items()}
     out = stock.to("meta")(**data, return_dict=False)[0]
     assert out.is_meta and out.shape == data["sample"].shape
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_jit_trace(recorded):
+    """torch.jit.trace compares two graphs, the second made without gradients."""
+    torch.manual_seed(0)
+    block = ResnetBlock2D(in_channels=8, out_channels=8, temb_channels=16, groups=4).eval()
+    data = torch.randn(2, 8, 6, 6), torch.randn(2, 16)
+    want = block(*data)
+    want.sum().backward()
+    gradient = block.conv1.weight.grad
+    block.zero_grad()
+    with fusewire.swapped(block), torch.set_grad_enabled(recorded):
+        traced = torch.jit.trace(block, data)
+        assert torch.equal(traced(*data), want)
+    if recorded:
+        traced(*data).sum().backward()
+        assert torch.allclose(block.conv1.weight.grad, gradient, rtol=0, atol=1e-5)

@@ -24,6 +24,7 @@ from fusewire import ops
 from fusewire.errors import BadInput, NothingToDo
 from fusewire.swap import engine, families, fused, sd3
 from fusewire.swap.report import SwapError, SwapWarning
+from tests.models import stock_unet
 from tests.swap.tiny import generate, inputs, run, stock_model, tiny_pipeline
 from tests.tolerance import MODEL_FLOAT32
 
@@ -254,6 +255,17 @@ def test_only():
         assert type(pipe.transformer.transformer_blocks[0]) is JointTransformerBlock and type(pipe.scheduler) is not FlowMatchEulerDiscreteScheduler
 
 
+def test_every_name_of_the_report_is_one_for_only():
+    model = stock_unet.unet("sd")
+    with fusewire.swapped(model, "close") as handle:
+        names = {entry.op for entry in handle.report.swapped}
+    assert {"convolution", "geglu", "group_norm_silu", "attention", "linear"} <= names
+    for name in names:
+        only = {name, "linear"} if name == "geglu" else {name}
+        with fusewire.swapped(model, "close", only=only, strict=True) as handle:
+            assert {entry.op for entry in handle.report.swapped} == (only | {"geglu"} if name == "linear" else only)
+
+
 def test_a_bare_block_and_a_bare_scheduler():
     block = stock_model("sd3").transformer_blocks[0]
     with fusewire.swapped(block) as handle:
@@ -336,6 +348,7 @@ def test_a_stock_forward_that_was_never_verified(monkeypatch):
     (lambda: stock_model("sd3"), dict(numerics="fast"), ValueError, "^numerics is 'fast'"),
     (lambda: stock_model("sd3"), dict(only="adaln"), ValueError, "^only is \\['adaln'\\]; it should name some of adaln_modulate"),
     (lambda: stock_model("sd3"), dict(only=[]), ValueError, "^only is \\[\\]"),
+    (lambda: stock_unet.unet("sd"), dict(numerics="close", only=["geglu", "group_norm_silu"]), ValueError, "geglu can be swapped together .* name 'linear' too"),
     (lambda: stock_model("sd3"), dict(only=3), ValueError, "^only is 3; it should be the name of an op"),
     (lambda: torch.nn.Linear(2, 2), {}, ValueError, "^pipe_or_module is a Linear with nothing to swap"),
     (lambda: FeedForward(8), {}, ValueError, "^pipe_or_module is a FeedForward with nothing to swap"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fusewire.copies import denoiser_of
+from fusewire.errors import blaming
 from fusewire.parity.result import Row, name_of
 from fusewire.parity.twin import float64_twin
 from fusewire.parity.verdict import PSNR_FLOOR, psnr
@@ -61,8 +62,9 @@ def generate(pipe, run: Run, *, decode: bool = True, steps: int | None = None, t
         tick()
         return tensors
 
-    images = pipe(prompt=run.prompts, num_inference_steps=steps or run.steps, guidance_scale=run.guidance, height=run.size, width=run.size,
-                  latents=run.noise.clone(), output_type="pt" if decode else "latent", callback_on_step_end=keep, **run.call).images
+    with blaming("what a pipeline is tried with (prompt, latents, steps, guidance and size; call={...} adds to it)", type(pipe).__name__):
+        images = pipe(prompt=run.prompts, num_inference_steps=steps or run.steps, guidance_scale=run.guidance, height=run.size, width=run.size,
+                      latents=run.noise.clone(), output_type="pt" if decode else "latent", callback_on_step_end=keep, **run.call).images
     return Trajectory(latents, images.detach().float().cpu() if decode else None)
 
 

@@ -222,6 +222,9 @@ def _check_loaded(parts: list[tuple[str, object]]) -> None:
                     raise BadInput(f"pipe_or_module is not loaded: {f'{name}.{key}'.lstrip('.')} is on the meta device")
 
 
+WITHIN_LINEARS = ("geglu", "quick_gelu")
+
+
 def _names(only, known: list[str]) -> set[str] | None:
     if only is None:
         return None
@@ -231,6 +234,8 @@ def _names(only, known: list[str]) -> set[str] | None:
     unknown = sorted(names.difference(known), key=str)
     if unknown or not names:
         raise BadInput(f"only is {sorted(names, key=str)}; it should name some of {', '.join(known)}")
+    if (within := sorted(names.intersection(WITHIN_LINEARS))) and "linear" not in names:
+        raise BadInput(f"only is {sorted(names)}; {' and '.join(within)} can be swapped together with their feed-forward's linears alone: name 'linear' too")
     return names
 
 

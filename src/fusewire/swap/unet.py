@@ -102,7 +102,7 @@ def candidates(name: str, instance, how: How) -> Iterator[Candidate]:
     """A residual block, a transformer block with its parts, the attention of a block without one, or a GroupNorm between blocks."""
     stock = stock_of(instance) or type(instance)
     dot = f"{name}." if name else ""
-    if how.linear:
+    if how.numerics == "close":
         for part in CONVOLUTIONS.get(stock, ()):
             layer = getattr(instance, part, None)
             if (stock_of(layer) or type(layer)) is nn.Conv2d and layer.groups == 1:

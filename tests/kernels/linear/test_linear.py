@@ -320,3 +320,15 @@ def test_bad_input(change, error, words):
     call = dict(x=torch.zeros(2, 3), weight=torch.zeros(4, 3), bias=None) | change
     with pytest.raises(error, match=words):
         ops.linear(call.pop("x"), call.pop("weight"), call.pop("bias"), **call)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("shape, n", [((2, 0, 512), 256), ((0, 64, 512), 256), ((0, 512), 256), ((2, 64, 512), 0)])
+def test_no_rows_or_columns_in_a_graph(shape, n, dtype):
+    """empty: what dispatch leaves to PyTorch comes to the registered op from an exported graph."""
+    x, weight, _ = layer(shape, n, dtype)
+    assert torch.ops.fusewire.linear(x, weight, None, "none", None, None, False).shape == (*shape[:-1], n)
+    if n:
+        for out in torch.ops.fusewire.linear_activated(x, weight, torch.randn(n).to(dtype), "gelu"):
+            assert out.shape == (*shape[:-1], n)

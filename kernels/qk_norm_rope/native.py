@@ -27,7 +27,7 @@ def compare_with_stock(op) -> None:
         differs[norm] = differs_from_stock(op, reference.qk_norm_rope, cases)
 
 
-def _why_not(q, q_weight, k_weight, norm, exact) -> str:
+def _why_not(q, k, q_weight, k_weight, norm, exact) -> str:
     if not CPU.loaded:
         return CPU.reason
     if not q.is_cpu:
@@ -36,18 +36,22 @@ def _why_not(q, q_weight, k_weight, norm, exact) -> str:
         return differs[norm]
     if not ((q_weight is None or q_weight.dtype is q.dtype) and (k_weight is None or k_weight.dtype is q.dtype)):
         return "a weight differs from q in dtype"
+    if k.dtype is not q.dtype:  # as norms with weights of other dtypes leave them
+        return "k differs from q in dtype"
     return ""
 
 
 def why_not_rope(q, k, q_weight, k_weight, cos, sin, eps, norm, exact) -> str:
-    return _why_not(q, q_weight, k_weight, norm, exact)
+    return _why_not(q, k, q_weight, k_weight, norm, exact)
 
 
 def why_not_into(q, k, q_weight, k_weight, q_out, k_out, cos, sin, eps, norm, exact) -> str:
-    return _why_not(q, q_weight, k_weight, norm, exact)
+    if any(x.dtype is not q.dtype for x in (q_out, k_out)):
+        return "an output differs from q in dtype"
+    return _why_not(q, k, q_weight, k_weight, norm, exact)
 
 
 def why_not_backward(q_grad, k_grad, q, k, q_weight, k_weight, cos, sin, eps, wanted) -> str:
     if q_grad.dtype is not q.dtype or k_grad.dtype is not q.dtype:
         return "a gradient differs from q in dtype"
-    return _why_not(q, q_weight, k_weight, reference.RMS, False)
+    return _why_not(q, k, q_weight, k_weight, reference.RMS, False)

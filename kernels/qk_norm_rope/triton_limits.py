@@ -22,11 +22,15 @@ def beyond(q, k, norm: int, dim: int, rows: int) -> str:
 
 
 def predicates(serves):
-    """(why_not_rope, why_not_into) of a backend that ``serves(norm, q, k, q_weight, k_weight)``."""
+    """(why_not_rope, why_not_into) of a backend that ``serves(norm, q, k, q_weight, k_weight)``, q, k and what becomes of them in one dtype."""
     def why_not_rope(q, k, q_weight, k_weight, cos, sin, eps, norm, exact) -> str:
+        if k.dtype is not q.dtype:
+            return "k differs from q in dtype"
         return serves(norm, q, k, q_weight, k_weight)
 
     def why_not_into(q, k, q_weight, k_weight, q_out, k_out, cos, sin, eps, norm, exact) -> str:
+        if any(x.dtype is not q.dtype for x in (k, q_out, k_out)):
+            return "k or an output differs from q in dtype"
         return serves(norm, q, k, q_weight, k_weight)
 
     return why_not_rope, why_not_into

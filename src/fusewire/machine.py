@@ -88,8 +88,8 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 def gemm_rate(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> float:
     """FLOP/s of the best matrix product of [1024, 1536] with [1536, 6144] that this machine's libraries, ours among them, offer in ``dtype``."""
     rows, inner, columns = 1024, 1536, 6144
-    x = torch.randn(rows, inner, device=device, dtype=dtype)
-    weight = torch.randn(columns, inner, device=device, dtype=dtype)
+    seed = torch.Generator(device).manual_seed(0)  # the global one is the user's
+    x, weight = (torch.randn(count, inner, device=device, dtype=dtype, generator=seed) for count in (rows, columns))
     calls = [lambda: F.linear(x, weight), lambda: ops.linear(x[None], weight, numerics="close")]
     # PyTorch sends float32 products to one library and bf16 products to another; the floor is set by the fastest of all.
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available():

@@ -12,7 +12,8 @@ from fusewire import targets
 from fusewire.errors import BadInput
 from fusewire.folders import check_vocabulary, open_encoder, open_folder, safetensors_header
 from tests.cli.runner import run
-from tests.tiny import tiny_pipeline
+from tests.swap.whole import clip, vae
+from tests.tiny import letters, tiny_pipeline
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -232,8 +233,9 @@ def unet_folder(path, cls, **parts):
     from diffusers import DDIMScheduler
     from tests.models import stock_unet
 
-    none = dict.fromkeys(("vae", "text_encoder", "tokenizer", "feature_extractor", "safety_checker"))
-    cls(**(none | parts), unet=stock_unet.unet("sd"), scheduler=DDIMScheduler(), requires_safety_checker=False).save_pretrained(path)
+    tokenizer = letters()
+    whole = dict(vae=vae(torch.float32), text_encoder=clip(torch.float32, 24, tokenizer), tokenizer=tokenizer, feature_extractor=None, safety_checker=None)
+    cls(**(whole | parts), unet=stock_unet.unet("sd"), scheduler=DDIMScheduler(), requires_safety_checker=False).save_pretrained(path)
     return path
 
 
@@ -241,11 +243,12 @@ def test_a_class_of_diffusers_own_pipelines(tmp_path):
     """SD1's safety checker is neither diffusers' at large nor transformers'; a weight of it that is missing would be drawn at random."""
     from diffusers import StableDiffusionPipeline
     from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
-    from transformers import CLIPConfig
+    from transformers import CLIPConfig, CLIPImageProcessor
 
     small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     config = CLIPConfig(vision_config=dict(small, image_size=32, patch_size=16), text_config=dict(small, vocab_size=100), projection_dim=16)
-    path = unet_folder(tmp_path / "sd", StableDiffusionPipeline, safety_checker=StableDiffusionSafetyChecker(config))
+    path = unet_folder(tmp_path / "sd", StableDiffusionPipeline, feature_extractor=CLIPImageProcessor(),
+                       safety_checker=StableDiffusionSafetyChecker(config))
     assert type(open_folder(path, torch.float32).safety_checker) is StableDiffusionSafetyChecker
     weights = path / "safety_checker/model.safetensors"
     save_file({name: value for name, value in load_file(weights).items() if name != "concept_embeds"}, weights, {"format": "pt"})

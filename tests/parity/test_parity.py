@@ -61,6 +61,14 @@ def test_a_perturbed_kernel_fails_at_every_level(pipe, monkeypatch):
         assert {row.level for row in result.failed if row.numerics == numerics} == {"op", "block", "model", "picture"}
 
 
+def test_a_kernel_of_the_autoencoder_alone_fails_the_picture(pipe, monkeypatch):
+    """Its latents are stock's."""
+    spoil(monkeypatch, "group_norm_silu", lambda out: out * 1.3)
+    result = prove(pipe)
+    assert {(row.level, row.numerics) for row in result.failed} >= {("picture", "exact")} and {row.level for row in result.failed} == {"picture"}
+    assert all("decoded picture" in row.reason for row in result.failed if row.numerics == "exact")
+
+
 def test_a_kernel_one_bit_off_fails_exact_only(pipe, monkeypatch):
     """The last bit of one element: ``close`` allows it, ``exact`` must not."""
     def one_bit(out):

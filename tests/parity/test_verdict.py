@@ -17,7 +17,7 @@ def sides(dtype=torch.float32):
 
 
 def test_factors_are_those_of_the_test_suite():
-    assert (verdict.MAX_FACTOR, verdict.MEAN_FACTOR) == (tolerance.MAX_FACTOR, tolerance.MEAN_FACTOR)
+    assert (verdict.MAX_FACTOR, verdict.MEAN_FACTOR, verdict.FLOAT64) == (tolerance.MAX_FACTOR, tolerance.MEAN_FACTOR, tolerance.FLOAT64)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -34,6 +34,12 @@ def test_one_bit_breaks_exact_but_not_close():
     exact, close = (measure([got], [stock], [true], rule) for rule in (True, False))
     assert not exact.holds and "torch.equal" in exact.reason and exact.mismatch == pytest.approx(1 / 132)
     assert close.holds and not close.equal
+
+
+@pytest.mark.parametrize("error, holds", [(1e-15, True), (1e-9, False)])
+def test_float64_has_a_bound_though_stock_is_the_truth(error, holds):
+    _, true = sides()
+    assert measure([true * (1 + error)], [true], [true], False).holds is holds
 
 
 @pytest.mark.parametrize("factor, holds", [(1.4, True), (1.6, False), (2.1, False)])

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fusewire import machine
 from fusewire.profile import floor
 from fusewire.profile.floor import MatrixWork
 
@@ -41,3 +42,11 @@ def test_floor_of_a_call(monkeypatch):
     found = floor.floor_of(lambda: layer(x), torch.float32, torch.device("cpu"))
     assert found.flop == 10**6 and found.bytes == 4 * (50 * 100 * 2 + 100 * 100)
     assert found.arithmetic == pytest.approx(1e-3) and found.memory == pytest.approx(0.08) and found.roofline == found.memory
+
+
+def test_measuring_leaves_the_users_random_numbers_alone():
+    torch.manual_seed(3)
+    want = torch.randn(4)
+    torch.manual_seed(3)
+    assert machine.gemm_rate.__wrapped__(torch.float32, torch.device("cpu"), repeats=1) > 0
+    assert torch.equal(torch.randn(4), want)

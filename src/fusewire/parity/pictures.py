@@ -115,14 +115,16 @@ def curves(stock: Trajectory, swapped: dict[str, Trajectory], true: Trajectory |
 
 
 def judge_pictures(run: Run, stock: Trajectory, swapped: dict[str, Trajectory]) -> list[Row]:
-    """One row for each seed and numerics. ``exact``: the final latents are torch.equal; ``close``: PSNR of the decoded picture."""
+    """One row for each seed and numerics. ``exact``: the final latents and the decoded picture are torch.equal; ``close``: PSNR of the picture."""
     rows, dtype = [], stock.latents[-1].dtype
     for numerics, trajectory in swapped.items():
         for i, seed in enumerate(run.seeds):
             got, want = trajectory.latents[-1][i], stock.latents[-1][i]
-            equal, decibel = torch.equal(got, want), psnr(trajectory.pictures[i], stock.pictures[i])
+            parts = {"final latents are": torch.equal(got, want), "decoded picture is": torch.equal(trajectory.pictures[i], stock.pictures[i])}
+            equal, decibel = all(parts.values()), psnr(trajectory.pictures[i], stock.pictures[i])
             if numerics == "exact":
-                rule, holds, reason = "exact", equal, "" if equal else "final latents are not torch.equal to stock's"
+                rule, holds = "exact", equal
+                reason = next((f"{what} not torch.equal to stock's" for what, same in parts.items() if not same), "")
             else:
                 floor = PSNR_FLOOR[dtype]
                 rule, holds = f"PSNR >= {floor:g} dB", decibel >= floor

@@ -417,3 +417,21 @@ def test_complex_tables_of_any_layout(norm, dtype):
     odd_rows = torch.zeros(2, 6, 17, dtype=dtype)[..., :16].unflatten(-1, (2, 8))
     for laid in (torch.empty(q.numel() + 1, dtype=dtype)[1:].view(q.shape).copy_(q), q.mT.contiguous().mT, odd_rows.copy_(q)):
         assert_exact(ops.qk_norm_rope(laid, laid, rope=rope, norm=norm)[0], want)
+
+
+@pytest.mark.parametrize("numerics", ["exact", "close"])
+@pytest.mark.parametrize("q_dtype, k_weight_dtype", [(torch.float32, torch.float16), (torch.float16, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("form", [dict(halves=True), dict(across_heads=True)], ids=str)
+@torch.no_grad()
+def test_a_norm_that_leaves_k_in_another_dtype(form, q_dtype, k_weight_dtype, numerics):
+    """dtype-mix: the rotation behind it takes q and k of one dtype alone; of others it would read and write beyond k."""
+    q, k = torch.randn(1, 31, 5, 40).to(q_dtype), torch.randn(1, 31, 5, 40).to(q_dtype)
+    angle = torch.rand(31, 20)
+    given = dict(rope=(angle.cos(), angle.sin()), numerics=numerics, norm="rms", **form)
+    weights = None, torch.rand(200 if "across_heads" in form else 40).to(k_weight_dtype)
+    got = ops.qk_norm_rope(q, k, *weights, **given)
+    with forced("reference"):
+        want = ops.qk_norm_rope(q, k, *weights, **given)
+    assert [y.dtype for y in got] == [y.dtype for y in want] == [q_dtype, k_weight_dtype]
+    for y, expected in zip(got, want):
+        assert (y.double() - expected.double()).abs().max() <= 2 * torch.finfo(y.dtype).eps * expected.abs().max()

@@ -104,9 +104,14 @@ def test_the_float64_trajectory_is_stocks(pipe):
     assert (float64_trajectory(pipe, unguided).latents[-1] - generate(pipe, unguided).latents[-1]).abs().max() < 1e-4
 
 
+def test_one_prompt_is_no_list_of_letters(pipe):
+    assert plan(pipe, "a red 7", [0, 1], 1, 4.0, None, CALL).prompts == ["a red 7"] * 2
+
+
 @pytest.mark.parametrize("arguments, message", [
     (dict(numerics="fast"), "numerics is 'fast'"), (dict(levels=["pixel"]), "levels is"), (dict(levels=[]), "levels is"),
-    (dict(seeds=()), "seeds is"), (dict(steps=0), "steps is 0"), (dict(steps=1.5), "steps is 1.5"), (dict(guidance="4"), "guidance is '4'")])
+    (dict(seeds=()), "seeds is"), (dict(steps=0), "steps is 0"), (dict(steps=1.5), "steps is 1.5"), (dict(guidance="4"), "guidance is '4'"),
+    (dict(seeds=["a"]), "seeds is"), (dict(seeds=[2**70]), "seeds is"), (dict(guidance=float("nan")), "guidance is nan")])
 def test_bad_arguments(pipe, arguments, message):
     with pytest.raises(BadInput, match=message):
         prove(pipe, **arguments)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -40,7 +41,7 @@ def parity(pipe_or_module, *, numerics: str = "both", levels: Sequence[str] = LE
         numerics: ``"exact"``, ``"close"`` or ``"both"``.
         levels: which of ``("op", "block", "model", "picture")`` to judge. Pictures need a pipeline.
         inputs: keyword arguments of one call of a denoiser; random ones unless given, for the classes that presets have.
-        prompts: taken in turn, one for each seed. seeds: one picture each. steps: denoising steps. guidance: classifier-free guidance scale.
+        prompts: one, or several, taken in turn, one for each seed. seeds: one picture each. steps: denoising steps. guidance: classifier-free guidance scale.
         size: picture width and height, pixels. call: more keyword arguments of the pipeline's call.
         name: of the target, in the result. progress: called with (what, done, total).
 
@@ -169,8 +170,10 @@ def check_run(seeds: Sequence[int], steps: int, guidance: float) -> None:
     """BadInput naming what no pictures can be drawn with."""
     if not seeds:
         raise BadInput("seeds is empty; there should be at least one")
+    if not all(isinstance(seed, int) and -2**63 <= seed < 2**64 for seed in seeds):
+        raise BadInput(f"seeds is {list(seeds)}; each should be an integer of 64 bits")
     count("steps", steps)
-    if not isinstance(guidance, (int, float)):
+    if not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
         raise BadInput(f"guidance is {guidance!r}; it should be a number")
 
 

@@ -48,7 +48,7 @@ def plan(pipe, prompts, seeds, steps: int, guidance: float, size: int | None, ca
         side = model.config.sample_size if size is None else size // pipe.vae_scale_factor
         shape = (model.config.in_channels, side, side)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    prompts = list(prompts or PROMPTS)
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts or PROMPTS)
     return Run([prompts[i % len(prompts)] for i in range(len(seeds))], list(seeds), steps, guidance, size,
                noise.to(model.device, model.dtype), dict(call or {}))
 

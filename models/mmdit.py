@@ -231,7 +231,7 @@ OFFICIAL_QKV = {
     "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
 }
-OFFICIAL_TOP = {
+_OFFICIAL_TOP = {
     "x_embedder.proj": "pos_embed.proj", "context_embedder": "context_embedder",
     "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1", "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
     "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1", "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
@@ -260,9 +260,9 @@ def from_official(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
         stem, leaf = key.rsplit(".", 1)
         match = re.match(r"joint_blocks\.(\d+)\.(.*)", stem)
         if match is None:
-            if stem not in OFFICIAL_TOP:
+            if stem not in _OFFICIAL_TOP:
                 raise KeyError(f"state_dict has {key!r}, which MMDiTX does not have")
-            out[f"{OFFICIAL_TOP[stem]}.{leaf}"] = _scale_first(value) if stem == "final_layer.adaLN_modulation.1" else value
+            out[f"{_OFFICIAL_TOP[stem]}.{leaf}"] = _scale_first(value) if stem == "final_layer.adaLN_modulation.1" else value
             continue
         index, part = int(match[1]), match[2]
         block = f"transformer_blocks.{index}"

@@ -120,9 +120,10 @@ def check_component(folder: Path, library: str, class_name: str) -> None:
         check_vocabulary(folder, class_name)
     if not (folder / "config.json").is_file():
         return  # a scheduler, a tokenizer or an image processor: no weights
-    if hasattr(needs("diffusers"), class_name) and not hasattr(getattr(module, class_name), "from_config"):  # several models under one name
+    model = getattr(module, class_name, None) if library == "diffusers" else None
+    if isinstance(model, type) and issubclass(model, torch.nn.Module) and not hasattr(model, "from_config"):  # several models, in folders of their own
         for part in (folder, *sorted(folder.parent.glob(f"{folder.name}_*[0-9]"))):
-            check_component(part, "diffusers", str(read_json(part / "config.json").get("_class_name")))
+            check_against_config(part, str(read_json(part / "config.json").get("_class_name")), weight_shapes(part))
         return
     shapes = weight_shapes(folder)
     if library == "diffusers":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from fusewire.copies import detached, tensors_in
-from fusewire.errors import BadInput
+from fusewire.errors import BadInput, blaming
 from fusewire.parity import blocks, inputs_of, pictures, swap_copies
 from fusewire.targets import Target
 
@@ -47,7 +48,8 @@ def try_swap(target: Target, numerics: str, *, dry_run: bool) -> Trial:
     from fusewire.swap import swap
 
     call = _call_of(target)
-    before = call()
+    with nullcontext() if isinstance(target.value, nn.Module) else blaming(pictures.GIVEN, type(target.value).__name__):
+        before = call()
     handle = swap(target.value, numerics=numerics)
     with blocks.Counting() as counts:
         call()

@@ -86,6 +86,11 @@ def shard_missing(folder):
         json.dumps({"weight_map": {"a": "diffusion_pytorch_model-00001-of-00002.safetensors"}}))
 
 
+def several_that_name_themselves(folder):
+    edit(folder / "model_index.json", lambda d: d.update(transformer=["diffusers", "MultiControlNetModel"]))
+    edit(folder / "transformer/config.json", lambda d: d.update(_class_name="MultiControlNetModel"))
+
+
 def truncate(path, count):
     path.write_bytes(path.read_bytes()[:count])
 
@@ -97,6 +102,10 @@ DAMAGE = {
     "unknown pipeline": (lambda f: edit(f / "model_index.json", lambda d: d.update(_class_name="NoSuchPipeline")), "'NoSuchPipeline'"),
     "pipeline is no pipeline": (lambda f: edit(f / "model_index.json", lambda d: d.update(_class_name="logging")), "'logging'"),
     "code from elsewhere": (lambda f: edit(f / "model_index.json", lambda d: d.update(transformer=["evil", "Evil"])), "comes from 'evil'"),
+    "class of another package": (lambda f: edit(f / "model_index.json", lambda d: d.update(transformer=["stable_diffusion_3", "SD3Transformer2DModel"])),
+                                 "cannot be loaded"),
+    "class that is no model": (lambda f: edit(f / "model_index.json", lambda d: d.update(transformer=["diffusers", "logging"])), "'logging'"),
+    "several models that name themselves": (several_that_name_themselves, "does not describe a MultiControlNetModel"),
     "component missing": (lambda f: shutil.rmtree(f / "vae"), "component folder vae is missing"),
     "config missing": (lambda f: (f / "transformer/config.json").unlink(), "half downloaded"),
     "weights missing": (lambda f: (f / WEIGHTS).unlink(), "transformer has no .safetensors file"),

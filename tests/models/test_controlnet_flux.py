@@ -237,6 +237,7 @@ def test_golden_tensors_of_the_official_repository(dtype, bound):
     found, none = model.to(dtype)(img, txt, pooled, timestep, tensors["in/img_ids"][0].to(dtype), tensors["in/txt_ids"][0].to(dtype), picture, guidance)
     assert none is None
     assert_near(found, [tensors["out/0"], tensors["out/1"]], bound)
+    assert not CPU.loaded or ops.stats()["adaln_modulate"]["cpu"]
 
 
 @pytest.mark.parametrize("key", ["final_layer.linear.weight", "double_blocks.0.img_attn.bogus.weight", "input_hint_block.16.weight", "controlnet_blocks.0.0.bias"])

@@ -231,6 +231,7 @@ def test_golden_tensors_of_the_official_repository(dtype, bound):
     x, picture, pooled = (tensors[f"in/{name}"].to(dtype) for name in ("x", "x_cond", "y"))
     got = model.to(dtype)(x, None, pooled, 1000 * tensors["in/timestep"], picture)
     assert_near(got, [tensors["out/0"], tensors["out/1"]], bound)
+    assert not CPU.loaded or ops.stats()["adaln_modulate"]["cpu"]
 
 
 @pytest.mark.parametrize("key", ["transformer_blocks.0.context_block.attn.qkv.weight", "x_embedder.proj.bias"])

@@ -104,6 +104,20 @@ def test_the_float64_trajectory_is_stocks(pipe):
     assert (float64_trajectory(pipe, unguided).latents[-1] - generate(pipe, unguided).latents[-1]).abs().max() < 1e-4
 
 
+def test_a_pipeline_that_wants_more_is_told_so(pipe):
+    class Wants(type(pipe)):
+        def __call__(self, *args, image=None, **kwargs):
+            if image is None:
+                raise TypeError("image must be passed")
+            return super().__call__(*args, **kwargs)
+
+    wants = Wants(**pipe.components)
+    for call in (lambda: fusewire.parity(wants, steps=1, seeds=[0], call=CALL), lambda: fusewire.profile(wants, steps=1, rounds=1, call=CALL)):
+        with pytest.raises(BadInput, match=r"call=\{...\} adds to it\) does not fit Wants, whose call said: TypeError: image must be passed"):
+            call()
+    assert fusewire.parity(wants, steps=1, seeds=[0], levels=["picture"], call=CALL | dict(image=0)).ok
+
+
 def test_one_prompt_is_no_list_of_letters(pipe):
     assert plan(pipe, "a red 7", [0, 1], 1, 4.0, None, CALL).prompts == ["a red 7"] * 2
 

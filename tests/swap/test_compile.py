@@ -89,6 +89,7 @@ def test_jit_trace(recorded):
     block.zero_grad()
     with fusewire.swapped(block), torch.set_grad_enabled(recorded):
         traced = torch.jit.trace(block, data)
+        assert any("group_norm_silu" in node.kind() for node in traced.inlined_graph.nodes())
         assert torch.equal(traced(*data), want)
     if recorded:
         traced(*data).sum().backward()

@@ -348,7 +348,7 @@ def test_a_stock_forward_that_was_never_verified(monkeypatch):
     (lambda: stock_model("sd3"), dict(numerics="fast"), ValueError, "^numerics is 'fast'"),
     (lambda: stock_model("sd3"), dict(only="adaln"), ValueError, "^only is \\['adaln'\\]; it should name some of adaln_modulate"),
     (lambda: stock_model("sd3"), dict(only=[]), ValueError, "^only is \\[\\]"),
-    (lambda: stock_unet.unet("sd"), dict(numerics="close", only=["geglu", "group_norm_silu"]), ValueError, "geglu can be swapped together .* name 'linear' too"),
+    (lambda: stock_unet.unet("sd"), dict(numerics="close", only=["geglu", "group_norm_silu"]), ValueError, "geglu only come with the linears .* name 'linear' too"),
     (lambda: stock_model("sd3"), dict(only=3), ValueError, "^only is 3; it should be the name of an op"),
     (lambda: torch.nn.Linear(2, 2), {}, ValueError, "^pipe_or_module is a Linear with nothing to swap"),
     (lambda: FeedForward(8), {}, ValueError, "^pipe_or_module is a FeedForward with nothing to swap"),

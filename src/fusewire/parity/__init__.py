@@ -72,7 +72,8 @@ def parity(pipe_or_module, *, numerics: str = "both", levels: Sequence[str] = LE
             run = pictures.plan(stock, prompts, seeds, steps, guidance, size, call)
             result.settings |= dict(prompts=run.prompts, seeds=run.seeds, steps=steps, guidance=guidance)
             short = min(2, steps)
-            args, kwargs = blocks.captured(model, lambda: pictures.generate(stock, run, decode=False), which=steps // 2)
+            with blaming(pictures.GIVEN, type(stock).__name__):
+                args, kwargs = blocks.captured(model, lambda: pictures.generate(stock, run, decode=False), which=steps // 2)
         else:
             args, kwargs = (), inputs_of(model, inputs, size)
             if inputs is not None:

@@ -75,7 +75,8 @@ def profile(pipe_or_module, *, numerics: str = "both", compile: bool = False, ro
     values, first, order, kept = {"eager": stock}, {}, ["eager"], {}
     held = tensor_bytes()
     tick = ticker(tell, "warm-up", 1 + compile + len(wanted))
-    with blaming("inputs", type(model).__name__) if inputs is not None and not is_pipe else nullcontext():
+    given = pictures.GIVEN if is_pipe else "inputs" if inputs is not None else None
+    with blaming(given, type(stock).__name__) if given else nullcontext():
         first["eager"] = seconds(caller(stock), device)
     usual += tensor_bytes() - held
     tick()

@@ -235,7 +235,7 @@ def _names(only, known: list[str]) -> set[str] | None:
     if unknown or not names:
         raise BadInput(f"only is {sorted(names, key=str)}; it should name some of {', '.join(known)}")
     if (within := sorted(names.intersection(WITHIN_LINEARS))) and "linear" not in names:
-        raise BadInput(f"only is {sorted(names)}; {' and '.join(within)} can be swapped together with their feed-forward's linears alone: name 'linear' too")
+        raise BadInput(f"only is {sorted(names)}; {' and '.join(within)} only come with the linears of their feed-forward: name 'linear' too")
     return names
 
 

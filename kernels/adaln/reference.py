@@ -22,6 +22,7 @@ def normalise(x, weight, bias, eps: float, rms: bool) -> torch.Tensor:
     """LayerNorm or RMSNorm over the channels of x [B, T, C], rounding as the stock modules do."""
     if not rms:
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    x = x.contiguous()  # the order in which torch sums depends on the layout: that of contiguous rows is meant, as in the room norm
     # diffusers' RMSNorm: float32 inside, rounded to the weight's dtype before the multiplication with the weight
     variance = x.to(compute_dtype(x.dtype)).pow(2).mean(-1, keepdim=True)
     y = x * torch.rsqrt(variance + eps)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -22,6 +23,7 @@ from fusewire.errors import BadInput, NothingToDo
 from fusewire.interrupt import finished, undisturbed
 
 CODES = "Exit codes: 0 all holds, 1 a verdict fails, 2 bad input, 3 nothing to do, 130 interrupted."
+MOST_THREADS = 1024  # OpenMP ends the process where it cannot start as many as it is told to
 app = typer.Typer(help=f"Fused kernels for text-to-image models: swap them in, profile the gain, prove the picture is the same.\n\n{CODES}",
                   no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -60,6 +62,10 @@ def guarded(command):
             raise
         except OSError as error:
             code, message = 2, _reason(error)
+        except (MemoryError, RuntimeError) as error:
+            code, message = 2, _short_of_memory(error)
+            if not message:
+                raise
         _complain(message, code, kwargs.get("as_json", False))
         raise typer.Exit(code)
 
@@ -71,6 +77,16 @@ def _reason(error: OSError) -> str:
     if error.strerror is None:
         return str(error)
     return f"{error.filename or 'a file or standard output cannot be written'}: {error.strerror}"
+
+
+def _short_of_memory(error: MemoryError | RuntimeError) -> str:
+    """What to do where memory ran out; "" if something else happened. torch's allocator for CPUs raises a plain RuntimeError."""
+    import torch
+
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
+        return ""
+    asked = re.search(r"allocate ([\d.]+ ?\w+)", str(error))
+    return f"not enough memory{f' (it tried to allocate {asked[1]})' if asked else ''}: a smaller --size, fewer --layers or a 16-bit --dtype takes less"
 
 
 def _complain(message: str, code: int, as_json: bool) -> None:
@@ -86,8 +102,8 @@ def _complain(message: str, code: int, as_json: bool) -> None:
 def _set_threads(threads: int) -> None:
     import torch
 
-    if threads < 1:
-        raise BadInput(f"--threads is {threads}; it should be at least 1")
+    if not 1 <= threads <= MOST_THREADS:
+        raise BadInput(f"--threads is {threads}; it should be from 1 to {MOST_THREADS}")
     torch.set_num_threads(threads)
 
 

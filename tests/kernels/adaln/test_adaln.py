@@ -83,6 +83,19 @@ def test_exact_rms(dtype, width):
         assert served(name) == (4, 0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("norm", ("rms", "layer"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exact_channels_not_innermost(dtype, norm, backend):
+    """strided-input: the bits are those of contiguous rows wherever the channels lie, though torch's own sums follow the layout."""
+    v = inputs(1, 32, 130, dtype)
+    laid = {**v, "x": v["x"].mT.contiguous().mT}
+    with forced(backend):
+        for name in NORMED:
+            for got, want in zip(call(name, laid, norm=norm), affine_stock(norm)(name, v), strict=True):
+                assert_exact(got, want, name)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=examples(200), deadline=None)
 @given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 700), st.sampled_from(DTYPES), st.sampled_from(("chunk", "one", "token")),

@@ -117,7 +117,7 @@ def test_swap_that_cannot_be_taken_back_exits_1(monkeypatch):
     (("parity", "sd3-tiny", "--size", "100"), "--size is 100"),
     (("parity", "sd3-tiny", "--threads", "0"), "--threads is 0"),
     (("parity", "sd3-tiny", "--threads", "99999999999"), "--threads is 99999999999"),
-    (("parity", "sd3-tiny", "--size", "1000000000"), "not enough memory (it tried to allocate "),
+    (("parity", "sd-tiny", "--size", "1000000000"), "not enough memory (it tried to allocate "),
     (("parity", "sd3-tiny", "--seeds", "0"), "--seeds is 0"),
     (("profile", "sd3-tiny", "--rounds", "0"), "rounds is 0"),
     (("bench", "sd3-tiny", "--op", "nonsense"), "op is 'nonsense'"),

@@ -11,6 +11,7 @@ from types import MethodType
 from torch import nn
 
 from fusewire.errors import BadInput, NothingToDo
+from fusewire.kernels import flops
 from fusewire.kernels.rounding import NUMERICS
 from fusewire.models.layers import How
 from fusewire.swap import custom, families
@@ -90,6 +91,7 @@ def swap(target, numerics: str, only: str | Iterable[str] | None, strict: bool) 
         raise SwapError(f"strict=True, and {len(unexpected)} of the ops would have been left at stock:\n{report}")
     _apply(changes)
     _warn(unexpected)
+    flops.register()
     return Handle(target, report, changes)
 
 

@@ -61,12 +61,47 @@ def test_a_perturbed_kernel_fails_at_every_level(pipe, monkeypatch):
         assert {row.level for row in result.failed if row.numerics == numerics} == {"op", "block", "model", "picture"}
 
 
-def test_a_kernel_of_the_autoencoder_alone_fails_the_picture(pipe, monkeypatch):
-    """Its latents are stock's."""
+def test_a_kernel_of_the_autoencoder_alone_fails(pipe, monkeypatch):
+    """The latents are stock's: it shows in its own calls, in both halves of the autoencoder, and in the decoded picture."""
     spoil(monkeypatch, "group_norm_silu", lambda out: out * 1.3)
     result = prove(pipe)
-    assert {(row.level, row.numerics) for row in result.failed} >= {("picture", "exact")} and {row.level for row in result.failed} == {"picture"}
-    assert all("decoded picture" in row.reason for row in result.failed if row.numerics == "exact")
+    for numerics in ("exact", "close"):
+        failed = {(row.level, row.name.partition(" ")[0]) for row in result.failed if row.numerics == numerics}
+        assert failed >= {("op", "group_norm_silu"), ("model", "vae.decoder"), ("model", "vae.encoder")} and all(level != "block" for level, _ in failed)
+    assert any("decoded picture" in row.reason for row in result.failed if row.numerics == "exact" and row.level == "picture")
+
+
+def test_every_text_encoder_has_a_verdict(pipe):
+    result = prove(pipe, levels=["model"], numerics="exact")
+    assert result.ok, result.failed
+    encoders = {row.name for row in result.rows if row.name.startswith("text_encoder")}
+    assert encoders == {f"{name} ({type(part).__name__})" for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None}
+
+
+def test_parts_around_the_denoiser_are_judged_against_stock(pipe):
+    """The weight of one norm of one copy differs by a hair, and its model alone fails."""
+    from fusewire.parity import around, blocks
+
+    swapped, component = fusewire.parity.swap_copies(pipe, ("close",)), "transformer"
+    run = plan(pipe, ["a red 7"], [0], 1, 4.0, None, CALL)
+    with around.watching(pipe, swapped[1], component) as parts:
+        blocks.captured(pipe.transformer, lambda: generate(pipe, run, decode=False))
+    names = [part.name for part in parts]
+    assert names[:2] == ["vae.decoder", "vae.encoder"] and "text_encoder" in names and component not in names
+    assert not any(module._forward_pre_hooks for name in ("vae", "text_encoder") for module in getattr(pipe, name).modules())
+    assert all(row.holds for row in around.judge_parts(parts, pipe, swapped[0], swapped[1], lambda: None))
+    wrong = next(module for module in swapped[0]["close"].text_encoder.modules() if isinstance(module, nn.LayerNorm))
+    wrong.weight = nn.Parameter(wrong.weight * 1.001)
+    assert {row.name.partition(" ")[0] for row in around.judge_parts(parts, pipe, swapped[0], swapped[1], lambda: None) if not row.holds} == {"text_encoder"}
+
+
+def test_half_an_autoencoder_that_overflows_is_left_out():
+    from fusewire.parity import around
+
+    pipe = tiny_pipeline(torch.float16)
+    assert [part.name for part in around._halves(pipe, "vae", pipe.vae)] == ["vae.decoder", "vae.encoder"]
+    pipe.vae.decoder.conv_in.weight.data *= 60000
+    assert [part.name for part in around._halves(pipe, "vae", pipe.vae)] == ["vae.encoder"]
 
 
 def test_a_kernel_one_bit_off_fails_exact_only(pipe, monkeypatch):

@@ -6,6 +6,7 @@ from torch import nn
 
 from fusewire.copies import shared_copy
 from fusewire.parity import twin
+from tests.models.stock_text import stock_model, tokens
 from tests.tiny import tiny_pipeline
 
 
@@ -61,6 +62,18 @@ def test_block_by_block_is_the_same_truth(pipe, inputs, monkeypatch):
         assert late.transformer_blocks[0].ff.net[2].weight.dtype is torch.float32
         assert torch.equal(late(**twin.widen(inputs))[0], at_once)
         assert late.transformer_blocks[0].ff.net[2].weight.dtype is torch.float32
+
+
+def test_blocks_of_a_text_encoder_are_widened_one_by_one(monkeypatch):
+    """Its ModuleList lies deeper; a T5 of five billion weights would be 38 GB in float64."""
+
+    encoder, ids = stock_model("T5 gated-gelu"), tokens()
+    with torch.inference_mode():
+        at_once = twin.float64_twin(encoder)(ids)[0]
+        monkeypatch.setattr(twin, "AT_ONCE", 0)
+        late = twin.float64_twin(encoder)
+        first = late.encoder.block[0].layer[1].DenseReluDense.wo.weight
+        assert first.dtype is torch.float32 and torch.equal(late(ids)[0], at_once) and at_once.dtype is torch.float64
 
 
 def test_rms_norm_is_float64_inside():

@@ -1,4 +1,4 @@
-"""The proof: error against float64 and against the stock module, op by op, block by block, the whole denoiser, whole pictures.
+"""The proof: error against float64 and against the stock module, op by op, block by block, whole models, whole pictures.
 
 ``fusewire.parity`` is this package, and calling it runs ``parity``.
 """
@@ -17,7 +17,7 @@ from fusewire.copies import check_target, denoiser_of, place_of, shared_copy
 from fusewire.errors import BadInput, NothingToDo, blaming, count
 from fusewire.interrupt import keeping
 from fusewire.machine import describe
-from fusewire.parity import blocks, ops, pictures
+from fusewire.parity import around, blocks, ops, pictures
 from fusewire.parity.result import LEVELS, ParityResult, Pictures, Row, name_of
 from fusewire.parity.verdict import measure
 from fusewire.presets import inputs_for
@@ -67,12 +67,12 @@ def parity(pipe_or_module, *, numerics: str = "both", levels: Sequence[str] = LE
     result = ParityResult(name or type(pipe_or_module).__name__, describe_model(pipe_or_module), name_of(place_of(model)[1]), rows, swaps, describe(),
                           dict(numerics=list(variants), levels=list(levels)))
     with keeping(result):  # rows += takes each row over as soon as it is complete
-        run = None
+        run, parts = None, []
         if is_pipe:
             run = pictures.plan(stock, prompts, seeds, steps, guidance, size, call)
             result.settings |= dict(prompts=run.prompts, seeds=run.seeds, steps=steps, guidance=guidance)
             short = min(2, steps)
-            with blaming(pictures.GIVEN, type(stock).__name__):
+            with around.watching(stock, swaps, component) as parts, blaming(pictures.GIVEN, type(stock).__name__):
                 args, kwargs = blocks.captured(model, lambda: pictures.generate(stock, run, decode=False), which=steps // 2)
         else:
             args, kwargs = (), inputs_of(model, inputs, size)
@@ -85,6 +85,9 @@ def parity(pipe_or_module, *, numerics: str = "both", levels: Sequence[str] = LE
                 with ops.recording() as recorded:
                     if is_pipe:
                         pictures.generate(value, run, decode=False, steps=short)
+                        for part in parts:
+                            if "." in part.name:  # half an autoencoder, which is not called for latents
+                                around.call(value, part)
                     else:
                         with torch.inference_mode():
                             value(*args, **kwargs)
@@ -97,6 +100,7 @@ def parity(pipe_or_module, *, numerics: str = "both", levels: Sequence[str] = LE
             rows += blocks.judge_blocks(model, models, names, args, kwargs, ticker(tell, "blocks", total))
         if "model" in levels:
             rows += blocks.judge_model(model, models, args, kwargs, ticker(tell, "whole denoiser", 1 + len(models)))
+            rows += around.judge_parts(parts, stock, swapped, swaps, ticker(tell, "text encoders, autoencoder", len(parts) * (1 + len(models))))
         if "picture" in levels and is_pipe:
             _pictures(result, stock, swapped, run, tell)
     return result

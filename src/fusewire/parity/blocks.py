@@ -89,15 +89,16 @@ def judge_blocks(stock: nn.Module, swapped: dict[str, nn.Module], names: dict[st
 
 
 @torch.inference_mode()
-def judge_model(stock: nn.Module, swapped: dict[str, nn.Module], args: tuple, kwargs: dict, tick: Callable[[], None]) -> Iterator[Row]:
-    """One row for each numerics: the whole denoiser. A swapped model in which no fused op ran does not hold."""
+def judge_model(stock: nn.Module, swapped: dict[str, nn.Module], args: tuple, kwargs: dict, tick: Callable[[], None],
+                name: str | None = None) -> Iterator[Row]:
+    """One row for each numerics: the whole denoiser, or another model of that ``name``. A swapped model in which no fused op ran does not hold."""
     want = tensors_in(stock(*detached(args), **detached(kwargs)))
     true = tensors_in(float64_twin(stock)(*widen(args), **widen(kwargs)))
     tick()
     for numerics, model in swapped.items():
         with Counting() as counts:
             got = tensors_in(model(*detached(args), **detached(kwargs)))
-        yield _row("model", type(stock).__name__, numerics, counts.text, got, want, true, must_run=True)
+        yield _row("model", name or type(stock).__name__, numerics, counts.text, got, want, true, must_run=True)
         tick()
 
 

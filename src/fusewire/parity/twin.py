@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ def widen(value):
 def float64_twin(module: nn.Module) -> nn.Module:
     """A copy of ``module`` that computes in float64 from the same weights. ``module`` itself is not touched.
 
-    A large model's blocks (the entries of its ModuleLists) are widened as they are entered and given back as they are left, so that the copy
+    A large model's blocks (the entries of its outermost ModuleLists) are widened as they are entered and given back as they are left, so that the copy
     never needs the memory of a whole model in float64.
     """
     twin = shared_copy(module)
@@ -29,13 +30,18 @@ def float64_twin(module: nn.Module) -> nn.Module:
         _true_rms_norm(part)
     late: list[nn.Module] = []
     if 8 * sum(p.numel() for p in twin.parameters()) > AT_ONCE:
-        late = [block for part in twin.children() if isinstance(part, nn.ModuleList) for block in part]
+        late = list(_blocks(twin))
     for block in late:
         block.register_forward_pre_hook(_enter)
         block.register_forward_hook(_leave, always_call=True)
     within = {id(part) for block in late for part in block.modules()}
     _replace(part for part in twin.modules() if id(part) not in within)
     return twin
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    for part in module.children():
+        yield from part if isinstance(part, nn.ModuleList) else _blocks(part)
 
 
 def _replace(modules) -> list[tuple[dict, dict]]:

@@ -46,6 +46,8 @@ def gradient_of(score: Callable[[torch.Tensor], torch.Tensor], z: torch.Tensor) 
     For CLIP guidance, Nichol et al. (2021), "GLIDE", equation 8, score is the cosine of CLIP's embeddings of the picture, decoded from the x0 that z
     stands for, and of the text, times CLIP's scale; for classifier guidance it is the class's log probability.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("torch.inference_mode() records no gradients; call gradient_of under torch.no_grad(), or under torch.inference_mode(False)")
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         return torch.autograd.grad(score(z).sum(), z)[0]
@@ -54,6 +56,8 @@ def gradient_of(score: Callable[[torch.Tensor], torch.Tensor], z: torch.Tensor) 
 def _plus(x: torch.Tensor, factor: torch.Tensor | float, gradient: torch.Tensor, scale: float) -> torch.Tensor:
     """``x + scale * factor * gradient`` in one pass."""
     if isinstance(factor, torch.Tensor):
+        if factor.dim() == 1:  # one for each sample
+            factor = factor.reshape(-1, *[1] * (x.dim() - 1))
         return torch.addcmul(x, factor.to(x.device), gradient, value=scale)
     return torch.add(x, gradient, alpha=factor * scale)
 
@@ -63,6 +67,8 @@ def scale_embedding(guidance_scale: torch.Tensor, dim: int) -> torch.Tensor:
 
     Meng et al. (2022), "On Distillation of Guided Diffusion Models"; Luo et al. (2023), "Latent Consistency Models".
     """
+    if dim < 4:
+        raise ValueError(f"dim is {dim}; it should be at least 4")
     half = dim // 2
     rates = torch.exp(torch.arange(half, dtype=guidance_scale.dtype, device=guidance_scale.device) * (-math.log(10000.0) / (half - 1)))
     angles = (guidance_scale - 1)[:, None] * 1000.0 * rates

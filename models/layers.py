@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _global_backward_hooks, _global_backward_pre_hooks, _global_forward_hooks, _global_forward_pre_hooks
 
 from typing import NamedTuple
@@ -62,7 +63,13 @@ def untouched(module: nn.Module) -> bool:
 def plain_linear(module: nn.Module) -> bool:
     """Exactly ``nn.Linear`` with an ordinary weight: not LoRA, not quantised, pruned or normalised, not offloaded, not observed. Only then may its weight be
     read."""
-    return type(module) is nn.Linear and type(module._parameters.get("weight")) is nn.Parameter and untouched(module)
+    parameters = module._parameters
+    return type(module) is nn.Linear and _is_parameter(parameters.get("weight")) and "bias" in parameters and untouched(module)
+
+
+def _is_parameter(tensor) -> bool:
+    """A plain Parameter, or what stands for one while torch.export records: a FakeTensor that says that it is."""
+    return type(tensor) is nn.Parameter or type(tensor) is FakeTensor and isinstance(tensor, nn.Parameter)
 
 
 def plain_layer_norm(module: nn.Module) -> bool:

@@ -154,19 +154,19 @@ def sample(model: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch
     start, x0, slope, slopes = x, None, None, []
     for i in range(len(plan.times)):
         if plan.churn[i]:
-            x = x + plan.churn[i] * draw(i)
+            x = x + plan.churn[i] * draw(i).to(x.dtype)
         if not plan.second[i]:
             start = x
         output = model(x if plan.scales[i] == 1 else x * plan.scales[i], plan.times[i])
         if plan.past:
-            extra = sum(weight * past for weight, past in zip(plan.past[i], slopes)) if slopes else None
+            extra = sum(weight * past for weight, past in zip(plan.past[i], slopes, strict=True)) if plan.past[i] else None
         else:
             extra = draw(i) if plan.noisy[i] else None
         previous = (slope if plan.second[i] else x0) if plan.looks_back[i] else None
         x, x0, slope = ops.solver_step(x, output, plan.table, i, previous=previous, base=start if plan.second[i] else None, noise=extra, keep_slope=keeps,
                                        numerics=numerics)
         if plan.past:
-            slopes = [slope, *slopes][:3]
+            slopes = [slope, *slopes][:max(map(len, plan.past))]
         if callback is not None:
             callback(i, x)
     return x

@@ -27,6 +27,9 @@ class Plan(NamedTuple):
 
 def _plan(times, columns: dict, *, scales=None, churn=None, second=None, past=()) -> Plan:
     times = torch.as_tensor(times, dtype=torch.float64)
+    steps = max(len(value) for value in columns.values() if isinstance(value, (torch.Tensor, list)) and torch.as_tensor(value).dim())
+    if times.shape != (steps,):
+        raise ValueError(f"times has shape {list(times.shape)}; for {steps} calls of the model it should be [{steps}]")
     ones = torch.ones_like(times)
     return Plan(ops.solver_table(len(times), **columns), times, ones if scales is None else scales, ones * 0 if churn is None else churn,
                 tuple(second or [False] * len(times)), tuple(past))
@@ -103,6 +106,8 @@ def lcm(bar: torch.Tensor, times: Sequence[int], kind: str = "eps", *, scaling: 
 def _of_discrete(bar: torch.Tensor, times: Sequence[int], final: float) -> tuple[torch.Tensor, ...]:
     """(times, alpha^2 at them, alpha^2 after them, alpha, sigma)."""
     times = torch.as_tensor(times).to(torch.float64)
+    if not len(times) or times.min() < 0 or times.max() >= len(bar):
+        raise ValueError(f"times is {times.tolist()}; it should be timesteps from 0 to {len(bar) - 1}")
     now = bar.to(torch.float64)[times.long()]
     return times, now, torch.cat([now[1:], now.new_tensor([final])]), now.sqrt(), (1 - now).sqrt()
 
@@ -118,7 +123,7 @@ def euler(sigmas: torch.Tensor, kind: str = "x0", *, times: torch.Tensor | None 
         churn, churn_from, churn_to, churn_noise: S_churn, between the levels S_tmin and S_tmax, and S_noise.
     """
     level, after = _levels(sigmas)
-    hat, added = _churned(level, times, churn, churn_from, churn_to, churn_noise)
+    hat, added = _churned(kind, level, times, churn, churn_from, churn_to, churn_noise)
     return _plan(hat if times is None else times, _denoised(kind, hat) | _slope(kind, hat) | {"x": 1.0, "e": after - hat}, scales=_scaled(kind, hat),
                  churn=added)
 
@@ -126,6 +131,7 @@ def euler(sigmas: torch.Tensor, kind: str = "x0", *, times: torch.Tensor | None 
 def euler_ancestral(sigmas: torch.Tensor, kind: str = "x0", *, eta: float = 1.0, times: torch.Tensor | None = None) -> Plan:
     """Euler steps to a lower level and noise back up: Crowson (2022), k-diffusion's ``sample_euler_ancestral``."""
     level, after = _levels(sigmas)
+    _draws(kind, eta, "eta")
     up = torch.minimum(after, eta * (after**2 * (level**2 - after**2) / level**2).sqrt())
     down = (after**2 - up**2).sqrt()
     return _plan(level if times is None else times, _denoised(kind, level) | _slope(kind, level) | {"x": 1.0, "e": down - level, "noise": up},
@@ -145,7 +151,7 @@ def heun(sigmas: torch.Tensor, kind: str = "x0", *, times: torch.Tensor | None =
         raise ValueError(f"kind is {kind!r}; with correct_last it should be 'eps' or 'velocity', as others have no slope at sigma 0")
     if times is not None and len(times) != steps + correct_last:
         raise ValueError(f"times has {len(times)} values; it should have {steps + correct_last}")
-    hat, added = _churned(level, times, churn, churn_from, churn_to, churn_noise)
+    hat, added = _churned(kind, level, times, churn, churn_from, churn_to, churn_noise)
     told = hat if times is None else torch.as_tensor(times, dtype=torch.float64)
     again = torch.tensor([i for i in range(steps) if after[i] > 0 or correct_last], dtype=torch.long)
     order = torch.argsort(torch.cat([torch.arange(steps) * 2, again * 2 + 1]))
@@ -160,8 +166,9 @@ def heun(sigmas: torch.Tensor, kind: str = "x0", *, times: torch.Tensor | None =
                  churn=both(added, torch.zeros(len(again), dtype=torch.float64)), second=is_second.bool().tolist())
 
 
-def _churned(level: torch.Tensor, times, churn: float, churn_from: float, churn_to: float, churn_noise: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _churned(kind: str, level: torch.Tensor, times, churn: float, churn_from: float, churn_to: float, churn_noise: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The levels that noise takes x up to, and how much noise that is."""
+    _draws(kind, churn, "churn")
     if times is not None and churn:
         raise ValueError("times is given; with churn the model is told the levels that it is given")
     more = ((churn_from <= level) & (level <= churn_to)).double() * min(churn / len(level), 2**0.5 - 1)
@@ -177,9 +184,18 @@ def dpmpp_2m(sigmas: torch.Tensor, kind: str = "x0", *, alphas: torch.Tensor | N
     ``heun``: the other of the two forms of order 2.
     """
     level, after = _levels(sigmas)
-    alpha, alpha_after = (torch.ones_like(level),) * 2 if alphas is None else _levels(alphas)
+    if order not in (1, 2):
+        raise ValueError(f"order is {order}; it should be 1 or 2")
+    if alphas is None:
+        _draws(kind, sde or 0.0, "sde")
+        alphas_of = torch.ones(len(level) + 1, dtype=torch.float64)
+    else:
+        alphas_of = torch.as_tensor(alphas, dtype=torch.float64)
+        if len(alphas_of) != len(level) + 1:
+            raise ValueError(f"alphas has {len(alphas_of)} values; it should have one for each of the {len(level) + 1} sigmas")
+    alpha, alpha_after = alphas_of[:-1], alphas_of[1:]
     half = torch.log(alpha / level)
-    h = torch.log(alpha_after / after) - half  # infinite in a step to 0
+    h = torch.log(alpha_after / after) - half  # infinite in a step to 0, and from an alpha of 0
     decay = h if sde is None else h * (1 + sde)
     own = -alpha_after * torch.expm1(-decay)
     ratio = torch.cat([half.new_full((1,), float("nan")), half[1:] - half[:-1]]) / h
@@ -188,7 +204,7 @@ def dpmpp_2m(sigmas: torch.Tensor, kind: str = "x0", *, alphas: torch.Tensor | N
     if lower_order_final:
         second[-1] = False
     change = alpha_after * (torch.expm1(-decay) / decay + 1) if heun else 0.5 * own
-    columns = {"x0": own, "x": torch.where(after > 0, after / level * torch.exp(h - decay), 0.0), "e_x0": second.double(), "e_previous": -second.double(),
+    columns = {"x0": own, "x": torch.where(after > 0, after / level * (torch.exp(-sde * h) if sde else 1.0), 0.0), "e_x0": second.double(), "e_previous": -second.double(),
                "e_scale": torch.where(second, 1 / ratio, 1.0), "e": torch.where(second, change, 0.0)}
     if sde:
         columns["noise"] = after * (-torch.expm1(-2 * sde * h)).sqrt()
@@ -200,6 +216,8 @@ def dpmpp_2m(sigmas: torch.Tensor, kind: str = "x0", *, alphas: torch.Tensor | N
 def lms(sigmas: torch.Tensor, kind: str = "x0", *, order: int = 4, times: torch.Tensor | None = None) -> Plan:
     """Linear multistep (Adams-Bashforth) in sigma: Crowson (2022), k-diffusion's ``sample_lms``."""
     level, after = _levels(sigmas)
+    if not 1 <= order <= 6:  # of which _integral is exact
+        raise ValueError(f"order is {order}; it should be from 1 to 6")
     weights = []
     for i in range(len(level)):
         nodes = level[max(0, i - order + 1):i + 1].flip(0)  # the last one first
@@ -219,6 +237,17 @@ def _integral(nodes: torch.Tensor, j: int, start: torch.Tensor, stop: torch.Tens
     return ((stop - start) / 2 * (value * torch.tensor([5 / 9, 8 / 9, 5 / 9], dtype=torch.float64)).sum()).item()
 
 
-def _levels(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    values = torch.as_tensor(values, dtype=torch.float64)
-    return values[:-1], values[1:]
+def _levels(sigmas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each step begins, and where it ends."""
+    sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
+    if sigmas.dim() != 1 or len(sigmas) < 2 or not (sigmas[1:] < sigmas[:-1]).all() or sigmas[-1] < 0:
+        raise ValueError(f"sigmas is {sigmas.tolist()}; it should be at least two levels, from high to low, none below 0")
+    return sigmas[:-1], sigmas[1:]
+
+
+def _draws(kind: str, amount: float, name: str) -> None:
+    """Noise is put on x0 and eps whose weights are 1 and sigma: along a flow, where x0's falls, it would lead to another distribution."""
+    if amount < 0:
+        raise ValueError(f"{name} is {amount}; it should be at least 0")
+    if amount and kind == "velocity":
+        raise ValueError(f"{name} is {amount} and kind 'velocity'; a flow takes no noise here, but by dpmpp_2m(sde=..., alphas=1 - sigmas)")

@@ -107,6 +107,14 @@ class TileScope {
     FUSEWIRE_AMX_NEW_A(0);                                                                    \
   }
 
+// Of linears and convolutions: float16 is all of its two parts, and a sum that cancels shows the least product.
+#define FUSEWIRE_AMX_STEP_OF_ALL(parts)                                                       \
+  if constexpr ((parts) == 2) {                                                               \
+    FUSEWIRE_AMX_WHOLE;                                                                       \
+  } else {                                                                                    \
+    FUSEWIRE_AMX_STEP(parts);                                                                 \
+  }
+
 // Tiles 0-3 become the sums c[32][32], or zeros at first; and c becomes what they hold.
 [[gnu::always_inline]] inline void take_sums(const float* c, int64_t row_floats, bool first) {
   const int64_t stride = row_floats * sizeof(float);

@@ -50,7 +50,7 @@ template <int parts>
         for (int64_t i = 0; i < lines; ++i, next += kUnits) {
           for (int part = 0; part < parts; ++part) _mm_prefetch(next + part * a_part, _MM_HINT_T1);
         }
-        FUSEWIRE_AMX_STEP(parts);
+        FUSEWIRE_AMX_STEP_OF_ALL(parts);
       }
     }
   }

@@ -242,7 +242,7 @@ class Columns {
       for (int64_t i = 0; i < lines; ++i, next += 64) _mm_prefetch(next, _MM_HINT_T0);
       weights_ahead_.fetch();
       x_ahead_.fetch();
-      FUSEWIRE_AMX_STEP(parts);
+      FUSEWIRE_AMX_STEP_OF_ALL(parts);
     }
     leave_sums(apart ? fresh : c, kSide);
     if (apart) {

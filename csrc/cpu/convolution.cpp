@@ -39,7 +39,8 @@ static void on_tiles(const LinearCall& call, ScalarKind type) {
       }
     });
     const int64_t blocks = band.samples * amx::convolution_blocks(call, band.rows);
-    const int64_t row_groups = std::min(blocks, std::max((enough + col_groups - 1) / col_groups, (blocks + most_blocks - 1) / most_blocks));
+    const int64_t that_fit = most_blocks >= blocks ? 1 : (blocks + most_blocks - 1) / most_blocks;
+    const int64_t row_groups = std::min(blocks, std::max((enough + col_groups - 1) / col_groups, that_fit));
     const int64_t tasks = row_groups * col_groups, bytes = amx::convolution_scratch_bytes(call, (blocks + row_groups - 1) / row_groups, width, type);
     std::atomic<int64_t> next{0};
     torch::stable::parallel_for(0, std::min(threads, tasks), 1, [&](int64_t, int64_t) {
@@ -72,6 +73,9 @@ static void run(const LinearCall& call, ScalarKind type) {
 // -> [B, H' * W', O], contiguous.
 static Tensor conv_rows(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w) {
   STD_TORCH_CHECK(x.size(1) == 1 || x.stride(1) == 1, "conv_rows: the channels of x do not lie beside each other");
+  STD_TORCH_CHECK(weight.size(1) == x.size(1) && weight.scalar_type() == x.scalar_type(), "conv_rows: weight does not fit x");
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->scalar_type() == x.scalar_type()),
+                  "conv_rows: bias does not fit weight and x");
   const Picture picture{x.size(1), x.size(2), x.size(3), weight.size(2), weight.size(3), stride_h, stride_w, pad_h, pad_w,
                         x.stride(0), 1, x.stride(2), x.stride(3)};
   LinearCall call{};

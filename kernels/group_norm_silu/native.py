@@ -116,7 +116,8 @@ def why_not(x, groups, weight, bias, eps, shift, scale, add, silu, exact) -> str
         return "torch rounds a group norm with a bias but no weight in a way of its own"
     if add is not None and 0 in x.stride():
         return "PyTorch lays out the sum of an expanded x in an order of its own"
-    return _large_differs(dtype) if _is_large(x) else ""
+    reason = _large_differs(dtype)
+    return reason if reason and _is_large(x) else ""  # in this order: where there is no reason, a graph needs no guard on the size
 
 
 def why_not_backward(grad, x, groups, weight, bias, eps, shift, scale, add, silu, of_x) -> str:

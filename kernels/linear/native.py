@@ -29,6 +29,7 @@ MAX_DIMS = 9
 ISA, INTEL = cpu_isa(), cpu_is_intel()
 PYTORCHS = "PyTorch's own product is faster here"
 FEW_TOKENS = 32
+MANY_TOKENS = 1024  # what a graph is taken to have
 FEW_ROWS = 64  # of x [B, K], as csrc/cpu/linear.h has it: one pass over the weight takes 0.5 of PyTorch's time at one row, 0.3 at two, 0.7 at 64 (Zen 5)
 AMX_TOKENS, AMX_OUTPUTS = 48, 192  # below either, packing the operands takes longer than what the product saves
 AMX_INPUTS_FLOAT32 = 512  # 0.7 to 0.85 of MKL's rate with 320, 1.0 to 1.5 with 640 and more
@@ -74,7 +75,8 @@ def product_is_pytorchs(x, weight) -> str:
         return ""
     if x.dtype is torch.float32:
         # By tokens, not by rows: whether a sample is in a batch must not change its result.
-        tokens = x.shape[-2] if x.dim() > 2 else 1
+        # A graph serves any number of tokens, and its first number must not become a guard: there, as many as it takes are supposed.
+        tokens = 1 if x.dim() <= 2 else MANY_TOKENS if torch.compiler.is_compiling() else x.shape[-2]
         if x.dim() == 2 and not INTEL and x.shape[0] <= FEW_ROWS:
             return ""
         if tokens < FEW_TOKENS:
@@ -92,9 +94,10 @@ def onednn_serves(x, weight, activation, gate, residual) -> bool:
         return False
     outputs, inputs = weight.shape
     if ISA == "amx" and x.dim() > 2 and outputs >= AMX_OUTPUTS and inputs >= AMX_INPUTS_BFLOAT16:
+        if torch.compiler.is_compiling():
+            return False
         if x.shape[-2] >= AMX_TOKENS_BFLOAT16 and (weight.numel() >= AMX_WEIGHTS_BFLOAT16 or x.shape[-2] <= 2 * outputs):
             return False
-    # A graph serves any number of tokens: its first number must not become a guard, at which a second resolution is traced again.
     if WIDENED and x.dim() > 2 and (torch.compiler.is_compiling() or x.shape[-2] >= WIDENED_TOKENS):
         return False
     return residual is None or gate is None or sums_gated(x, gate, residual)

@@ -6,15 +6,13 @@ weight outweighs the picture: in the deepest levels of a U-Net.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 
 from fusewire.kernels.library import CPU, cpu_is_intel, define
 from fusewire.kernels.linear import native
 from fusewire.kernels.linear.op import linear
-from fusewire.kernels.linear.pictures import convolved, may_serve, out_size, out_sizes
+from fusewire.kernels.linear.pictures import convolved, may_serve, out_size, out_sizes, pixels
 
 INTEL = cpu_is_intel()
 MAX_TAPS = 64
@@ -56,9 +54,9 @@ def serves(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, str
     least = _least(x.dtype)
     if least is None or not CPU.loaded or _why_not_library or not may_serve(x, weight, bias):
         return False
-    pixels = math.prod(out_sizes(x, weight, stride, padding))
-    numbers = x.shape[1] * x.shape[2] * x.shape[3] + weight.shape[0] * pixels
-    return (numbers * least <= weight.numel() and pixels >= native.FEW_TOKENS and 1 < weight.shape[2] * weight.shape[3] <= MAX_TAPS
+    count = pixels(x, weight, stride, padding)
+    numbers = x.shape[1] * x.shape[2] * x.shape[3] + weight.shape[0] * count
+    return (numbers * least <= weight.numel() and count >= native.FEW_TOKENS and 1 < weight.shape[2] * weight.shape[3] <= MAX_TAPS
             and (x.dtype is torch.float32 or native.ONEDNN_BFLOAT16))
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from fusewire.kernels.library import CPU, define
 from fusewire.kernels.linear import native
-from fusewire.kernels.linear.pictures import convolved, may_serve, out_sizes
+from fusewire.kernels.linear.pictures import convolved, may_serve, out_sizes, pixels
 
 WIDENED_DTYPES = torch.bfloat16, torch.float16
 AMX_DTYPES = *WIDENED_DTYPES, torch.float32
@@ -48,7 +48,7 @@ def serves(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, str
         return False
     # By the sample, not by the batch: whether a sample is in a batch must not change its result.
     outputs = 1 if x.dtype is torch.float32 else OUTPUTS  # oneDNN's float32 would want the picture contiguous first
-    return x.shape[1] >= CHANNELS and weight.shape[0] >= outputs and math.prod(out_sizes(x, weight, stride, padding)) >= PIXELS
+    return x.shape[1] >= CHANNELS and weight.shape[0] >= outputs and pixels(x, weight, stride, padding) >= PIXELS
 
 
 def convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> torch.Tensor:

@@ -37,7 +37,7 @@ class Handle:
         self._before = {fused: before for _, before, fused in changes}
         self._number = next(_numbers)
         for instance, _, _ in changes:
-            vars(instance).setdefault(IN_FORCE, []).append(self._number)
+            vars(instance)[IN_FORCE] = [*vars(instance).get(IN_FORCE, ()), self._number]  # a new list: a shallow copy shares the old one
 
     def restore(self) -> None:
         """Give back the classes from before this swap, and so undo those made since. What it no longer is in force for, or no longer exists, stays."""
@@ -53,8 +53,8 @@ class Handle:
         if self._number in in_force:
             if before is not None:
                 set_class(instance, before)
-            del in_force[in_force.index(self._number):]
-            if not in_force:
+            vars(instance)[IN_FORCE] = in_force[:in_force.index(self._number)]
+            if not vars(instance)[IN_FORCE]:
                 del vars(instance)[IN_FORCE]
 
     def __repr__(self) -> str:

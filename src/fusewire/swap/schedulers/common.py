@@ -69,6 +69,11 @@ def kept() -> Iterator[None]:
         yield
 
 
+def on_cpu(value) -> bool:
+    """Whether this is a tensor, as schedulers make their levels, and lies on the CPU."""
+    return isinstance(value, torch.Tensor) and value.is_cpu
+
+
 def stamp(tensor: torch.Tensor) -> int | bytes:
     """What changes when a tensor is written to. Those made in inference mode have no version: on the CPU their bytes tell; on a device nobody can."""
     if not tensor.is_inference():
@@ -135,6 +140,8 @@ def prepared(scheduler, key: tuple, sources: tuple[torch.Tensor, ...], sample: t
                 break
         else:
             return found
+    if not all(isinstance(source, torch.Tensor) for source in sources):  # a user's own numbers: stock takes any kind
+        return Prepared((), (), config, None, False)
     if len(tables) >= 8:  # of other dtypes, devices and etas
         tables.clear()
     rows, scalars = None, Scalars(sample.dtype, sample.device, sources[0].device, exact)
@@ -165,7 +172,7 @@ def host_times(scheduler) -> torch.Tensor:
 def place(scheduler, timestep) -> int | None:
     """Where in ``scheduler.timesteps`` an element of that very tensor lies: pipelines pass such, and no value has to be fetched. None: anything else."""
     timesteps = scheduler.timesteps
-    if (not isinstance(timestep, torch.Tensor) or timestep.dim() or timestep.dtype is not timesteps.dtype or timestep.device != timesteps.device
+    if (not isinstance(timestep, torch.Tensor) or not isinstance(timesteps, torch.Tensor) or timestep.dim() or timestep.dtype is not timesteps.dtype or timestep.device != timesteps.device
             or not timesteps.is_contiguous()):
         return None
     offset, rest = divmod(timestep.data_ptr() - timesteps.data_ptr(), timesteps.element_size())
@@ -191,6 +198,18 @@ def usable(model_output, sample) -> bool:
     """Whether the op serves these latents: of one shape, dtype and device."""
     return (isinstance(model_output, torch.Tensor) and isinstance(sample, torch.Tensor) and sample.dtype in FLOATS and sample.dim() > 0
             and model_output.dtype is sample.dtype and model_output.shape == sample.shape and model_output.device == sample.device)
+
+
+def within(scheduler, *at: int) -> bool:
+    """Whether the training had all these timesteps; for others stock has an error to raise."""
+    return max(at) < len(scheduler.alphas_cumprod)
+
+
+def unknown_limit(scheduler) -> str:
+    """A table takes a limit of 0 for none, and cannot hold one that the latents' dtype does not."""
+    config = scheduler.config
+    limit = config.clip_sample_range if config.clip_sample else 1.0
+    return "" if 0 < limit <= torch.finfo(torch.float16).max else f"clip_sample_range is {limit}"
 
 
 def no_thresholding(scheduler) -> str:

@@ -13,7 +13,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from fusewire import ops
 from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
-from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, host_alphas, indexed, no_thresholding, place, prepared, times, unknown_prediction, usable
+from fusewire.swap.schedulers.common import (
+    KNOWN, Known, Scalars, host_alphas, indexed, no_thresholding, place, prepared, times, unknown_limit, unknown_prediction, usable, within)
 from fusewire.swap.schedulers.layout import laid
 from fusewire.swap.schedulers.noise import of_alphas
 
@@ -26,7 +27,7 @@ NOISE = {randn_tensor: ("051bb3b0a49a",)}
 def _bar(scheduler, at: list[int], after_all) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(alphas_cumprod at ``at``, at the times after them, 1 - the first): float32 [S], as stock takes them. ``after_all``: beyond the last step."""
     bar = host_alphas(scheduler)
-    now, then = (torch.tensor(indices) for indices in at)
+    now, then = (torch.tensor(indices).clamp(max=len(bar) - 1) for indices in at)  # of those beyond, the step is stock's
     before = torch.where(then >= 0, bar[then.clamp(min=0)], after_all.cpu())
     return bar[now], before, 1 - bar[now]
 
@@ -52,10 +53,10 @@ def _ddim(how: How) -> dict:
     def step(self, model_output, timestep, sample, eta=0.0, use_clipped_model_output=False, generator=None, variance_noise=None, return_dict=True):
         index = place(self, timestep)
         table = None
-        if (index is not None and self.num_inference_steps is not None and usable(model_output, sample)
+        if (index is not None and self.num_inference_steps is not None and usable(model_output, sample) and within(self, times(self)[index])
                 and (variance_noise is None or eta <= 0 or (generator is None and usable(variance_noise, sample)))):
             sources = self.alphas_cumprod, self.timesteps, self.final_alpha_cumprod
-            table = prepared(self, (eta, use_clipped_model_output, self.num_inference_steps), sources, sample, exact,
+            table = prepared(self, (float(eta), use_clipped_model_output, self.num_inference_steps), sources, sample, exact,
                              lambda scalars: _ddim_columns(self, scalars, eta, use_clipped_model_output))
         if table is None or table.rows is None:
             return DDIMScheduler.step(self, model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict)
@@ -86,7 +87,7 @@ def _ddim_columns(scheduler, scalars: Scalars, eta: float, clipped: bool) -> dic
 
 
 def ddim_reason(scheduler) -> str:
-    return no_thresholding(scheduler) or unknown_prediction(scheduler, *KINDS)
+    return no_thresholding(scheduler) or unknown_limit(scheduler) or unknown_prediction(scheduler, *KINDS)
 
 
 def _ddpm(how: How) -> dict:
@@ -96,7 +97,7 @@ def _ddpm(how: How) -> dict:
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
         index, table = place(self, timestep), None
         mean, predicted = _halves(model_output) if self.variance_type in LEARNED else (model_output, None)
-        if index is not None and (self.num_inference_steps or self.custom_timesteps) and usable(mean, sample):
+        if index is not None and (self.num_inference_steps or self.custom_timesteps) and usable(mean, sample) and within(self, times(self)[index], _after(times(self), index)):
             sources = self.alphas_cumprod, self.timesteps, self.one
             table = prepared(self, (self.variance_type,), sources, sample, exact, lambda scalars: _ddpm_columns(self, scalars))
         if table is None or table.rows is None:
@@ -121,12 +122,18 @@ def _halves(model_output) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     return torch.split(model_output, model_output.shape[1] // 2, dim=1)
 
 
+def _after(now: list, index: int) -> int:
+    """What follows a time, -1 after the last: of one that comes back, as in RePaint, stock takes what follows its first place."""
+    following = now.index(now[index]) + 1
+    return now[following] if following < len(now) else -1
+
+
 def _spread(scheduler, index: int, predicted: torch.Tensor) -> torch.Tensor:
     """The square root of the variance that the model predicts, by PyTorch's calls."""
     if scheduler.variance_type == "learned":
         return predicted**0.5
     now, bar = times(scheduler), scheduler.alphas_cumprod
-    then = now[index + 1] if index + 1 < len(now) else -1
+    then = _after(now, index)
     alpha, before = bar[now[index]], bar[then] if then >= 0 else scheduler.one
     own = 1 - alpha / before
     least, most = torch.log(torch.clamp((1 - before) / (1 - alpha) * own, min=1e-20)), torch.log(own)
@@ -136,7 +143,7 @@ def _spread(scheduler, index: int, predicted: torch.Tensor) -> torch.Tensor:
 
 def _ddpm_columns(scheduler, scalars: Scalars) -> dict:
     config, now = scheduler.config, times(scheduler)
-    bar, before, beta = _bar(scheduler, (now, [*now[1:], -1]), scheduler.one)
+    bar, before, beta = _bar(scheduler, (now, [_after(now, i) for i in range(len(now))]), scheduler.one)
     ratio = bar / before
     own = 1 - ratio
     if scheduler.variance_type in LEARNED:
@@ -166,7 +173,7 @@ def _lcm(how: How) -> dict:
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
         index = place(self, timestep)
         table = None
-        if index is not None and self.num_inference_steps is not None and usable(model_output, sample):
+        if index is not None and self.num_inference_steps is not None and usable(model_output, sample) and within(self, *times(self)[index:index + 2]):
             if self._step_index is None:
                 self._init_step_index(timestep)
             if self._step_index == index:  # stock takes coefficients from both: the index and the timestep

@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from fusewire import ops
 from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
-from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, gathered, indexed, of_levels, prepared, usable
+from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, gathered, indexed, of_levels, on_cpu, prepared, usable
 from fusewire.swap.schedulers.ddim import NARROW
 from fusewire.swap.schedulers.dpm import log_ratio, noisy, x0_row
 from fusewire.swap.schedulers.layout import laid
@@ -27,13 +27,13 @@ def _maker(how: How) -> dict:
     @functools.wraps(Stock.step)
     def step(self, model_output, timestep, sample, return_dict=True):
         table = None
-        if self.num_inference_steps is not None and usable(model_output, sample) and self.sigmas.is_cpu:
+        if self.num_inference_steps is not None and usable(model_output, sample) and on_cpu(self.sigmas):
             if self._step_index is None:
                 self._init_step_index(timestep)
             index, count, config = self._step_index, len(self.timesteps), self._internal_dict
             last = index == count - 1 and config["lower_order_final"] and count < 15
             second = config["solver_order"] == 2 and self.lower_order_nums >= 1 and not last
-            if 0 <= index < len(self.sigmas) - 1 and (not second or usable(self.model_outputs[-1], sample)):
+            if 0 <= index < len(self.sigmas) - 1 and (not second or (index > 0 and usable(self.model_outputs[-1], sample))):
                 table = prepared(self, (), (self.sigmas,), sample, exact, lambda scalars: _columns(self, scalars))
         if table is None or table.rows is None:
             return Stock.step(self, model_output, timestep, sample, return_dict)

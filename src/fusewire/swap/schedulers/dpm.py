@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from fusewire import ops
 from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
-from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, gathered, indexed, of_levels, prepared, unknown_prediction, usable
+from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, gathered, indexed, of_levels, on_cpu, prepared, unknown_prediction, usable
 from fusewire.swap.schedulers.ddim import NOISE
 from fusewire.swap.schedulers.euler import edm_scales, noise_of_levels
 from fusewire.swap.schedulers.layout import laid
@@ -47,7 +47,9 @@ def _edm_maker(how: How) -> dict:
 
 def _stepped(scheduler, model_output, timestep, sample, generator, noise, how: How, wide: bool) -> torch.Tensor | None:
     """The latents after a step; None where stock must make it, or complain. ``wide``: whether the update, and noise, is float32."""
-    if scheduler.num_inference_steps is None or not usable(model_output, sample) or not scheduler.sigmas.is_cpu:
+    if scheduler.num_inference_steps is None or not usable(model_output, sample) or not on_cpu(scheduler.sigmas):
+        return None
+    if noise is not None and noise.shape != sample.shape:
         return None
     if scheduler._step_index is None:
         scheduler._init_step_index(timestep)
@@ -56,7 +58,7 @@ def _stepped(scheduler, model_output, timestep, sample, generator, noise, how: H
         config["euler_at_final"] or (config["lower_order_final"] and steps < 15) or config["final_sigmas_type"] == "zero")
     second, before = config["solver_order"] == 2 and scheduler.lower_order_nums >= 1 and not last, scheduler.model_outputs[-1]
     table = prepared(scheduler, (second,), (scheduler.sigmas,), sample, how.numerics == "exact", lambda scalars: _columns(scheduler, scalars, second, wide))
-    if table.rows is None or not 0 <= index < len(table.rows) or (second and not usable(before, sample)):
+    if table.rows is None or not 0 <= index < len(table.rows) or (second and (index == 0 or not usable(before, sample))):
         return None
     if config["algorithm_type"] == "sde-dpmsolver++":
         dtype = torch.float32 if wide else model_output.dtype

@@ -15,7 +15,7 @@ from fusewire import ops
 from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
 from fusewire.swap.schedulers.churn import churned, excess
-from fusewire.swap.schedulers.common import KNOWN, Known, Prepared, Scalars, indexed, prepared, stamp, unknown_prediction, usable
+from fusewire.swap.schedulers.common import KNOWN, Known, Prepared, Scalars, indexed, on_cpu, prepared, stamp, unknown_limit, unknown_prediction, usable
 from fusewire.swap.schedulers.ddim import NOISE
 from fusewire.swap.schedulers.layout import laid
 from fusewire.swap.schedulers.noise import of_sigmas
@@ -36,7 +36,7 @@ def columns_at(scalars: Scalars, kind: str, level: torch.Tensor, dt: torch.Tenso
 def table_of_levels(scheduler, model_output, timestep, sample, exact: bool, columns, key: tuple = ()) -> Prepared | None:
     """The table of the schedule, once the index of this step is known; None where stock must make it, or complain."""
     if not (getattr(scheduler, "is_scale_input_called", True) and isinstance(timestep, torch.Tensor) and timestep.is_floating_point()
-            and usable(model_output, sample) and scheduler.sigmas.is_cpu):
+            and usable(model_output, sample) and on_cpu(scheduler.sigmas)):
         return None
     if scheduler._step_index is None:
         scheduler._init_step_index(timestep)
@@ -175,7 +175,7 @@ def _heun(how: How) -> dict:
         x0 = laid_x0(x0, self.config.prediction_type, sample, model_output, how.numerics, self.config.clip_sample)
         if first:
             self.prev_derivative, self.dt, self.sample = slope, sigmas[index + 1] - sigmas[index], sample
-            self._fusewire_stage = (self.dt, sigmas, stamp(sigmas))
+            self._fusewire_stage = (self.dt, sigmas, stamp(sigmas), index)
         else:
             self.prev_derivative = self.dt = self.sample = None
         self._step_index += 1
@@ -185,9 +185,9 @@ def _heun(how: How) -> dict:
 
 
 def _goes_on(scheduler) -> bool:
-    """Whether the second stage goes the way of the first: by levels that have not changed since."""
-    dt, sigmas, version = scheduler.__dict__.get("_fusewire_stage") or (None,) * 3
-    return dt is scheduler.dt and sigmas is scheduler.sigmas and version == stamp(sigmas)
+    """Whether the second stage goes the way of the first: it is the next step, by levels that have not changed since."""
+    dt, sigmas, version, index = scheduler.__dict__.get("_fusewire_stage") or (None,) * 4
+    return dt is scheduler.dt and sigmas is scheduler.sigmas and version == stamp(sigmas) and scheduler._step_index == index + 1
 
 
 def _heun_columns(scalars: Scalars, config, sigmas: torch.Tensor, first: bool) -> dict:
@@ -199,6 +199,10 @@ def _heun_columns(scalars: Scalars, config, sigmas: torch.Tensor, first: bool) -
 
 
 def heun_reason(scheduler) -> str:
+    return unknown_limit(scheduler) or levels_reason(scheduler)
+
+
+def levels_reason(scheduler) -> str:
     return unknown_prediction(scheduler, "epsilon", "v_prediction", "sample")
 
 

@@ -24,7 +24,7 @@ def _maker(how: How) -> dict:
     @functools.wraps(Stock.step)
     def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"), s_noise=1.0, generator=None, return_dict=True):
         run = None
-        if isinstance(timestep, torch.Tensor) and timestep.is_floating_point() and usable(model_output, sample):
+        if isinstance(self.sigmas, torch.Tensor) and isinstance(timestep, torch.Tensor) and timestep.is_floating_point() and usable(model_output, sample):
             if self._step_index is None:
                 self._init_step_index(timestep)
             run = _stage(self, s_churn, s_tmin, s_tmax, sample)
@@ -44,8 +44,10 @@ def _maker(how: How) -> dict:
             previous, _, slope = ops.solver_step(sample, model_output, table.rows, index, reciprocal=table.reciprocal, numerics=how.numerics, **given)
         previous = laid(previous, (sample if first else self.sample, model_output), how.numerics)
         if first:  # (where stock keeps its float32 copy of the latents, these are kept as they are: the same values)
-            self.prev_derivative, self.sample, self.dt = slope, sample, self.sigmas[index + 1] - self.sigmas[index] * (before + 1)
-            self._fusewire_stage = (self.dt, self.sigmas, stamp(self.sigmas), before)
+            # stock keeps a float32 copy: latents in 16 bits may be written to until the second stage
+            self.prev_derivative, self.sample = slope, sample if sample.dtype is torch.float32 else sample.clone()
+            self.dt = self.sigmas[index + 1] - self.sigmas[index] * (before + 1)
+            self._fusewire_stage = (self.dt, self.sigmas, stamp(self.sigmas), index, before)
         else:
             self.prev_derivative = self.dt = self.sample = None
         self._step_index += 1
@@ -64,8 +66,8 @@ def _stage(scheduler, s_churn: float, s_tmin: float, s_tmax: float, sample: torc
         return None
     if first:
         return first, extra, extra
-    *known, version, before = scheduler.__dict__.get("_fusewire_stage") or (None,) * 4
-    if known[0] is not scheduler.dt or known[1] is not scheduler.sigmas or version != stamp(scheduler.sigmas):
+    dt, sigmas, version, begun, before = scheduler.__dict__.get("_fusewire_stage") or (None,) * 5
+    if dt is not scheduler.dt or sigmas is not scheduler.sigmas or version != stamp(sigmas) or index != begun + 1:
         return None
     slope, base = scheduler.prev_derivative, scheduler.sample
     wanted = torch.float32 if extra else sample.dtype

@@ -13,7 +13,7 @@ from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
 from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, indexed, stacked, usable
 from fusewire.swap.schedulers.ddim import NARROW
-from fusewire.swap.schedulers.euler import columns_at, heun_reason, laid_x0, noise_of_levels, table_of_levels
+from fusewire.swap.schedulers.euler import columns_at, levels_reason, laid_x0, noise_of_levels, table_of_levels
 from fusewire.swap.schedulers.layout import laid
 
 Stock = LMSDiscreteScheduler
@@ -71,4 +71,4 @@ def _weights(levels: tuple[float, ...], order: int) -> torch.Tensor:
 MAKERS[Stock] = _maker
 # As diffusers 0.40 to 0.42 has them.
 KNOWN[Stock] = Known({Stock.step: ("4603c4d8bd61",), Stock._init_step_index: ("0f14aee91d40",), Stock.index_for_timestep: ("8e92214a3413",),
-                      Stock.get_lms_coefficient: ("cf3c0fb3b03a",)}, heun_reason)
+                      Stock.get_lms_coefficient: ("cf3c0fb3b03a",)}, levels_reason)

@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from fusewire import ops
 from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
-from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, host_alphas, place, prepared, stacked, times, unknown_prediction, usable
+from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, host_alphas, place, prepared, stacked, times, unknown_prediction, usable, within
 from fusewire.swap.schedulers.ddim import NARROW
 from fusewire.swap.schedulers.layout import laid
 from fusewire.swap.schedulers.noise import of_alphas
@@ -57,6 +57,7 @@ def _stage(scheduler, index: int, model_output, sample, solve: Callable) -> tupl
     stage, total = scheduler.counter % 4, scheduler.cur_model_output
     base = sample if stage == 0 or scheduler.cur_sample is None else scheduler.cur_sample
     begun = usable(total, sample) if stage else isinstance(total, int) and total == 0
+    begun = begun and within(scheduler, times(scheduler)[index], scheduler.prk_timesteps[scheduler.counter // 4 * 4])
     if not begun or not usable(base, sample):
         return None
     if stage == 3:
@@ -74,9 +75,10 @@ def _sum(scheduler, index: int, model_output, sample, solve: Callable) -> tuple[
     config, again = scheduler.config, scheduler.counter == 1
     outputs = scheduler.ets if again else [*scheduler.ets[-3:], model_output]
     base, count = scheduler.cur_sample if again else sample, len(outputs)
-    later = times(scheduler)[index] + config.num_train_timesteps // scheduler.num_inference_steps
-    if (not all(usable(tensor, sample) for tensor in (*outputs, base)) or (count == 1) != (scheduler.counter < 2)
-            or (again and later >= len(scheduler.alphas_cumprod)) or (not config.skip_prk_steps and len(scheduler.ets) < 3)):
+    ratio = config.num_train_timesteps // scheduler.num_inference_steps
+    later = times(scheduler)[index] + ratio
+    if (not all(usable(tensor, sample) for tensor in (*outputs, base)) or (scheduler.counter >= 2 if count == 1 else scheduler.counter < 2)
+            or not within(scheduler, later if again else later - ratio) or (not config.skip_prk_steps and len(scheduler.ets) < 3)):
         return None
     if again:
         previous, scheduler.cur_sample = solve(AGAIN, outputs[-1], model_output, base=base)[0], None

@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from fusewire import ops
 from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
-from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, gathered, indexed, of_levels, prepared, usable
+from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, gathered, indexed, of_levels, on_cpu, prepared, usable
 from fusewire.swap.schedulers.ddim import NARROW, NOISE
 from fusewire.swap.schedulers.dpm import log_ratio, noisy, slope_weight, unknown_solver, way_of, x0_row
 from fusewire.swap.schedulers.layout import laid
@@ -27,7 +27,7 @@ def _maker(how: How) -> dict:
     @functools.wraps(Stock.step)
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
         table = None
-        if self.num_inference_steps is not None and usable(model_output, sample) and self.sigmas.is_cpu:
+        if self.num_inference_steps is not None and usable(model_output, sample) and on_cpu(self.sigmas):
             if self._step_index is None:
                 self._init_step_index(timestep)
             if 0 <= self._step_index < min(len(self.order_list), len(self.sigmas) - 1):

@@ -13,7 +13,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from fusewire import ops
 from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
-from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, gathered, indexed, of_levels, prepared, usable
+from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, gathered, indexed, of_levels, on_cpu, prepared, usable
 from fusewire.swap.schedulers.ddim import NARROW
 from fusewire.swap.schedulers.dpm import log_ratio, noisy, x0_row
 from fusewire.swap.schedulers.layout import laid
@@ -31,7 +31,7 @@ def _maker(how: How) -> dict:
     @functools.wraps(Stock.step)
     def step(self, model_output, timestep, sample, return_dict=True):
         table, steps = None, len(self.sigmas) - 1
-        if self.num_inference_steps is not None and usable(model_output, sample) and self.sigmas.is_cpu:
+        if self.num_inference_steps is not None and usable(model_output, sample) and on_cpu(self.sigmas):
             if self._step_index is None:
                 self._init_step_index(timestep)
             if 0 <= self._step_index < steps:
@@ -76,6 +76,9 @@ def _orders(scheduler, sample) -> tuple[int, int] | None:
     order = min(order, scheduler.lower_order_nums + 1)
     corrects = index > 0 and index - 1 not in scheduler.disable_corrector and scheduler.last_sample is not None
     corrector = scheduler.this_order if corrects else 0
+    # predict_x0 and solver_p are attributes, which nothing tells a change of; a run begun again has a past, and no level before the first one
+    if not scheduler.predict_x0 or scheduler.solver_p or (order == 2 and index == 0) or (corrector == 2 and index == 1):
+        return None
     needed = [*([scheduler.last_sample, *outputs[-corrector:]] if corrects else []), *([outputs[-1]] if order == 2 else [])]
     return (corrector, order) if all(usable(tensor, sample) for tensor in needed) else None
 

@@ -20,7 +20,7 @@ from fusewire.models.feed_forward import FeedForward, feed_forward_residual
 from fusewire.models.flux_attention import FluxAttention
 from fusewire.models.inputs import check_inputs, check_residuals, listed, present
 from fusewire.models.ip_adapter import Pictures, pictures_of
-from fusewire.models.layers import (AdaLayerNormContinuous, AdaLayerNormZero, How, TimeTextEmbed, gate_residual_norm, gated_linear, linear,
+from fusewire.models.layers import (AdaLayerNormContinuous, AdaLayerNormZero, How, TimeTextEmbed, for_all, gate_residual_norm, gated_linear, linear,
                                     untouched)
 
 FLOAT16_LIMIT = 65504  # float16 residuals are kept finite, as stock keeps them
@@ -92,6 +92,7 @@ def double_block(block, x, context, temb, rope, how: How, attention_kwargs: Mapp
 
     A third output of the attention (an IP-Adapter's) is added to the image stream at the end, as stock does.
     """
+    x, context = for_all(max(x.shape[0], context.shape[0], temb.shape[0]), x, context)
     y, gate_msa, shift_mlp, scale_mlp, gate_mlp = block.norm1(x, emb=temb)
     y_context, c_gate_msa, c_shift_mlp, c_scale_mlp, c_gate_mlp = block.norm1_context(context, emb=temb)
     attended, attended_context, *adapted = block.attn(hidden_states=y, encoder_hidden_states=y_context, image_rotary_emb=rope, **(attention_kwargs or {}))
@@ -134,7 +135,7 @@ def one_stream(context: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def single_block(block, x, context, temb, rope, how: How, attention_kwargs: Mapping | None = None):
     """The forward of a block of one stream: our own, and diffusers'."""
     tokens = context.shape[1]
-    x = one_stream(context, x)
+    x = one_stream(*for_all(max(x.shape[0], context.shape[0], temb.shape[0]), context, x))
     y, gate = block.norm(x, emb=temb)
     activation = block.act_mlp
     if type(activation) is nn.GELU and activation.approximate == "tanh" and untouched(activation):

@@ -202,6 +202,11 @@ class AdaLayerNormZero(nn.Module):
         return {3: ada_layer_norm_zero_single, 6: ada_layer_norm_zero, 9: ada_layer_norm_zero_x}[self.parts](self, x, emb, self.how)
 
 
+def for_all(batch: int, *streams: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A stream [1, ...] for all samples, as the product with a modulation of ``batch`` rows broadcasts it in stock; others as they are."""
+    return tuple(stream.expand(batch, *stream.shape[1:]) if stream.shape[0] == 1 != batch else stream for stream in streams)
+
+
 def modulations(module, x: torch.Tensor, emb: torch.Tensor, parts: int, how: How) -> tuple[torch.Tensor, ...]:
     """The chunks of the projected conditioning [B, C], or [1, C] for all samples of x."""
     rows = linear(module.linear, emb, how)

@@ -19,7 +19,7 @@ from fusewire.models.configuration import StockConfig
 from fusewire.models.feed_forward import FeedForward, feed_forward_residual
 from fusewire.models.inputs import check_inputs, check_residuals, listed, present
 from fusewire.models.ip_adapter_sd3 import TimedPictures, pictures_of
-from fusewire.models.layers import AdaLayerNormContinuous, AdaLayerNormZero, How, TimeTextEmbed, gate_residual_norm, linear
+from fusewire.models.layers import AdaLayerNormContinuous, AdaLayerNormZero, How, TimeTextEmbed, for_all, gate_residual_norm, linear
 from fusewire.models.patches import PatchEmbed, unpatchify
 
 
@@ -87,6 +87,7 @@ def joint_block(block, x, context, temb, how: How, attention_kwargs: Mapping | N
 
     ``attention_kwargs``: more keywords for the attention layers.
     """
+    x, context = for_all(max(x.shape[0], context.shape[0], temb.shape[0]), x, context)
     more = attention_kwargs or {}
     y2 = gate_msa2 = None
     if block.use_dual_attention:

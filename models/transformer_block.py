@@ -13,7 +13,7 @@ from torch import nn
 from fusewire import ops
 from fusewire.kernels.checks import autocasts, kind_of
 from fusewire.models.feed_forward import feed_forward_residual
-from fusewire.models.layers import How, gate_residual_norm, norm_input, plain_layer_norm, untouched
+from fusewire.models.layers import How, for_all, gate_residual_norm, norm_input, plain_layer_norm, untouched
 
 
 def affine_block(block, x, how: How, context=None, mask=None, context_mask=None, attention_kwargs: Mapping | None = None):
@@ -30,6 +30,7 @@ def affine_block(block, x, how: How, context=None, mask=None, context_mask=None,
 
 def zero_block(block, x, how: How, timestep=None, class_labels=None, mask=None, attention_kwargs: Mapping | None = None):
     """DiT's: adaLN-Zero from the timestep and the class label, which ``norm1`` embeds itself."""
+    (x,) = for_all(max(len(x), *(t.numel() for t in (timestep, class_labels) if isinstance(t, torch.Tensor))), x)
     y, gate, shift_mlp, scale_mlp, gate_mlp = block.norm1(x, timestep, class_labels, hidden_dtype=x.dtype)
     attended = block.attn1(y, encoder_hidden_states=None, attention_mask=mask, **(attention_kwargs or {}))
     x, y = gate_residual_norm(block.norm3, x, attended, gate, shift_mlp, scale_mlp, how)

@@ -18,9 +18,20 @@ WEIGHTS_PER_PICTURE = 2
 INTEL = cpu_is_intel()
 
 
+def format_of(x: torch.Tensor) -> torch.memory_format:
+    """How PyTorch's convolution of x [B, C, H, W] lies in memory."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def convolution(module: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """``module(x)`` for x [B, C, H, W]; the result may be channels-last. Weights that are channels-last themselves are the user's choice, and stay so.
+    """``module(x)`` for x [B, C, H, W]; the result may be channels-last. In training it lies as stock's, because a dropout draws in the order of memory. Weights that are channels-last themselves are the user's choice, and stay so.
     PyTorch's own is what was replaced on the instance (for seamless tiling), has a computed weight, or is differentiated by a transform."""
+    y = _convolution(module, x)
+    return y.contiguous(memory_format=format_of(x)) if module.training and x.is_cpu and x.dim() == 4 else y
+
+
+def _convolution(module: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     weight = module._parameters.get("weight")  # None where a parametrisation computes it, once in each forward
     if weight is not None and x.is_cpu and x.dim() == 4 and weight.is_contiguous() and "_conv_forward" not in vars(module):
         call = x, weight, module.bias, module.stride, module.padding

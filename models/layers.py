@@ -23,7 +23,8 @@ from fusewire.kernels.rounding import compute_dtype, is_exact
 
 class How(NamedTuple):
     """How a fused forward computes. ``attention`` and ``linear`` permit the ops of those rooms, which do not give stock's bits; ``keeps_layout``: a block's
-    output lies in memory as its input does, as the bits of a product in 16 bits depend on that."""
+    output lies in memory as its input does, as the bits of a product in 16 bits depend on that; the last convolution's of an autoencoder as behind its
+    attention."""
 
     numerics: str = "exact"
     attention: bool = False

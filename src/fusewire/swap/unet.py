@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from diffusers.models.adapter import T2IAdapter
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.autoencoders.vae import Decoder, Encoder
@@ -72,7 +73,9 @@ def _group_norm(how: How) -> dict:
 def _convolution(how: How) -> dict:
     def forward(self, input):
         y, weight = convolution(self, input), self._parameters.get("weight")
-        return y.contiguous() if self.out_channels <= LAST and weight is not None and weight.is_contiguous() else y
+        if self.training or self.out_channels > LAST or weight is None or not weight.is_contiguous():
+            return y
+        return y.contiguous(memory_format=torch.channels_last if how.keeps_layout and len(input) > 1 else torch.contiguous_format)
 
     return {"forward": forward}
 
@@ -98,6 +101,13 @@ ANNOUNCE[BasicTransformerBlock] = announce_block
 CARRIES.update({ResnetBlock2D: ("group_norm_silu",), BasicTransformerBlock: ("gate_residual_adaln",), **dict.fromkeys(GROUP_NORMS, ("group_norm_silu",))})
 
 
+def _ends_channels_last(instance, part: str) -> bool:
+    """Half an autoencoder whose attention in the middle gives channels-last pictures, of several samples: so stock's latents lie, and noise is drawn like
+    them."""
+    middle = getattr(instance, "mid_block", None)
+    return part == "conv_out" and isinstance(instance, (Encoder, Decoder)) and any(layer is not None for layer in getattr(middle, "attentions", ()))
+
+
 def candidates(name: str, instance, how: How) -> Iterator[Candidate]:
     """A residual block, a transformer block with its parts, the attention of a block without one, or a GroupNorm between blocks."""
     stock = stock_of(instance) or type(instance)
@@ -106,7 +116,7 @@ def candidates(name: str, instance, how: How) -> Iterator[Candidate]:
         for part in CONVOLUTIONS.get(stock, ()):
             layer = getattr(instance, part, None)
             if (stock_of(layer) or type(layer)) is nn.Conv2d and layer.groups == 1:
-                yield candidate(dot + part, layer, ("convolution",), how, "" if as_made(nn.Conv2d) else REPLACED.format("Conv2d"))
+                yield candidate(dot + part, layer, ("convolution",), how._replace(keeps_layout=_ends_channels_last(instance, part)), "" if as_made(nn.Conv2d) else REPLACED.format("Conv2d"))
     if stock is T2IAdapter:
         yield Candidate(name or "adapter", instance, ("convolution",), None, KEEPS_ADAPTER, by_choice=True)
     if stock in GROUP_NORMS:

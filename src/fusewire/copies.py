@@ -40,7 +40,7 @@ def denoiser_of(value) -> tuple[str, nn.Module]:
     """(component name, module) of what a pipeline calls at every step; ("", module) for a module. BadInput where there is none."""
     if isinstance(value, nn.Module):
         return "", value
-    for name in ("transformer", "unet", "prior"):
+    for name in ("transformer", "unet", "prior", "transformer_2"):
         part = getattr(value, name, None)
         if isinstance(part, nn.Module):
             return name, part

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from fusewire.copies import denoiser_of
+from fusewire.errors import BadInput
 from fusewire.parity.result import Row, name_of
 from fusewire.parity.twin import float64_twin
 from fusewire.parity.verdict import PSNR_FLOOR, psnr
@@ -39,22 +42,56 @@ class Trajectory:
 
 
 def plan(pipe, prompts, seeds, steps: int, guidance: float, size: int | None, call: dict | None) -> Run:
-    """Prompts and noise for ``pipe``: one picture per seed, the prompts taken in turn. The noise of a seed is the same in every dtype."""
+    """Prompts and noise for ``pipe``: one picture per seed, the prompts taken in turn. The noise of a seed is the same in every dtype. ``latents`` in
+    ``call`` are taken instead. BadInput where nothing tells the latents' shape."""
     _, model = denoiser_of(pipe)
-    if type(model).__name__ == "FluxTransformer2DModel":  # 2 x 2 latents are a token
-        side = pipe.default_sample_size // 2 if size is None else size // (2 * pipe.vae_scale_factor)
-        shape = (side * side, model.config.in_channels)
-    else:
-        side = model.config.sample_size if size is None else size // pipe.vae_scale_factor
-        shape = (model.config.in_channels, side, side)
-    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    call = dict(call or {})
+    noise = call.pop("latents", None)
+    if noise is None:
+        shape = _latents_of(pipe, model, size)
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     prompts = [prompts] if isinstance(prompts, str) else list(prompts or PROMPTS)
-    return Run([prompts[i % len(prompts)] for i in range(len(seeds))], list(seeds), steps, guidance, size,
-               noise.to(model.device, model.dtype), dict(call or {}))
+    return Run([prompts[i % len(prompts)] for i in range(len(seeds))], list(seeds), steps, guidance, size, noise.to(model.device, model.dtype), call)
+
+
+def _latents_of(pipe, model, size: int | None) -> tuple[int, ...]:
+    """The shape of a sample's latents."""
+    factor = getattr(pipe, "vae_scale_factor", None)
+    side = getattr(model.config, "sample_size", None) if size is None else size // factor if factor else None
+    if side is None:
+        raise BadInput(f"{type(pipe).__name__} does not tell the size of its latents; call={{'latents': ...}} does")
+    height, width = (side, side) if isinstance(side, int) else side
+    own = getattr(getattr(getattr(pipe, "vae", None), "config", None), "latent_channels", None)  # a denoiser may take others beside them: a mask, a picture
+    if type(model).__name__ == "FluxTransformer2DModel":  # 2 x 2 latents are a token
+        side = pipe.default_sample_size // 2 if size is None else size // (2 * factor)
+        return side * side, min(model.config.in_channels, 4 * own if own else model.config.in_channels)
+    return min(model.config.in_channels, own or model.config.in_channels), height, width
+
+
+@contextmanager
+def _same_noise(run: Run) -> Iterator[dict]:
+    """Whatever draws noise draws the same in every run, and the user's random state is left alone; yields ``run.call`` with copies of its generators."""
+    device, seed = run.noise.device, run.seeds[0]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield {key: _begun_anew(value) for key, value in run.call.items()}
+
+
+def _begun_anew(value):
+    if isinstance(value, list):
+        return [_begun_anew(part) for part in value]
+    if not isinstance(value, torch.Generator):
+        return value
+    generator = torch.Generator(value.device)
+    generator.set_state(value.get_state())
+    return generator
 
 
 def generate(pipe, run: Run, *, decode: bool = True, steps: int | None = None, tick=lambda: None) -> Trajectory:
-    """Run ``pipe`` from the noise of ``run``; the latents after each step, and the decoded pictures."""
+    """Run ``pipe`` from the noise of ``run``; the latents after each step, and the decoded pictures. BadInput for a pipeline that calls nothing back."""
     latents: list[torch.Tensor] = []
 
     def keep(_, step, timestep, tensors):
@@ -62,14 +99,18 @@ def generate(pipe, run: Run, *, decode: bool = True, steps: int | None = None, t
         tick()
         return tensors
 
-    images = pipe(prompt=run.prompts, num_inference_steps=steps or run.steps, guidance_scale=run.guidance, height=run.size, width=run.size,
-                  latents=run.noise.clone(), output_type="pt" if decode else "latent", callback_on_step_end=keep, **run.call).images
+    with _same_noise(run) as call:
+        images = pipe(prompt=run.prompts, num_inference_steps=steps or run.steps, guidance_scale=run.guidance, height=run.size, width=run.size,
+                      latents=run.noise.clone(), output_type="pt" if decode else "latent", callback_on_step_end=keep, **call).images
+    if not latents:
+        raise BadInput(f"{type(pipe).__name__} calls nothing back after its steps (callback_on_step_end), so that there are no latents to compare")
     return Trajectory(latents, images.detach().float().cpu() if decode else None)
 
 
 def has_float64_trajectory(pipe) -> bool:
-    """True for Stable Diffusion 3 with the flow-matching Euler scheduler, whose loop ``float64_trajectory`` writes out."""
-    return type(pipe).__name__ == "StableDiffusion3Pipeline" and type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    """True for Stable Diffusion 3 with the flow-matching Euler scheduler and no noise on the way, whose loop ``float64_trajectory`` writes out."""
+    return (type(pipe).__name__ == "StableDiffusion3Pipeline" and type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+            and not pipe.scheduler.config.stochastic_sampling)
 
 
 @torch.inference_mode()

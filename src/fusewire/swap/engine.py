@@ -33,6 +33,7 @@ class Handle:
     def __init__(self, target, report: Report, changes: list[tuple[object, type, type]]):
         self.report = report
         self._roots = [weakref.ref(root) for root in _roots(target).values() if isinstance(root, nn.Module)]  # the handle keeps no model alive
+        self._pipeline = (lambda: None) if isinstance(target, nn.Module) else weakref.ref(target)
         self._changes = [(weakref.ref(instance), before) for instance, before, _ in changes]
         self._before = {fused: before for _, before, fused in changes}
         self._number = next(_numbers)
@@ -46,6 +47,9 @@ class Handle:
         for root in [reference() for reference in self._roots]:  # copies that were put into the model since, as peft's modules_to_save are
             for instance in () if root is None else root.modules():
                 self._undo(instance, self._before.get(type(instance), stock_of(instance)))
+        for instance in getattr(self._pipeline(), "components", {}).values():  # a pipeline may have put a copy of its scheduler in its place
+            if not isinstance(instance, nn.Module):
+                self._undo(instance, self._before.get(type(instance)))
         self._changes = self._roots = []
 
     def _undo(self, instance, before: type | None) -> None:
@@ -194,7 +198,7 @@ def _roots(target) -> dict[str, object]:
         return {"": target}
     if isinstance(components := getattr(target, "components", None), dict):
         for name in ("transformer", "unet"):
-            if name in components and components[name] is None:
+            if name in components and components[name] is None and name not in getattr(target, "_optional_components", ()):
                 raise BadInput(f"pipe_or_module has {name}=None; it should be a pipeline with its model loaded")
         return components
     if hasattr(target, "set_timesteps") and hasattr(target, "step"):

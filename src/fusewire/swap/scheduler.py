@@ -55,7 +55,11 @@ def _maker(how: How) -> dict:
             self.sigmas, self.timesteps = self.sigmas.to(device), self.timesteps.to(device)
         self._fusewire_distinct = (self.timesteps, stamp(self.timesteps)) if distinct else None
 
-    return {"step": step, "set_timesteps": set_timesteps,
+    def scale_model_input(self, sample, timestep=None):
+        """Bria's pipeline asks it of every scheduler whose class is not the stock one."""
+        return sample
+
+    return {"step": step, "set_timesteps": set_timesteps, "scale_model_input": scale_model_input,
             **of_sigmas(Stock, "scale_noise", ("f2e3cdf77941",), lambda scheduler, sample, noise, sigma: sigma * noise + (1.0 - sigma) * sample)}
 
 

@@ -21,6 +21,14 @@ LIBRARY = torch.library.Library("fusewire", "DEF")
 ISA_LEVELS = ("base", "avx2", "avx512", "avx512_bf16", "amx")
 
 
+def _one_of(variable: str, values: tuple[str, ...]) -> str | None:
+    """An environment variable's value, None where it is not set; ValueError for one that means nothing."""
+    value = os.environ.get(variable) or None
+    if value is not None and value not in values:
+        raise ValueError(f"{variable} is {value!r}; it should be one of {', '.join(values)}")
+    return value
+
+
 class NativeLibrary:
     """A compiled library: ``loaded`` says whether its ops can be called, ``reason`` why not; ``stale`` names the ops that it serves no more.
 
@@ -37,10 +45,13 @@ class NativeLibrary:
         """Load ``lib<name>.so``, once. One that does not load is said in a warning; the package then works without it."""
         import fusewire
 
+        _one_of("FUSEWIRE_CPU_ISA", ISA_LEVELS)
         folder = os.environ.get("FUSEWIRE_LIB") or Path(fusewire.__file__).parent / "lib"
         self.path = Path(folder) / f"lib{self.name}.so"
-        if os.environ.get("FUSEWIRE_NATIVE", "1") == "0":
+        if _one_of("FUSEWIRE_NATIVE", ("1", "0")) == "0":
             self.reason = "switched off by FUSEWIRE_NATIVE=0"
+        elif not self.path.is_file() and self.key == "CPU" and os.environ.get("FUSEWIRE_LIB"):
+            self._refuse(f"there is no {self.path.name} where FUSEWIRE_LIB points")
         elif not self.path.is_file():
             self.reason = f"{self.path.name} was not built (install with {self.compiler} and --no-build-isolation)"
         else:

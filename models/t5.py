@@ -190,8 +190,10 @@ def t5_block(block, x, mask, position_bias, how: How, attention_kwargs: Mapping 
         x = gated_linear(dense.wo, hidden, None, x, how) if hidden.dtype is x.dtype else x + linear(dense.wo, hidden, how)
     else:
         x = x + last.dropout(dense(y))
-    # Later blocks lay the bias out anew if it is not contiguous
-    return _kept_finite(x), position_bias.contiguous()
+    # Later blocks lay the bias out anew if it is not contiguous. A checkpoint marks what comes out of it as requiring gradients: there it stays as it
+    # lies, for stock's later blocks lay out a copy that does not, by which PyTorch chooses its attention.
+    checkpointed = block.training and getattr(block, "gradient_checkpointing", False)
+    return _kept_finite(x), position_bias if checkpointed else position_bias.contiguous()
 
 
 def _sum_norm(norm, x, y, how: How) -> tuple[torch.Tensor, torch.Tensor]:

@@ -286,12 +286,78 @@ def test_scale_embedding_is_diffusers():
         assert (guidance.scale_embedding(scale.double(), dim) - want).abs().max() < 1e-3  # of angles up to 7000 in float32
 
 
+LEVELS = torch.tensor([2.0, 1.0, 0.0])
+
+
+def gaussian_flow(start: torch.Tensor, sigmas: torch.Tensor, plan) -> torch.Tensor:
+    """A plan's way from ``start`` along the flow between data of N(1.3, 0.6^2) and noise, whose velocity is known."""
+    def velocity(x, level):
+        level = level.double()
+        alpha, variance = 1 - level, ((1 - level) * 0.6)**2 + level**2
+        centred = (x - alpha * 1.3) / variance
+        return level * centred - (1.3 + alpha * 0.36 * centred)  # the means of eps and x0 given x
+
+    return sample(velocity, start, plan, noise=lambda i: torch.randn(start.shape, generator=torch.Generator().manual_seed(i), dtype=start.dtype))
+
+
+def test_dpmpp_2m_of_a_flow_from_pure_noise():
+    """Its first alpha is 0: the order is two, and with noise the distribution is that of the data."""
+    start, errors = torch.tensor([[1.5], [-0.7], [0.2]], dtype=torch.float64), []
+    for steps in (20, 40, 80):
+        sigmas = schedules.flow_sigmas(steps)
+        plan = solvers.dpmpp_2m(sigmas, "velocity", alphas=1 - sigmas)
+        assert plan.table.isfinite().all()
+        errors.append((gaussian_flow(start, sigmas, plan) - (1.3 + 0.6 * start)).abs().max().item())
+    assert errors[2] < errors[1] / 3 and errors[1] < errors[0] / 3
+    sigmas, start = schedules.flow_sigmas(100), torch.randn(4000, 1, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    found = gaussian_flow(start, sigmas, solvers.dpmpp_2m(sigmas, "velocity", alphas=1 - sigmas, sde=1.0))
+    assert abs(found.mean() - 1.3) < 0.04 and abs(found.std() - 0.6) < 0.04
+
+
+@pytest.mark.parametrize("order", range(1, 7))
+def test_lms_has_its_order(order):
+    """On data N(0, 0.6^2) in levels from 10 to 1, where the slope is x * sigma / (0.36 + sigma^2): as many steps more, so much less error."""
+    start, errors = torch.tensor([[3.0]], dtype=torch.float64), []
+    for steps in (40, 80):
+        sigmas = torch.linspace(10, 1, steps + 1, dtype=torch.float64)
+        plan = solvers.lms(sigmas, order=order)
+        found = sample(lambda x, level: x * 0.36 / (0.36 + level.double()**2), start, plan)
+        errors.append(abs((found / start).item() - ((0.36 + 1) / (0.36 + 100))**0.5))
+    assert errors[1] < errors[0] / 1.8 and (order < 2 or errors[1] < errors[0] / 3.3), errors
+
+
+def test_float32_noise_leaves_the_latents_dtype():
+    x = torch.randn(2, 3).half()
+    plan = solvers.euler(LEVELS, churn=2.0)
+    assert sample(lambda x, level: x * 0.5, x, plan, noise=lambda i: torch.randn(2, 3)).dtype is torch.float16
+
+
+def test_guidance_by_a_level_of_each_sample():
+    eps, gradient, sigma = torch.randn(3, 4, 3, 3), torch.randn(3, 4, 3, 3), torch.rand(3)
+    want = torch.stack([guidance.towards_class(eps[i], gradient[i], sigma[i].item(), 2.0) for i in range(3)])
+    assert torch.allclose(guidance.towards_class(eps, gradient, sigma, 2.0), want)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="records no gradients"):
+        guidance.gradient_of(lambda z: z.sum(1), torch.randn(2, 3))
+
+
 @pytest.mark.parametrize("call, message", [
     (lambda: solvers.ddim(torch.ones(10), [1], "score"), "^kind is 'score'"),
     (lambda: solvers.heun(torch.tensor([2.0, 1.0, 0.0]), times=torch.ones(2), churn=1.0), "^times is given"),
     (lambda: solvers.euler(torch.tensor([2.0, 1.0, 0.0]), times=torch.ones(2), churn=1.0), "^times is given"),
     (lambda: solvers.heun(torch.tensor([2.0, 1.0, 0.0]), times=torch.ones(2), kind="velocity", correct_last=True), "^times has 2 values; it should have 3"),
     (lambda: solvers.heun(torch.tensor([2.0, 1.0, 0.0]), "v", correct_last=True), "^kind is 'v'"),
+    (lambda: solvers.euler(LEVELS, times=torch.ones(3)), r"^times has shape \[3\]; for 2 calls of the model it should be \[2\]"),
+    (lambda: solvers.ddim(torch.ones(10) / 2, [500, -1]), "^times is .* from 0 to 9"), (lambda: solvers.lcm(torch.ones(10) / 2, []), "^times is"),
+    *((lambda of=of, levels=levels: of(torch.tensor(levels)), "^sigmas is")
+      for of in (solvers.euler, solvers.heun, solvers.dpmpp_2m, solvers.lms) for levels in ([], [1.0], [0.0, 1.0, 2.0], [1.0, -1.0])),
+    (lambda: solvers.lms(LEVELS, order=0), "^order is 0"), (lambda: solvers.lms(LEVELS, order=7), "^order is 7"),
+    (lambda: solvers.dpmpp_2m(LEVELS, order=3), "^order is 3"), (lambda: solvers.dpmpp_2m(LEVELS, alphas=torch.ones(2)), "^alphas has 2 values"),
+    (lambda: solvers.euler(LEVELS, churn=-1.0), "^churn is -1.0; it should be at least 0"),
+    (lambda: solvers.euler(LEVELS, "velocity", churn=1.0), "^churn is 1.0 and kind 'velocity'"),
+    (lambda: solvers.heun(LEVELS, "velocity", churn=1.0), "^churn is 1.0 and kind 'velocity'"),
+    (lambda: solvers.euler_ancestral(LEVELS, "velocity"), "^eta is 1.0 and kind 'velocity'"),
+    (lambda: solvers.dpmpp_2m(LEVELS, "velocity", sde=1.0), "^sde is 1.0 and kind 'velocity'"),
+    (lambda: schedules.timesteps(1.5), "^steps is 1.5"), (lambda: guidance.scale_embedding(torch.ones(1), 3), "^dim is 3"),
 ])
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusewire.kernels.library import CPU, ISA_LEVELS, cpu_scratch
-from fusewire.kernels.linear import native, rows
+from fusewire.kernels.linear import native, patches, rows
 from tests.effort import examples
 from tests.kernels.isa_levels import run_at
 from tests.tolerance import assert_close, assert_exact, assert_unbiased, assert_within
@@ -103,6 +103,31 @@ def test_nothing_beyond_the_edge_is_read():
     around = torch.full((2, 70, 16, 13), torch.nan, dtype=torch.bfloat16).contiguous(memory_format=LAST)
     around[:, :, 2:14, 2:11] = x
     assert_exact(convolution(around[:, :, 2:14, 2:11], weight, bias, *SAME), convolution(x, weight, bias, *SAME))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_does_not_fit_is_stocks_error(dtype):
+    """Channels, a bias' length or dtype, a kernel larger than the picture: none may be ours, nor be read beyond its end."""
+    x, weight, bias = picture(dtype, channels=64, outputs=64, size=(16, 16))
+    other = torch.float32 if dtype is not torch.float32 else torch.bfloat16
+    small = x[:, :, :1, :1].contiguous(memory_format=LAST)
+    cases = [(x, weight[:, :32].contiguous(), bias), (x[:, :32].contiguous(memory_format=LAST), weight, bias), (x, weight, bias[:8]), (x, weight, bias.to(other)),
+             (small, torch.randn(64, 64, 9, 9).to(dtype), bias)]
+    for case in cases:
+        for way in (rows, patches):
+            assert not way.serves(*case, (1, 1), (0, 0))
+    for case in cases[:4]:
+        with pytest.raises(RuntimeError, match="conv_rows: (weight|bias) does not fit"):
+            OP(*case, 1, 1, 0, 0)
+    assert not rows.serves(x, weight[:, :32].contiguous(), bias, *SAME)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_that_cancel(dtype):
+    """Weights whose sum is 0 on a picture far from 0: what is left of the products is less than their lower parts."""
+    x = (100 + 0.1 * torch.randn(1, 64, 20, 20)).to(dtype).contiguous(memory_format=LAST)
+    weight = torch.randn(48, 64, 3, 3) / 24
+    check(x, (weight - weight.mean((1, 2, 3), keepdim=True)).to(dtype), None, *SAME)
 
 
 def test_fake_mismatch():

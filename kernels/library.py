@@ -50,8 +50,6 @@ class NativeLibrary:
         self.path = Path(folder) / f"lib{self.name}.so"
         if _one_of("FUSEWIRE_NATIVE", ("1", "0")) == "0":
             self.reason = "switched off by FUSEWIRE_NATIVE=0"
-        elif not self.path.is_file() and self.key == "CPU" and os.environ.get("FUSEWIRE_LIB"):
-            self._refuse(f"there is no {self.path.name} where FUSEWIRE_LIB points")
         elif not self.path.is_file():
             self.reason = f"{self.path.name} was not built (install with {self.compiler} and --no-build-isolation)"
         else:

@@ -135,6 +135,14 @@ def test_the_level_that_runs(asked):
         assert level == ("avx512" if intel == "True" else "avx512_bf16")
 
 
+@pytest.mark.parametrize("variable, value, message", [
+    ("FUSEWIRE_CPU_ISA", "AVX2", "it should be one of base, avx2, avx512, avx512_bf16, amx"), ("FUSEWIRE_NATIVE", "false", "it should be one of 1, 0")])
+def test_a_variable_that_means_nothing(variable, value, message):
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("FUSEWIRE_")} | {variable: value, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", "import fusewire.ops"], env=environment, capture_output=True, text=True)
+    assert done.returncode and message in done.stderr, done.stderr
+
+
 def test_the_record_holds_what_is_declared(tmp_path):
     library.record_schemas(str(tmp_path / "record.json"))
     record = json.loads((tmp_path / "record.json").read_text())

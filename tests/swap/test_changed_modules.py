@@ -79,3 +79,42 @@ def test_one_conditioning_for_all_pictures(family, numerics):
     want = output(model, given)
     with fusewire.swapped(model, numerics):
         check(output(model, given), want, numerics)
+
+
+@both
+@pytest.mark.parametrize("family, stream", [("SD3.5", "hidden_states"), ("SD3.5", "encoder_hidden_states"), ("Flux", "hidden_states"),
+                                            ("Flux", "encoder_hidden_states"), ("DiT", "hidden_states")])
+def test_one_stream_for_all_conditionings(family, stream, numerics):
+    """As diffusers' training scripts give one prompt to several pictures: stock's modulation broadcasts it. Gradients too."""
+    make, inputs, *_ = FAMILIES[family]
+    model, given = make(), inputs()
+    given[stream] = given[stream][:1]
+    want = output(model, given)
+    model(**given, return_dict=False)[0].square().mean().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    with fusewire.swapped(model, numerics):
+        check(output(model, given), want, numerics)
+        model(**given, return_dict=False)[0].square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (gradients[name] is None), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@both
+@families
+@pytest.mark.parametrize("as_buffer", (True, False))
+def test_a_bias_that_is_no_parameter(as_buffer, family, numerics):
+    make, inputs, _, part = FAMILIES[family]
+    model, given = make(), inputs()
+    linear = part(model)
+    bias = linear.bias.detach() * 3
+    del linear.bias
+    if as_buffer:
+        linear.register_buffer("bias", bias)
+    else:
+        linear.bias = bias
+    want = output(model, given)
+    with fusewire.swapped(model, numerics):
+        check(output(model, given), want, numerics)

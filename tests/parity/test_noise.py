@@ -1,0 +1,71 @@
+"""``fusewire.parity`` of pipelines that draw noise on the way, that are given latents, or that do not tell what it needs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+import fusewire
+from fusewire.errors import BadInput
+from fusewire.parity import pictures
+from tests.tiny import CALL, tiny_pipeline
+
+
+def prove(pipe, **more):
+    return fusewire.parity(pipe, **{**dict(prompts=["a red 7"], seeds=(0, 1), steps=3, levels=["picture"], numerics="exact", call=CALL), **more})
+
+
+@pytest.fixture
+def noisy():
+    pipe = tiny_pipeline()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, stochastic_sampling=True)
+    return pipe
+
+
+def test_every_side_draws_the_same_noise(noisy):
+    state = torch.random.get_rng_state()
+    result = prove(noisy, numerics="both")
+    assert result.ok, result.failed
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not any("float64" in curve for curve in result.curves)  # whose loop has no noise
+    first, again = (pictures.generate(noisy, pictures.plan(noisy, None, [seed], 3, 4.0, None, CALL)).latents[-1] for seed in (0, 0))
+    other = pictures.generate(noisy, pictures.plan(noisy, None, [1], 3, 4.0, None, CALL)).latents[-1]
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_generator_begins_anew_and_is_left_alone(noisy):
+    generator = torch.Generator().manual_seed(7)
+    state = generator.get_state()
+    for given in (generator, [generator, torch.Generator().manual_seed(8)]):
+        assert prove(noisy, call=CALL | dict(generator=given)).ok
+    assert torch.equal(generator.get_state(), state)
+
+
+def test_latents_of_ones_own():
+    pipe, latents = tiny_pipeline(), torch.randn(2, 4, 8, 8)
+    run = pictures.plan(pipe, None, [0, 1], 2, 4.0, None, CALL | dict(latents=latents))
+    assert torch.equal(run.noise, latents) and "latents" not in run.call
+    assert prove(pipe, call=CALL | dict(latents=latents)).ok
+
+
+def test_what_tells_no_size():
+    pipe = tiny_pipeline()
+    pipe.transformer.register_to_config(sample_size=None)
+    for call in (lambda: prove(pipe), lambda: fusewire.profile(pipe, steps=1, rounds=1, call=CALL)):
+        with pytest.raises(BadInput, match=r"StableDiffusion3Pipeline does not tell the size of its latents; call=\{'latents': ...\} does"):
+            call()
+    pipe.transformer.register_to_config(sample_size=(4, 6), in_channels=9)
+    assert pictures.plan(pipe, None, [0], 1, 4.0, None, CALL).noise.shape == (1, 4, 4, 6)
+
+
+def test_a_pipeline_that_calls_nothing_back(monkeypatch):
+    pipe = tiny_pipeline()
+
+    class Silent(type(pipe)):
+        def __call__(self, *args, callback_on_step_end=None, **more):
+            return super().__call__(*args, **more)
+
+    silent = Silent(**pipe.components)
+    with pytest.raises(BadInput, match="Silent calls nothing back after its steps"):
+        prove(silent)

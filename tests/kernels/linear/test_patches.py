@@ -73,7 +73,9 @@ def test_when_it_is_chosen_with_amx(monkeypatch):
     monkeypatch.setattr(native, "ISA", "amx")
     monkeypatch.setattr(native, "ONEDNN_BFLOAT16", True)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert patches.serves(*picture(dtype, channels=1280, outputs=1280), *SAME)
+        x, weight, bias = picture(dtype, channels=1280, outputs=1280)
+        assert patches.serves(x, weight, bias, *SAME)
+        assert not patches.serves(x, weight.to(memory_format=torch.channels_last), bias, *SAME)
         assert not patches.serves(*picture(dtype, size=16, channels=1280, outputs=1280), *SAME)
 
 

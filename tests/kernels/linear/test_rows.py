@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_stocks_error(dtype):
     other = torch.float32 if dtype is not torch.float32 else torch.bfloat16
     small = x[:, :, :1, :1].contiguous(memory_format=LAST)
     cases = [(x, weight[:, :32].contiguous(), bias), (x[:, :32].contiguous(memory_format=LAST), weight, bias), (x, weight, bias[:8]), (x, weight, bias.to(other)),
-             (small, torch.randn(64, 64, 9, 9).to(dtype), bias)]
+             (small, torch.randn(64, 64, 11, 11).to(dtype), bias)]
     for case in cases:
         for way in (rows, patches):
             assert not way.serves(*case, (1, 1), (0, 0))

@@ -25,8 +25,9 @@ def format_of(x: torch.Tensor) -> torch.memory_format:
 
 
 def convolution(module: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """``module(x)`` for x [B, C, H, W]; the result may be channels-last. In training it lies as stock's, because a dropout draws in the order of memory. Weights that are channels-last themselves are the user's choice, and stay so.
-    PyTorch's own is what was replaced on the instance (for seamless tiling), has a computed weight, or is differentiated by a transform."""
+    """``module(x)`` for x [B, C, H, W]; the result may be channels-last, but lies as stock's in training, where dropouts draw in the order of memory.
+    Weights that are channels-last themselves are the user's choice, and stay so. PyTorch's own is what was replaced on the instance (for seamless tiling),
+    has a computed weight, or is differentiated by a transform."""
     y = _convolution(module, x)
     return y.contiguous(memory_format=format_of(x)) if module.training and x.is_cpu and x.dim() == 4 else y
 

@@ -54,7 +54,7 @@ def timesteps(steps: int, spacing: str = "leading", offset: int = 0, train_steps
 
     ``offset`` is added for "leading" alone. ``whole=False`` leaves the fractions that "linspace" has.
     """
-    if not isinstance(steps, int) or not 1 <= steps <= train_steps:
+    if steps != int(steps) or not 1 <= steps <= train_steps:
         raise ValueError(f"steps is {steps}; it should be a whole number from 1 to {train_steps}")
     if spacing == "leading":
         return (torch.arange(steps, dtype=torch.float64) * (train_steps // steps)).flip(0) + offset

@@ -204,8 +204,8 @@ def dpmpp_2m(sigmas: torch.Tensor, kind: str = "x0", *, alphas: torch.Tensor | N
     if lower_order_final:
         second[-1] = False
     change = alpha_after * (torch.expm1(-decay) / decay + 1) if heun else 0.5 * own
-    columns = {"x0": own, "x": torch.where(after > 0, after / level * (torch.exp(-sde * h) if sde else 1.0), 0.0), "e_x0": second.double(), "e_previous": -second.double(),
-               "e_scale": torch.where(second, 1 / ratio, 1.0), "e": torch.where(second, change, 0.0)}
+    fades = torch.exp(-sde * h) if sde else 1.0
+    columns = {"x0": own, "x": torch.where(after > 0, after / level * fades, 0.0), "e_x0": second.double(), "e_previous": -second.double(), "e_scale": torch.where(second, 1 / ratio, 1.0), "e": torch.where(second, change, 0.0)}
     if sde:
         columns["noise"] = after * (-torch.expm1(-2 * sde * h)).sqrt()
     scales = _scaled(kind, level) if alphas is None else None

@@ -9,6 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 import fusewire
 from fusewire.errors import BadInput
 from fusewire.parity import pictures
+from tests.compat.families import FAMILIES
 from tests.tiny import CALL, tiny_pipeline
 
 
@@ -69,3 +70,14 @@ def test_a_pipeline_that_calls_nothing_back(monkeypatch):
     silent = Silent(**pipe.components)
     with pytest.raises(BadInput, match="Silent calls nothing back after its steps"):
         prove(silent)
+
+
+def test_latents_of_a_flux_pipeline():
+    """Tokens of 2 x 2 latents, by the pipeline's own size or the one asked for; a denoiser that takes a mask beside them has as many channels."""
+    pipe = FAMILIES["Flux.1"].pipe(torch.float32)
+    pipe.default_sample_size = 6
+    channels = pipe.transformer.config.in_channels
+    assert pictures.plan(pipe, None, [0], 1, 4.0, None, {}).noise.shape == (1, 9, channels)
+    assert pictures.plan(pipe, None, [0], 1, 4.0, 8 * pipe.vae_scale_factor, {}).noise.shape == (1, 16, channels)
+    pipe.transformer.register_to_config(in_channels=6 * channels)
+    assert pictures.plan(pipe, None, [0], 1, 4.0, None, {}).noise.shape == (1, 9, 4 * pipe.vae.config.latent_channels)

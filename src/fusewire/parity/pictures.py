@@ -56,16 +56,17 @@ def plan(pipe, prompts, seeds, steps: int, guidance: float, size: int | None, ca
 
 def _latents_of(pipe, model, size: int | None) -> tuple[int, ...]:
     """The shape of a sample's latents."""
-    factor = getattr(pipe, "vae_scale_factor", None)
-    side = getattr(model.config, "sample_size", None) if size is None else size // factor if factor else None
+    factor, config = getattr(pipe, "vae_scale_factor", None), model.config
+    flux = type(model).__name__ == "FluxTransformer2DModel"  # 2 x 2 latents are a token
+    known = getattr(pipe, "default_sample_size", None) if flux else getattr(config, "sample_size", None)
+    side = known if size is None else size // factor if factor else None
     if side is None:
         raise BadInput(f"{type(pipe).__name__} does not tell the size of its latents; call={{'latents': ...}} does")
     height, width = (side, side) if isinstance(side, int) else side
-    own = getattr(getattr(getattr(pipe, "vae", None), "config", None), "latent_channels", None)  # a denoiser may take others beside them: a mask, a picture
-    if type(model).__name__ == "FluxTransformer2DModel":  # 2 x 2 latents are a token
-        side = pipe.default_sample_size // 2 if size is None else size // (2 * factor)
-        return side * side, min(model.config.in_channels, 4 * own if own else model.config.in_channels)
-    return min(model.config.in_channels, own or model.config.in_channels), height, width
+    own = getattr(getattr(getattr(pipe, "vae", None), "config", None), "latent_channels", None) or config.in_channels
+    if flux:
+        return (height // 2) * (width // 2), min(config.in_channels, 4 * own)
+    return min(config.in_channels, own), height, width  # a denoiser may take others beside them: a mask, a picture
 
 
 @contextmanager

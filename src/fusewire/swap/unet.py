@@ -116,7 +116,8 @@ def candidates(name: str, instance, how: How) -> Iterator[Candidate]:
         for part in CONVOLUTIONS.get(stock, ()):
             layer = getattr(instance, part, None)
             if (stock_of(layer) or type(layer)) is nn.Conv2d and layer.groups == 1:
-                yield candidate(dot + part, layer, ("convolution",), how._replace(keeps_layout=_ends_channels_last(instance, part)), "" if as_made(nn.Conv2d) else REPLACED.format("Conv2d"))
+                stocks = how._replace(keeps_layout=_ends_channels_last(instance, part))
+                yield candidate(dot + part, layer, ("convolution",), stocks, "" if as_made(nn.Conv2d) else REPLACED.format("Conv2d"))
     if stock is T2IAdapter:
         yield Candidate(name or "adapter", instance, ("convolution",), None, KEEPS_ADAPTER, by_choice=True)
     if stock in GROUP_NORMS:

@@ -172,7 +172,9 @@ def host_times(scheduler) -> torch.Tensor:
 def place(scheduler, timestep) -> int | None:
     """Where in ``scheduler.timesteps`` an element of that very tensor lies: pipelines pass such, and no value has to be fetched. None: anything else."""
     timesteps = scheduler.timesteps
-    if (not isinstance(timestep, torch.Tensor) or not isinstance(timesteps, torch.Tensor) or timestep.dim() or timestep.dtype is not timesteps.dtype or timestep.device != timesteps.device
+    if not isinstance(timestep, torch.Tensor) or not isinstance(timesteps, torch.Tensor):
+        return None
+    if (timestep.dim() or timestep.dtype is not timesteps.dtype or timestep.device != timesteps.device
             or not timesteps.is_contiguous()):
         return None
     offset, rest = divmod(timestep.data_ptr() - timesteps.data_ptr(), timesteps.element_size())

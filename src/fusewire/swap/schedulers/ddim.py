@@ -97,7 +97,8 @@ def _ddpm(how: How) -> dict:
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
         index, table = place(self, timestep), None
         mean, predicted = _halves(model_output) if self.variance_type in LEARNED else (model_output, None)
-        if index is not None and (self.num_inference_steps or self.custom_timesteps) and usable(mean, sample) and within(self, times(self)[index], _after(times(self), index)):
+        if (index is not None and (self.num_inference_steps or self.custom_timesteps) and usable(mean, sample)
+                and within(self, times(self)[index], _after(times(self), index))):
             sources = self.alphas_cumprod, self.timesteps, self.one
             table = prepared(self, (self.variance_type,), sources, sample, exact, lambda scalars: _ddpm_columns(self, scalars))
         if table is None or table.rows is None:

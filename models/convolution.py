@@ -29,7 +29,7 @@ def convolution(module: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     Weights that are channels-last themselves are the user's choice, and stay so. PyTorch's own is what was replaced on the instance (for seamless tiling),
     has a computed weight, or is differentiated by a transform."""
     y = _convolution(module, x)
-    return y.contiguous(memory_format=format_of(x)) if module.training and x.is_cpu and x.dim() == 4 else y
+    return y.contiguous(memory_format=format_of(x)) if module.training and x.is_cpu and x.dim() == 4 and not transformed() else y
 
 
 def _convolution(module: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:

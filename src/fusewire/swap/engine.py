@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import MethodType
 
 from torch import nn
@@ -33,7 +33,7 @@ class Handle:
     def __init__(self, target, report: Report, changes: list[tuple[object, type, type]]):
         self.report = report
         self._roots = [weakref.ref(root) for root in _roots(target).values() if isinstance(root, nn.Module)]  # the handle keeps no model alive
-        self._pipeline = (lambda: None) if isinstance(target, nn.Module) else weakref.ref(target)
+        self._pipeline = _weakly(target)
         self._changes = [(weakref.ref(instance), before) for instance, before, _ in changes]
         self._before = {fused: before for _, before, fused in changes}
         self._number = next(_numbers)
@@ -97,6 +97,14 @@ def swap(target, numerics: str, only: str | Iterable[str] | None, strict: bool) 
     _warn(unexpected)
     flops.register()
     return Handle(target, report, changes)
+
+
+def _weakly(target) -> Callable[[], object]:
+    """A weak reference; of what takes none, one to nothing."""
+    try:
+        return weakref.ref(target)
+    except TypeError:
+        return lambda: None
 
 
 def restore(target) -> int:

@@ -8,6 +8,7 @@ from torch import nn
 from fusewire.kernels.dispatch import transformed
 from fusewire.kernels.library import cpu_is_intel
 from fusewire.kernels.linear import patches, rows
+from fusewire.kernels.norm.reference import picture_layout
 
 # PyTorch's CPU convolutions lay out anew what is not as oneDNN wants it: contiguous pictures at each call, contiguous weights only for channels-last
 # pictures. On Intel (AMX, AVX512-BF16 and AVX-512) pictures therefore go channels-last where they outweigh the weights by this factor: up to 4 times as
@@ -18,18 +19,12 @@ WEIGHTS_PER_PICTURE = 2
 INTEL = cpu_is_intel()
 
 
-def format_of(x: torch.Tensor) -> torch.memory_format:
-    """How PyTorch's convolution of x [B, C, H, W] lies in memory."""
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
-
-
 def convolution(module: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     """``module(x)`` for x [B, C, H, W]; the result may be channels-last, but lies as stock's in training, where dropouts draw in the order of memory.
     Weights that are channels-last themselves are the user's choice, and stay so. PyTorch's own is what was replaced on the instance (for seamless tiling),
     has a computed weight, or is differentiated by a transform."""
     y = _convolution(module, x)
-    return y.contiguous(memory_format=format_of(x)) if module.training and x.is_cpu and x.dim() == 4 and not transformed() else y
+    return y.contiguous(memory_format=picture_layout(x)) if module.training and x.is_cpu and x.dim() == 4 and not transformed() else y
 
 
 def _convolution(module: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import fusewire
+from fusewire import ops
 from fusewire.errors import BadInput
+from fusewire.kernels.library import CPU
 from fusewire.parity import pictures
 from tests.compat.families import FAMILIES
 from tests.tiny import CALL, tiny_pipeline
@@ -26,8 +28,9 @@ def noisy():
 
 def test_every_side_draws_the_same_noise(noisy):
     state = torch.random.get_rng_state()
-    result = prove(noisy, numerics="both")
+    result = prove(noisy, numerics="both", levels=["model", "picture"])
     assert result.ok, result.failed
+    assert not CPU.loaded or ops.stats()["solver_step"]["cpu"]  # the scheduler's, beside the denoiser's, which the level "model" looks for
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not any("float64" in curve for curve in result.curves)  # whose loop has no noise
     first, again = (pictures.generate(noisy, pictures.plan(noisy, None, [seed], 3, 4.0, None, CALL)).latents[-1] for seed in (0, 0))

@@ -49,6 +49,7 @@ def test_a_linear_in_both_directions(activation):
     x, weight = torch.randn(2, 64, 1024, dtype=torch.bfloat16, requires_grad=True), torch.randn(512, 1024, dtype=torch.bfloat16, requires_grad=True)
     with torch.no_grad():
         assert sum(counted(lambda: ops.linear(x, weight, activation=activation, numerics="close")).values()) == 2 * 128 * 1024 * 512
+    assert not CPU.loaded or ops.stats()["linear"]["cpu"]
     both = counted(lambda: ops.linear(x, weight, activation=activation, numerics="close").sum().backward())
     assert sum(both.values()) == sum(counted(lambda: F.linear(x, weight).sum().backward()).values()) == 3 * 2 * 128 * 1024 * 512
 

@@ -12,6 +12,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fusewire
+from fusewire import ops
+from fusewire.kernels.library import CPU
+
+def assert_fused() -> None:
+    assert not CPU.loaded or ops.stats()["group_norm_silu"]["cpu"]
+
 
 both = pytest.mark.parametrize("numerics", ("exact", "close"))
 
@@ -41,6 +47,7 @@ def test_latents_and_pictures_of_an_autoencoder(dtype, batch, attention, numeric
     want = strides(stock)
     fusewire.swap(stock, numerics)
     assert strides(stock) == want
+    assert_fused()
 
 
 @both
@@ -60,7 +67,9 @@ def test_dropout_is_stocks(dtype, numerics):
 
     want = masks(block)
     fusewire.swap(block, numerics)
-    assert torch.equal(masks(block), want) and 0.2 < (~want).double().mean() < 0.4
+    assert torch.equal(masks(block), want)
+    assert_fused()
+    assert 0.2 < (~want).double().mean() < 0.4
 
 
 @both
@@ -77,6 +86,7 @@ def test_a_whole_u_net_with_dropout(numerics):
     want = output()
     fusewire.swap(model, numerics)
     got = output()
+    assert_fused()
     assert torch.equal(got, want) if numerics == "exact" else (got - want).abs().max() < 1e-4 * want.abs().max()
 
 
@@ -92,4 +102,5 @@ def test_a_reentrant_checkpoint_computes_the_same_dropout(numerics):
         checkpoint(module, x, None, use_reentrant=True).square().mean().backward()
         found.append(x.grad)
         x.grad = None
+    assert_fused()
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-7)

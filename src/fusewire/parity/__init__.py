@@ -86,7 +86,7 @@ def parity(pipe_or_module, *, numerics: str = "both", levels: Sequence[str] = LE
                     if is_pipe:
                         pictures.generate(value, run, decode=False, steps=short)
                         for part in parts:
-                            if "." in part.name:  # half an autoencoder, which is not called for latents
+                            if part.is_half:
                                 around.call(value, part)
                     else:
                         with torch.inference_mode():

@@ -28,6 +28,11 @@ class Part:
     args: tuple
     kwargs: dict
 
+    @property
+    def is_half(self) -> bool:
+        """Of an autoencoder, which no run for latents calls."""
+        return "." in self.name
+
     def of(self, pipe) -> nn.Module:
         component, _, rest = self.name.partition(".")
         return getattr(pipe, component).get_submodule(rest)
@@ -39,7 +44,7 @@ def _components(pipe, swaps: Mapping[str, dict], denoiser: str) -> dict[str, nn.
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module) and name in touched - {denoiser}}
 
 
-def _halves_of(part: nn.Module) -> bool:
+def _is_autoencoder(part: nn.Module) -> bool:
     """Whether both halves take one tensor: diffusers' ``AutoencoderKL``. Those of others have conditions of their own."""
     return type(part).__name__ == "AutoencoderKL"
 
@@ -59,14 +64,14 @@ def watching(pipe, swaps: Mapping[str, dict], denoiser: str) -> Iterator[list[Pa
         return hook
 
     components = _components(pipe, swaps, denoiser)
-    handles = [part.register_forward_pre_hook(keep(name), with_kwargs=True) for name, part in components.items() if not _halves_of(part)]
+    handles = [part.register_forward_pre_hook(keep(name), with_kwargs=True) for name, part in components.items() if not _is_autoencoder(part)]
     try:
         yield found
     finally:
         for handle in handles:
             handle.remove()
     for name, part in components.items():
-        found += _halves(pipe, name, part) if _halves_of(part) else [calls[name]] if name in calls else []
+        found += _halves(pipe, name, part) if _is_autoencoder(part) else [calls[name]] if name in calls else []
 
 
 def _halves(pipe, name: str, part: nn.Module) -> list[Part]:

@@ -43,8 +43,7 @@ def _maker(how: How) -> dict:
         else:
             previous, _, slope = ops.solver_step(sample, model_output, table.rows, index, reciprocal=table.reciprocal, numerics=how.numerics, **given)
         previous = laid(previous, (sample if first else self.sample, model_output), how.numerics)
-        if first:  # (where stock keeps its float32 copy of the latents, these are kept as they are: the same values)
-            # stock keeps a float32 copy: latents in 16 bits may be written to until the second stage
+        if first:  # stock keeps a float32 copy: the latents of 16 bits are kept, the same values, as a copy too, for they may be written to in between
             self.prev_derivative, self.sample = slope, sample if sample.dtype is torch.float32 else sample.clone()
             self.dt = self.sigmas[index + 1] - self.sigmas[index] * (before + 1)
             self._fusewire_stage = (self.dt, self.sigmas, stamp(self.sigmas), index, before)

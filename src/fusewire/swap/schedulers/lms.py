@@ -13,7 +13,7 @@ from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
 from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, indexed, stacked, usable
 from fusewire.swap.schedulers.ddim import NARROW
-from fusewire.swap.schedulers.euler import columns_at, levels_reason, laid_x0, noise_of_levels, table_of_levels
+from fusewire.swap.schedulers.euler import columns_at, laid_x0, levels_reason, noise_of_levels, table_of_levels
 from fusewire.swap.schedulers.layout import laid
 
 Stock = LMSDiscreteScheduler

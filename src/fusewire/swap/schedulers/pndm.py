@@ -75,10 +75,9 @@ def _sum(scheduler, index: int, model_output, sample, solve: Callable) -> tuple[
     config, again = scheduler.config, scheduler.counter == 1
     outputs = scheduler.ets if again else [*scheduler.ets[-3:], model_output]
     base, count = scheduler.cur_sample if again else sample, len(outputs)
-    ratio = config.num_train_timesteps // scheduler.num_inference_steps
-    later = times(scheduler)[index] + ratio
+    time, ratio = times(scheduler)[index], config.num_train_timesteps // scheduler.num_inference_steps
     if (not all(usable(tensor, sample) for tensor in (*outputs, base)) or (scheduler.counter >= 2 if count == 1 else scheduler.counter < 2)
-            or not within(scheduler, later if again else later - ratio) or (not config.skip_prk_steps and len(scheduler.ets) < 3)):
+            or not within(scheduler, time + ratio if again else time) or (not config.skip_prk_steps and len(scheduler.ets) < 3)):
         return None
     if again:
         previous, scheduler.cur_sample = solve(AGAIN, outputs[-1], model_output, base=base)[0], None

@@ -157,8 +157,7 @@ def parity(target: TargetArg = None, dtype: Dtype = "float32", numerics: Numeric
            threads: Threads = None, as_json: Json = False) -> int:
     """Prove that a swapped model gives the same picture.
 
-    Every fused op, every block, the whole denoiser and (of a pipeline) text encoders,
-    autoencoder and whole pictures are compared with stock diffusers and with float64.
+    Every fused op, block and model, and (of a pipeline) whole pictures are compared with stock diffusers and with float64.
     """
     from fusewire.parity import LEVELS
     from fusewire.parity import parity as prove

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import torch
-from diffusers import (DDIMScheduler, DDPMScheduler, DEISMultistepScheduler, DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler,
+from diffusers import (DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DEISMultistepScheduler, DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler,
                        EDMDPMSolverMultistepScheduler, EDMEulerScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler,
-                       FlowMatchHeunDiscreteScheduler, HeunDiscreteScheduler, LCMScheduler, LMSDiscreteScheduler, PNDMScheduler, UniPCMultistepScheduler)
+                       FlowMatchHeunDiscreteScheduler, HeunDiscreteScheduler, KDPM2AncestralDiscreteScheduler, KDPM2DiscreteScheduler, LCMScheduler,
+                       LMSDiscreteScheduler, PNDMScheduler, TCDScheduler, UniPCMultistepScheduler)
 
 import fusewire
 from alternating import main, measure, served
@@ -25,7 +26,8 @@ SCHEDULERS = {  # name: (class, configuration, what its steps are given)
     "PNDM": (PNDMScheduler, dict(SD, skip_prk_steps=True, steps_offset=1), {}), "UniPC": (UniPCMultistepScheduler, SD, {}),
     "DPM-Solver++ 2S": (DPMSolverSinglestepScheduler, SD, {}), "DEIS": (DEISMultistepScheduler, SD, {}),
     "flow matching's Heun": (FlowMatchHeunDiscreteScheduler, dict(shift=3.0), {}), "EDM's Euler": (EDMEulerScheduler, {}, {}),
-    "EDM's DPM-Solver++ 2M": (EDMDPMSolverMultistepScheduler, {}, {}),
+    "EDM's DPM-Solver++ 2M": (EDMDPMSolverMultistepScheduler, {}, {}), "TCD": (TCDScheduler, {}, {}), "KDPM2": (KDPM2DiscreteScheduler, SD, {}),
+    "KDPM2 ancestral": (KDPM2AncestralDiscreteScheduler, SD, {}), "DDIM backwards": (DDIMInverseScheduler, NO_CLIP, {}),
 }
 STEPS, AT = 20, 7
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, KDPM2DiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, SASolverScheduler
 
 import fusewire
 from fusewire import ops
@@ -153,5 +153,5 @@ def test_a_copy_has_its_own_schedule():
 
 
 def test_another_scheduler_is_left_with_a_reason():
-    with pytest.raises(ValueError, match="KDPM2DiscreteScheduler has no fused step"):
-        fusewire.swap(KDPM2DiscreteScheduler())
+    with pytest.raises(ValueError, match="SASolverScheduler has no fused step"):
+        fusewire.swap(SASolverScheduler())

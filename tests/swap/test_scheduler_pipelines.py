@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, PNDMScheduler, StableDiffusion3Img2ImgPipeline,
-                       StableDiffusion3Pipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline)
+from diffusers import (DDIMInverseScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, PNDMScheduler,
+                       StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline, StableDiffusionDiffEditPipeline, StableDiffusionImg2ImgPipeline,
+                       StableDiffusionInpaintPipeline, StableDiffusionPipeline)
 
 import fusewire
 from fusewire import ops
@@ -14,7 +15,8 @@ from tests.swap import tiny
 from tests.swap.trajectories import DPM, ONE_EACH, SD, SDE, seldom
 
 PIPELINES = {"text": StableDiffusionPipeline, "img2img": StableDiffusionImg2ImgPipeline, "inpainting": StableDiffusionInpaintPipeline}
-CASES = [*(case for case in ONE_EACH if case[0] is not FlowMatchHeunDiscreteScheduler), (DPM, SDE, {}), (ONE_EACH[0][0], SD, dict(eta=0.5))]
+OTHERS = (FlowMatchHeunDiscreteScheduler, DDIMInverseScheduler)  # which these pipelines do not take
+CASES = [*(case for case in ONE_EACH if case[0] not in OTHERS), (DPM, SDE, {}), (ONE_EACH[0][0], SD, dict(eta=0.5))]
 
 
 def pictures(pipe, kind: str, options: dict) -> torch.Tensor:
@@ -46,6 +48,31 @@ def test_pictures_are_stock(cls, config, options, kind, dtype):
     assert sum(ops.stats()["solver_step"].values()) >= 3
     handle.restore()
     assert torch.equal(pictures(pipe, kind, options), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inversion_is_stock(dtype):
+    """From a picture to its noise and back by DiffEdit, with both schedulers swapped."""
+    config = dict(SD, clip_sample=False, steps_offset=1)
+    pipe = StableDiffusionDiffEditPipeline(
+        vae=stock_unet.vae(dtype), text_encoder=None, tokenizer=None, unet=stock_unet.unet("sd", dtype), scheduler=DDIMScheduler(**config),
+        inverse_scheduler=DDIMInverseScheduler(**config), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    draw = torch.Generator().manual_seed(2)
+    embeds, picture = torch.randn(1, 5, 24, generator=draw).to(dtype), torch.rand(1, 3, 16, 16, generator=draw)
+    given = dict(prompt_embeds=embeds, negative_prompt_embeds=-embeds, num_inference_steps=5)
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        noise = pipe.invert(image=picture, inpaint_strength=0.8, generator=torch.Generator().manual_seed(7), **given).latents
+        image = pipe(mask_image=torch.ones(1, 8, 8), image_latents=noise, inpaint_strength=0.8, generator=torch.Generator().manual_seed(8),
+                     output_type="pt", **given).images
+        return noise, image
+
+    want = run()
+    with fusewire.swapped(pipe.scheduler), fusewire.swapped(pipe.inverse_scheduler):
+        ops.reset_stats()
+        assert all(map(torch.equal, run(), want)) and all(tensor.isfinite().all() for tensor in want)
+        assert sum(ops.stats()["solver_step"].values()) == 8  # four each way
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 from diffusers import (DDIMScheduler, DDPMScheduler, DEISMultistepScheduler, EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler,
-                       LCMScheduler, PNDMScheduler, UniPCMultistepScheduler)
+                       KDPM2DiscreteScheduler, LCMScheduler, PNDMScheduler, TCDScheduler, UniPCMultistepScheduler)
 
 import fusewire
 from fusewire import ops
@@ -144,7 +144,8 @@ def test_stock_asks_at_every_step(cls, monkeypatch):
     (DDIMScheduler, dict(thresholding=True), "quantile"), (DDPMScheduler, dict(variance_type="fixed_large_log"), "variance_type is 'fixed_large_log'"),
     (DPM, dict(algorithm_type="sde-dpmsolver", final_sigmas_type="sigma_min"), "algorithm_type"), (DPM, dict(solver_order=3), "solver_order is 3"),
     (DPM, dict(thresholding=True), "quantile"), (LCMScheduler, dict(thresholding=True), "quantile"),
-    (EulerAncestralDiscreteScheduler, X0, "prediction_type is 'sample'"), (PNDMScheduler, V, "prediction_type is 'v_prediction'"),
+    (EulerAncestralDiscreteScheduler, X0, "prediction_type is 'sample'"), (KDPM2DiscreteScheduler, X0, "prediction_type is 'sample'"),
+    (TCDScheduler, V, "prediction_type is 'v_prediction'"), (PNDMScheduler, V, "prediction_type is 'v_prediction'"),
     (UniPCMultistepScheduler, dict(solver_order=3), "solver_order is 3"), (UniPCMultistepScheduler, dict(predict_x0=False), "predict_x0 is False"),
     (UniPCMultistepScheduler, dict(solver_p=DDIMScheduler()), "solver_p is a DDIMScheduler"),
     (DEISMultistepScheduler, dict(solver_order=3), "solver_order is 3"),

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from diffusers import (DDIMScheduler, DDPMScheduler, DEISMultistepScheduler, DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler,
+from diffusers import (DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DEISMultistepScheduler, DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler,
                        EDMDPMSolverMultistepScheduler, EDMEulerScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler,
-                       FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, HeunDiscreteScheduler, LCMScheduler, LMSDiscreteScheduler,
-                       PNDMScheduler, UniPCMultistepScheduler)
+                       FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, HeunDiscreteScheduler, KDPM2AncestralDiscreteScheduler,
+                       KDPM2DiscreteScheduler, LCMScheduler, LMSDiscreteScheduler, PNDMScheduler, TCDScheduler, UniPCMultistepScheduler)
 
 from fusewire import ops
 from fusewire.kernels.library import CPU
@@ -46,6 +46,13 @@ CONFIGS = [
     (EulerAncestralDiscreteScheduler, SD, {}), (EulerAncestralDiscreteScheduler, SD | V, {}),
     (HeunDiscreteScheduler, SD, {}), (HeunDiscreteScheduler, SD | V, {}), (HeunDiscreteScheduler, SD | X0 | dict(clip_sample=True), {}),
     (HeunDiscreteScheduler, SD | dict(use_karras_sigmas=True, clip_sample=True), {}),
+    (KDPM2DiscreteScheduler, SD, {}), (KDPM2DiscreteScheduler, SD | V | dict(timestep_spacing="trailing"), {}), (KDPM2DiscreteScheduler, SD | KARRAS, {}),
+    (KDPM2AncestralDiscreteScheduler, SD, {}), (KDPM2AncestralDiscreteScheduler, SD | V | dict(timestep_spacing="leading", steps_offset=1), {}),
+    (KDPM2AncestralDiscreteScheduler, SD | KARRAS, {}),
+    (TCDScheduler, {}, {}), (TCDScheduler, {}, dict(eta=0.0)), (TCDScheduler, X0 | dict(set_alpha_to_one=False), dict(eta=1.0)),
+    (TCDScheduler, dict(rescale_betas_zero_snr=True), dict(eta=0.7)),
+    (DDIMInverseScheduler, NO_CLIP, {}), (DDIMInverseScheduler, SD, {}), (DDIMInverseScheduler, NO_CLIP | V | dict(set_alpha_to_one=False), {}),
+    (DDIMInverseScheduler, SD | X0 | dict(steps_offset=1, timestep_spacing="trailing"), {}),
     (FlowMatchHeunDiscreteScheduler, dict(shift=3.0), {}), (FlowMatchHeunDiscreteScheduler, {}, CHURN), (FlowMatchHeunDiscreteScheduler, {}, SOME_CHURN),
     (LMSDiscreteScheduler, SD, {}), (LMSDiscreteScheduler, SD | V, dict(order=3)),
     (LMSDiscreteScheduler, SD | X0 | dict(use_karras_sigmas=True), dict(order=2)),
@@ -70,7 +77,8 @@ CONFIGS = [
 IDS = [f"{cls.__name__.removesuffix('Scheduler')} {config} {options}".replace(str(SD)[1:-1], "SD") for cls, config, options in CONFIGS]
 ONE_EACH = [next(case for case in CONFIGS if case[0] is cls) for cls in dict.fromkeys(cls for cls, *_ in CONFIGS)]
 # Of these the runs with noise and in pipelines are left out of the default run: what differs from the others' is in the tests below.
-SELDOM = (LMSDiscreteScheduler, FlowMatchHeunDiscreteScheduler, EDMEulerScheduler, EDMDPM, SINGLE, DEISMultistepScheduler, UniPCMultistepScheduler)
+SELDOM = (LMSDiscreteScheduler, FlowMatchHeunDiscreteScheduler, EDMEulerScheduler, EDMDPM, SINGLE, DEISMultistepScheduler, UniPCMultistepScheduler,
+          KDPM2DiscreteScheduler, DDIMInverseScheduler)
 each_scheduler = pytest.mark.parametrize("cls, config, options", ONE_EACH, ids=[cls.__name__ for cls, *_ in ONE_EACH])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

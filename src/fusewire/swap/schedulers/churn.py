@@ -8,13 +8,13 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from fusewire import ops
-from fusewire.swap.schedulers.common import Scalars, host_sigmas, prepared
+from fusewire.swap.schedulers.common import Scalars, host_levels, prepared
 from fusewire.swap.schedulers.layout import laid
 
 
 def excess(scheduler, at: int, s_churn: float, s_tmin: float, s_tmax: float) -> float:
     """The part of sigmas[at] that churn adds to it."""
-    if s_churn == 0 or not s_tmin <= host_sigmas(scheduler)[at] <= s_tmax:
+    if s_churn == 0 or not s_tmin <= host_levels(scheduler)[at] <= s_tmax:
         return 0.0
     return min(s_churn / (len(scheduler.sigmas) - 1), 2**0.5 - 1)
 

@@ -106,14 +106,15 @@ def host_alphas(scheduler) -> torch.Tensor:
     return before if moved is alphas and version == stamp(alphas) else alphas.cpu()
 
 
-def host_sigmas(scheduler) -> torch.Tensor:
-    """``scheduler.sigmas`` on the CPU, fetched once for each tensor that they are set to."""
-    sigmas = scheduler.sigmas
-    if sigmas.is_cpu:
-        return sigmas
-    known = scheduler.__dict__.get("_fusewire_sigmas")
-    if known is None or known[0] is not sigmas or known[1] != stamp(sigmas):
-        known = scheduler.__dict__["_fusewire_sigmas"] = (sigmas, stamp(sigmas), sigmas.cpu())
+def host_levels(scheduler, name: str = "sigmas") -> torch.Tensor:
+    """``scheduler.sigmas``, or levels of another name, on the CPU, fetched once for each tensor that they are set to."""
+    levels = getattr(scheduler, name)
+    if levels.is_cpu:
+        return levels
+    fetched = scheduler.__dict__.setdefault("_fusewire_fetched", {})
+    known = fetched.get(name)
+    if known is None or known[0] is not levels or known[1] != stamp(levels):
+        known = fetched[name] = (levels, stamp(levels), levels.cpu())
     return known[2]
 
 

@@ -24,7 +24,7 @@ LEARNED = ("learned", "learned_range")
 NOISE = {randn_tensor: ("051bb3b0a49a",)}
 
 
-def _bar(scheduler, at: list[int], after_all) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def products(scheduler, at: list[int], after_all) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(alphas_cumprod at ``at``, at the times after them, 1 - the first): float32 [S], as stock takes them. ``after_all``: beyond the last step."""
     bar = host_alphas(scheduler)
     now, then = (torch.tensor(indices).clamp(max=len(bar) - 1) for indices in at)  # of those beyond, the step is stock's
@@ -32,17 +32,17 @@ def _bar(scheduler, at: list[int], after_all) -> tuple[torch.Tensor, torch.Tenso
     return bar[now], before, 1 - bar[now]
 
 
-def _summed(scheduler, sample, model_output) -> tuple[torch.Tensor, torch.Tensor]:
+def summed(scheduler, sample, model_output) -> tuple[torch.Tensor, torch.Tensor]:
     """What stock adds up, x0 before the latents: where the model predicts x0, its output comes first."""
     return (model_output, sample) if scheduler.config.prediction_type == "sample" else (sample, model_output)
 
 
-def _laid(scheduler, previous, x0, sample, model_output, numerics: str) -> tuple[torch.Tensor, torch.Tensor]:
+def laid_results(scheduler, previous, x0, sample, model_output, numerics: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The results where stock's lie; x0 that the model has predicted and nothing has clipped is its very output."""
-    summed, config = _summed(scheduler, sample, model_output), scheduler.config
-    previous = laid(previous, summed, numerics)
+    operands, config = summed(scheduler, sample, model_output), scheduler.config
+    previous = laid(previous, operands, numerics)
     if config.prediction_type != "sample":
-        return previous, laid(x0, summed, numerics)
+        return previous, laid(x0, operands, numerics)
     return previous, laid(x0, (model_output,), numerics) if config.clip_sample else model_output
 
 
@@ -64,7 +64,7 @@ def _ddim(how: How) -> dict:
             variance_noise = randn_tensor(model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype)
         previous, x0, _ = ops.solver_step(sample, model_output, table.rows, index, noise=variance_noise if eta > 0 else None, **NARROW,
                                           reciprocal=table.reciprocal, numerics=how.numerics)
-        previous, x0 = _laid(self, previous, x0, sample, model_output, how.numerics)
+        previous, x0 = laid_results(self, previous, x0, sample, model_output, how.numerics)
         return DDIMSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
 
     return {"step": step, **of_alphas(DDIMScheduler)}
@@ -73,7 +73,7 @@ def _ddim(how: How) -> dict:
 def _ddim_columns(scheduler, scalars: Scalars, eta: float, clipped: bool) -> dict:
     config, now = scheduler.config, times(scheduler)
     ratio = config.num_train_timesteps // scheduler.num_inference_steps
-    bar, before, beta = _bar(scheduler, (now, [t - ratio for t in now]), scheduler.final_alpha_cumprod)
+    bar, before, beta = products(scheduler, (now, [t - ratio for t in now]), scheduler.final_alpha_cumprod)
     variance = ((1 - before) / beta) * (1 - bar / before)
     spread, alpha, sigma, kind = eta * variance**0.5, bar**0.5, beta**0.5, config.prediction_type
     if clipped or kind == "sample":  # from x0 clipped, or as the model gave it
@@ -110,7 +110,7 @@ def _ddpm(how: How) -> dict:
                 noise = _spread(self, index, predicted) * noise
         previous, x0, _ = ops.solver_step(sample, mean, table.rows, index, noise=noise, **NARROW, reciprocal=table.reciprocal,
                                           numerics=how.numerics)
-        previous, x0 = _laid(self, previous, x0, sample, mean, how.numerics)
+        previous, x0 = laid_results(self, previous, x0, sample, mean, how.numerics)
         return DDPMSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
 
     return {"step": step, **of_alphas(DDPMScheduler)}
@@ -144,7 +144,7 @@ def _spread(scheduler, index: int, predicted: torch.Tensor) -> torch.Tensor:
 
 def _ddpm_columns(scheduler, scalars: Scalars) -> dict:
     config, now = scheduler.config, times(scheduler)
-    bar, before, beta = _bar(scheduler, (now, [_after(now, i) for i in range(len(now))]), scheduler.one)
+    bar, before, beta = products(scheduler, (now, [_after(now, i) for i in range(len(now))]), scheduler.one)
     ratio = bar / before
     own = 1 - ratio
     if scheduler.variance_type in LEARNED:
@@ -189,7 +189,7 @@ def _lcm(how: How) -> dict:
             noise = randn_tensor(model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype)
         previous, _, denoised = ops.solver_step(sample, model_output, table.rows, index, noise=noise, keep_slope=True, **NARROW,
                                                 reciprocal=table.reciprocal, numerics=how.numerics)
-        previous, denoised = (laid(result, _summed(self, sample, model_output), how.numerics) for result in (previous, denoised))
+        previous, denoised = (laid(result, summed(self, sample, model_output), how.numerics) for result in (previous, denoised))
         self._step_index += 1
         return LCMSchedulerOutput(prev_sample=previous, denoised=denoised) if return_dict else (previous, denoised)
 
@@ -198,7 +198,7 @@ def _lcm(how: How) -> dict:
 
 def _lcm_columns(scheduler, scalars: Scalars, of_times: Scalars) -> dict:
     config, now = scheduler.config, times(scheduler)
-    bar, before, beta = _bar(scheduler, (now, [*now[1:], now[-1]]), scheduler.final_alpha_cumprod)
+    bar, before, beta = products(scheduler, (now, [*now[1:], now[-1]]), scheduler.final_alpha_cumprod)
     scaled = torch.tensor(now) * config.timestep_scaling
     square = scaled**2 + 0.5**2
     noisy = torch.arange(len(now)) != scheduler.num_inference_steps - 1

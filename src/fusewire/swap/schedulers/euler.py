@@ -33,14 +33,14 @@ def columns_at(scalars: Scalars, kind: str, level: torch.Tensor, dt: torch.Tenso
     return dict(x0, e_x=1.0, e_x0=-1.0, e_divisor=scalars.divisor(hat), x=1.0, e=dt)
 
 
-def table_of_levels(scheduler, model_output, timestep, sample, exact: bool, columns, key: tuple = ()) -> Prepared | None:
-    """The table of the schedule, once the index of this step is known; None where stock must make it, or complain."""
+def table_of_levels(scheduler, model_output, timestep, sample, exact: bool, columns, key: tuple = (), more: tuple[torch.Tensor, ...] = ()) -> Prepared | None:
+    """The table of the schedule, once the index of this step is known; None where stock must make it, or complain. ``more``: what else it is made from."""
     if not (getattr(scheduler, "is_scale_input_called", True) and isinstance(timestep, torch.Tensor) and timestep.is_floating_point()
             and usable(model_output, sample) and on_cpu(scheduler.sigmas)):
         return None
     if scheduler._step_index is None:
         scheduler._init_step_index(timestep)
-    table = prepared(scheduler, key, (scheduler.sigmas,), sample, exact, columns)
+    table = prepared(scheduler, key, (scheduler.sigmas, *more), sample, exact, columns)
     return table if table.rows is not None and 0 <= scheduler._step_index < len(scheduler.sigmas) - 1 else None
 
 

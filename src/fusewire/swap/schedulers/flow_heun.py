@@ -11,7 +11,7 @@ from fusewire import ops
 from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
 from fusewire.swap.schedulers.churn import churned, excess
-from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, host_sigmas, indexed, prepared, stamp, usable
+from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, host_levels, indexed, prepared, stamp, usable
 from fusewire.swap.schedulers.ddim import NOISE
 from fusewire.swap.schedulers.layout import laid
 
@@ -78,13 +78,13 @@ def _stage(scheduler, s_churn: float, s_tmin: float, s_tmax: float, sample: torc
 
 def _level(scheduler, first: bool) -> torch.Tensor:
     """Where the pair of stages to which each step belongs begins."""
-    level = host_sigmas(scheduler)[:-1]
+    level = host_levels(scheduler)[:-1]
     return level if first else torch.cat([level[:1], level[:-1]])
 
 
 def _columns(scheduler, scalars: Scalars, first: bool, before: float) -> dict:
     """As stock: float32, but for the product with the model's output."""
-    sigmas = host_sigmas(scheduler)
+    sigmas = host_levels(scheduler)
     level, hat = sigmas[:-1], _level(scheduler, first) * (before + 1)
     columns = dict(x0_x=1.0, x0_m=-scalars.right(level), e_x=1.0, e_x0=-1.0, x=1.0)
     if first:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fusewire import ops
+from fusewire.kernels.dispatch import recording
 from fusewire.models.layers import RMS_NORMS, How, RMSNorm, inactive, linear, untouched
 
 
@@ -77,7 +78,7 @@ def _attend(module, x, context, how: How, pictures):
         out, out2 = ops.joint_attention(q, k, v, q2, k2, v2, q_weight=gains[0], k_weight=gains[1], q2_weight=gains2[0], k2_weight=gains2[1], eps=gains[2])
         return out.flatten(2), out2.flatten(2), adapted
 
-    if gains[0] is None or gains2[0] is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or q.dtype is not gains[0].dtype:
+    if gains[0] is None or gains2[0] is None or recording() or q.dtype is not gains[0].dtype:
         (q, k), (q2, k2) = _normed(q, k, gains, how), _normed(q2, k2, gains2, how)
         q, k = (torch.cat([one.transpose(1, 2), two.transpose(1, 2)], dim=2) for one, two in ((q, q2), (k, k2)))
     else:  # the norms write where the concatenation would have copied to

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch._prims_common import suggest_memory_format
 
 from fusewire.kernels.dispatch import transformed
 from fusewire.kernels.library import cpu_is_intel
 from fusewire.kernels.linear import patches, rows
-from fusewire.kernels.norm.reference import picture_layout
 
 # PyTorch's CPU convolutions lay out anew what is not as oneDNN wants it: contiguous pictures at each call, contiguous weights only for channels-last
 # pictures. On Intel (AMX, AVX512-BF16 and AVX-512) pictures therefore go channels-last where they outweigh the weights by this factor: up to 4 times as
@@ -24,7 +24,10 @@ def convolution(module: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     Weights that are channels-last themselves are the user's choice, and stay so. PyTorch's own is what was replaced on the instance (for seamless tiling),
     has a computed weight, or is differentiated by a transform."""
     y = _convolution(module, x)
-    return y.contiguous(memory_format=picture_layout(x)) if module.training and x.is_cpu and x.dim() == 4 and not transformed() else y
+    if not module.training or not x.is_cpu or x.dim() != 4 or transformed():
+        return y
+    last = torch.channels_last in (suggest_memory_format(x), suggest_memory_format(module.weight))  # by either of the two, as PyTorch chooses
+    return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def _convolution(module: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
@@ -39,6 +42,7 @@ def _convolution(module: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
             pictures = x.shape[0] * x.shape[2] * x.shape[3] * (x.shape[1] + weight.shape[0])
             wide = not INTEL or weight.numel() <= WEIGHTS_PER_PICTURE * pictures
             x = x.contiguous(memory_format=torch.channels_last if wide else torch.contiguous_format)
-        elif x.dtype is torch.float32:  # channels-last where one of ours came before
+        elif x.dtype is torch.float32 and not (module.training and weight.requires_grad and torch.is_grad_enabled()):
+            # Channels-last where one of ours came before; in training it is stock's that lies so, and the weight's gradient errs less by it
             x = x.contiguous()
     return nn.Conv2d.forward(module, x)

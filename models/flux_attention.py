@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fusewire import ops
+from fusewire.kernels.dispatch import recording
 from fusewire.models.layers import How, inactive, linear, untouched
 
 
@@ -121,7 +122,7 @@ def _joint(module, context, image, context_pairs, image_pairs, how: How):
     """q and k of both streams, [context, image]; written where a concatenation would have copied them to, where nothing records a graph."""
     streams = ((module.norm_added_q, module.norm_added_k, *context, context_pairs), (module.norm_q, module.norm_k, *image, image_pairs))
     q = image[0]
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(_gains(*stream[:2], q.dtype) is None for stream in streams):
+    if recording() or any(_gains(*stream[:2], q.dtype) is None for stream in streams):
         parts = [_normed(*stream, how) for stream in streams]
         return (torch.cat(both, dim=1) for both in zip(*parts))
     batch, _, heads, channels = q.shape

@@ -7,16 +7,21 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig, inject_adapter_in_model
 
 import fusewire
 from fusewire import ops
 from fusewire.kernels.library import CPU
+from fusewire.swap import engine
 from fusewire.swap.fused import stock_of
+from fusewire.swap.report import SwapWarning
 from tests.models import stock_sd3, stock_unet
 
 MODELS = {"SD3.5": (lambda: stock_sd3.stock_model("sd3.5"), lambda: stock_sd3.inputs(2, 8, 12)),
@@ -111,3 +116,76 @@ def test_swaps_of_an_unpickled_model_are_its_own():
             assert numerics_of(model) == {"exact"}
         fusewire.restore(model)
         assert not numerics_of(model)
+
+
+def swapped_parts(model) -> int:
+    return sum(stock_of(part) is not None for part in model.modules())
+
+
+@models
+def test_a_handle_undoes_what_was_swapped_since(model):
+    """Also what only the later swap has changed: ``close`` swaps more than ``exact``."""
+    make, inputs = MODELS[model]
+    model, given = make().eval(), inputs()
+    want = output(model, given)
+    with fusewire.swapped(model):
+        fusewire.swap(model, "close")
+        assert not torch.equal(output(model, given), want)
+    assert not swapped_parts(model) and torch.equal(output(model, given), want)
+    first = fusewire.swap(model)
+    second = fusewire.swap(model, "close")
+    first.restore()
+    assert not swapped_parts(model) and not any("fusewire" in key for part in model.modules() for key in vars(part))
+    fusewire.swap(model, "close")
+    second.restore()  # is not in force any more
+    assert numerics_of(model) == {"close"}
+
+
+def test_a_handle_undoes_nothing_of_other_models():
+    one, other = MODELS["DiT"][0](), MODELS["DiT"][0]()
+    first = fusewire.swap(one)
+    fusewire.swap(other)
+    first.restore()
+    assert not swapped_parts(one) and swapped_parts(other)
+    both = fusewire.swap(torch.nn.ModuleList([one, other]), "close")
+    fusewire.swap(other.transformer_blocks[0], "exact")
+    both.restore()
+    assert not swapped_parts(one) and numerics_of(other) == {"exact"}
+
+
+def test_threads_take_turns():
+    model = MODELS["SD3.5"][0]()
+
+    def work(numerics: str) -> None:
+        for _ in range(8):
+            fusewire.swap(model, numerics).restore()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, ("exact", "close")))
+    assert not swapped_parts(model)
+
+
+def test_warnings_that_are_errors_come_before_any_change():
+    model = MODELS["SD"][0]()
+    model.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(type("Mine", (AttnProcessor2_0,), {})())
+    engine._warned.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SwapWarning)
+        for _ in range(2):  # it counts as given when it was
+            with pytest.raises(SwapWarning):
+                fusewire.swap(model)
+            assert not swapped_parts(model)
+
+
+def test_a_wrapper_put_on_since(numerics="exact"):
+    """accelerate's ``prepare`` wraps the forward on the instance: the model goes on running what it holds, and says so."""
+    model = MODELS["DiT"][0]().eval()
+    fusewire.swap(model, numerics)
+    block = model.transformer_blocks[0]
+    inner = block.forward
+    block.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    report = fusewire.swap(model, numerics).report
+    assert all(entry.by_choice for entry in report.left) and {entry.reason for entry in report.swapped} == {"already swapped"}
+    report = fusewire.swap(model, "close").report
+    assert any("take it off first" in entry.reason and entry.name == "transformer_blocks.0" for entry in report.left)
+    assert block.fusewire_how.numerics == "exact"

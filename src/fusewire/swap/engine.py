@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import MethodType
@@ -20,11 +22,23 @@ from fusewire.swap.fused import stock_of
 from fusewire.swap.report import Entry, Report, SwapError, warn_the_user
 
 ALREADY = "already swapped"
+HELD = "its forward was replaced on the instance after a swap with other numerics, and holds what that swap gave it: take it off first"
 IN_FORCE = "_fusewire_in_force"  # attribute of a swapped instance: the numbers of the swaps that made it what it is, in their order
 # They begin at random: what was pickled elsewhere carries numbers of other swaps
 _numbers = itertools.count(int.from_bytes(os.urandom(6), "little"))
 
 _warned: set[tuple[str, str]] = set()
+_made: dict[int, list[tuple[weakref.ref, type]]] = {}  # what each swap changed, and from what, as long as it may have to be undone
+_lock = threading.RLock()  # a swap plans first and changes then: another thread's would come in between
+
+
+def _alone(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with _lock:
+            return function(*args, **kwargs)
+
+    return run
 
 
 class Handle:
@@ -37,34 +51,48 @@ class Handle:
         self._changes = [(weakref.ref(instance), before) for instance, before, _ in changes]
         self._before = {fused: before for _, before, fused in changes}
         self._number = next(_numbers)
+        for number in [number for number, made in _made.items() if not any(reference() for reference, _ in made)]:
+            del _made[number]  # nothing of it exists any more
+        _made[self._number] = self._changes
         for instance, _, _ in changes:
             vars(instance)[IN_FORCE] = [*vars(instance).get(IN_FORCE, ()), self._number]  # a new list: a shallow copy shares the old one
 
+    @_alone
     def restore(self) -> None:
         """Give back the classes from before this swap, and so undo those made since. What it no longer is in force for, or no longer exists, stays."""
-        for reference, before in reversed(self._changes):
-            self._undo(reference(), before)
-        for root in [reference() for reference in self._roots]:  # copies that were put into the model since, as peft's modules_to_save are
-            for instance in () if root is None else root.modules():
-                self._undo(instance, self._before.get(type(instance), stock_of(instance)))
-        for instance in getattr(self._pipeline(), "components", {}).values():  # a pipeline may have put a copy of its scheduler in its place
-            if not isinstance(instance, nn.Module):
-                self._undo(instance, self._before.get(type(instance)))
-        self._changes = self._roots = []
-
-    def _undo(self, instance, before: type | None) -> None:
-        in_force = () if instance is None else vars(instance).get(IN_FORCE, ())
-        if self._number in in_force:
-            if before is not None:
-                set_class(instance, before)
-            vars(instance)[IN_FORCE] = in_force[:in_force.index(self._number)]
-            if not vars(instance)[IN_FORCE]:
-                del vars(instance)[IN_FORCE]
+        roots = [root for reference in self._roots if (root := reference()) is not None]
+        modules = [module for root in roots for module in root.modules()]
+        others = [part for part in getattr(self._pipeline(), "components", {}).values() if not isinstance(part, nn.Module)]
+        here = set(map(id, modules + others))
+        in_force = self._number in _made or not self._changes
+        for number in sorted((number for number in _made if in_force and number >= self._number), reverse=True):  # of parts of this target those since, too
+            for reference, before in reversed(_made[number]):
+                if number == self._number or id(reference()) in here:
+                    _undo(reference(), before, number)
+            if not any(number in vars(reference() or self).get(IN_FORCE, ()) for reference, _ in _made[number]):
+                del _made[number]
+        for instance in modules:  # copies that were put into the model since, as peft's modules_to_save are
+            _undo(instance, self._before.get(type(instance), stock_of(instance)), self._number)
+        for instance in others:  # a pipeline may have put a copy of its scheduler in its place
+            _undo(instance, self._before.get(type(instance)), self._number)
+        self._changes, self._roots, self._pipeline = [], [], _weakly(None)
 
     def __repr__(self) -> str:
         return f"<fusewire handle: {self.report}>"
 
 
+def _undo(instance, before: type | None, number: int) -> None:
+    """Give back the class from before swap ``number``, where that is in force, and forget it and those after it."""
+    in_force = () if instance is None else vars(instance).get(IN_FORCE, ())
+    if number in in_force:
+        if before is not None:
+            set_class(instance, before)
+        vars(instance)[IN_FORCE] = in_force[:in_force.index(number)]
+        if not vars(instance)[IN_FORCE]:
+            del vars(instance)[IN_FORCE]
+
+
+@_alone
 def swap(target, numerics: str, only: str | Iterable[str] | None, strict: bool) -> Handle:
     if numerics not in NUMERICS:
         raise BadInput(f"numerics is {numerics!r}; it should be 'exact' or 'close'")
@@ -93,8 +121,8 @@ def swap(target, numerics: str, only: str | Iterable[str] | None, strict: bool) 
     unexpected = [entry for entry in report.left if not entry.by_choice]
     if strict and unexpected:
         raise SwapError(f"strict=True, and {len(unexpected)} of the ops would have been left at stock:\n{report}")
+    _warn(unexpected)  # which raises where warnings are errors: before anything is changed
     _apply(changes)
-    _warn(unexpected)
     flops.register()
     return Handle(target, report, changes)
 
@@ -107,6 +135,7 @@ def _weakly(target) -> Callable[[], object]:
         return lambda: None
 
 
+@_alone
 def restore(target) -> int:
     parts = [instance for _, instance in _parts(target)]
     swapped = [instance for instance in parts if stock_of(instance) is not None]
@@ -161,8 +190,8 @@ def _settle(candidate: Candidate, only, report: Report, changes: list, seen: set
     name, instance, ops, fused, reason, by_choice = candidate
     if only is not None and not only.intersection(ops):
         return
-    if fused is not None and isinstance(instance, nn.Module) and "forward" in instance.__dict__ and not list(_forward_slots(instance, type(instance))):
-        fused, reason = None, "its forward was replaced on the instance by something that does not call it through a hook we know"
+    if fused is not None and _wrapped(instance) and getattr(instance, "fusewire_how", None) != fused.fusewire_how:
+        fused, reason = None, HELD if stock_of(instance) else "its forward was replaced on the instance by something that does not call it through a hook we know"
     if fused is None:
         report.left.extend(Entry(name, op, reason, by_choice) for op in ops)
         return
@@ -172,11 +201,16 @@ def _settle(candidate: Candidate, only, report: Report, changes: list, seen: set
         changes.append((instance, type(instance), fused))
 
 
+def _wrapped(instance) -> bool:
+    """Whether the instance has a forward of its own that is no hook's: whatever its class becomes, that is called, with what it holds."""
+    return isinstance(instance, nn.Module) and "forward" in vars(instance) and not any(_forward_slots(instance, type(instance)))
+
+
 def _undo_others(parts: list[tuple[str, object]], report: Report, changes: list, seen: set) -> None:
     """What was swapped with other numerics, and is nothing that these swap, becomes stock again: ``exact`` holds for the whole of it."""
     for name, instance in parts:
         stock = stock_of(instance)
-        if stock is not None and id(instance) not in seen and instance.fusewire_how.numerics != report.numerics:
+        if stock is not None and id(instance) not in seen and instance.fusewire_how.numerics != report.numerics and not _wrapped(instance):
             changes.append((instance, type(instance), stock))
             report.noted.append(Entry(name or "model", "stock again", f"it was swapped with numerics={instance.fusewire_how.numerics!r}"))
 
@@ -202,6 +236,8 @@ def _apply(changes: list[tuple[object, type, type]]) -> None:
 
 def _roots(target) -> dict[str, object]:
     """What a target consists of, by name."""
+    if isinstance(target, type):
+        raise TypeError(f"pipe_or_module is the class {target.__name__}; it should be a pipeline, a module or a scheduler made of it")
     if isinstance(target, nn.Module):
         return {"": target}
     if isinstance(components := getattr(target, "components", None), dict):
@@ -267,5 +303,5 @@ def _warn(entries: list[Entry]) -> None:
         counts[entry.op, entry.reason] = counts.get((entry.op, entry.reason), 0) + 1
     for (op, reason), count in counts.items():
         if (op, reason) not in _warned:
-            _warned.add((op, reason))
             warn_the_user(f"{op} stays stock in {count} module{'s' * (count > 1)}: {reason}")
+            _warned.add((op, reason))

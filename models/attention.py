@@ -48,7 +48,7 @@ def attention(module, x, context, how: How, pictures=None):
     out, out_context, adapted = _attend(module, x, context, how, pictures)
     if adapted is not None:
         out = module.processor.added(out, adapted)
-    projection, dropout = module.to_out
+    projection, dropout = module.to_out[0], module.to_out[1]  # and what somebody has put behind them, stock never calls
     out = linear(projection, out, how)
     if not inactive(dropout):
         out = dropout(out)

@@ -15,7 +15,7 @@ from torch import nn
 
 from fusewire import ops
 from fusewire.models.inputs import check_inputs, present
-from fusewire.models.layers import How, gated_linear, linear, untouched
+from fusewire.models.layers import How, gated_linear, linear, takes
 from fusewire.models.text_layers import TransformersConfig, activated, activation_of, sdpa
 from fusewire.models.transformer_block import sum_norm
 
@@ -129,7 +129,7 @@ def clip_layer(layer, x, mask, how: How, attention_kwargs: Mapping | None = None
     attended = layer.self_attn(hidden_states=layer.layer_norm1(x), attention_mask=mask, **(attention_kwargs or {}))[0]
     x, y = sum_norm(layer.layer_norm2, x, attended, how)
     mlp = layer.mlp
-    if how.linear and getattr(type(mlp), "takes_residual", False) and untouched(mlp):
+    if how.linear and takes(mlp, "takes_residual"):
         return gated_linear(mlp.fc2, activated(mlp.fc1, mlp.activation_fn, y, how), None, x, how)
     return x + mlp(y)
 

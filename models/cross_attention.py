@@ -71,7 +71,7 @@ def cross_attention(module, x, context, mask, how: How, temb=None, pictures=None
     out = attended(q, k, v, mask, how)
     if pictures is not None and module.processor is not None:
         out = module.processor(q, out, pictures)
-    projection, dropout = module.to_out
+    projection, dropout = module.to_out[0], module.to_out[1]  # and what somebody has put behind them, stock never calls
     out = linear(projection, out, how)
     if not inactive(dropout):
         out = dropout(out)

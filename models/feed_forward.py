@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fusewire import ops
-from fusewire.models.layers import How, gated_linear, gated_sum, inactive, linear, plain_linear, product, untouched
+from fusewire.models.layers import How, gated_linear, gated_sum, inactive, linear, plain_linear, product, takes, untouched
 
 # Projections that a fused forward may read instead of calling. They grow by the stock classes that ``fusewire.swap`` has verified.
 GELU_PROJECTIONS: set[type] = set()
@@ -64,14 +64,14 @@ class FeedForward(nn.Module):
 
 def feed_forward_hidden(module, x, how: How) -> tuple[torch.Tensor, nn.Module]:
     """-> (the input of the last projection, the last projection)."""
-    projection, dropout, output = module.net
+    projection, dropout, output = module.net if len(module.net) == 3 else (nn.Sequential(*module.net[:-1]), None, module.net[-1])
     if type(projection) in GELU_PROJECTIONS and projection.approximate == "tanh" and untouched(projection):
         x = linear(projection.proj, x, how, activation="gelu_tanh")
     elif type(projection) in GEGLU_PROJECTIONS and how.numerics == "close" and untouched(projection):
         x = _geglu(projection.proj, x, how)
     else:
         x = projection(x)
-    return (x if inactive(dropout) else dropout(x)), output
+    return (x if dropout is None or inactive(dropout) else dropout(x)), output
 
 
 def _geglu(projection: nn.Module, x: torch.Tensor, how: How) -> torch.Tensor:
@@ -84,7 +84,7 @@ def _geglu(projection: nn.Module, x: torch.Tensor, how: How) -> torch.Tensor:
 def feed_forward_residual(module, x, gate, residual, how: How) -> torch.Tensor:
     """``residual + gate * module(x)``, without a gate where it is None; it goes into the last projection where the feed-forward is ours and not
     observed."""
-    if how.linear and getattr(type(module), "takes_gate", False) and untouched(module):
+    if how.linear and takes(module, "takes_gate"):
         hidden, output = feed_forward_hidden(module, x, how)
         return gated_linear(output, hidden, gate, residual, how)
     return gated_sum(residual, module(x), gate, how)

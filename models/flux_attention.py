@@ -78,7 +78,7 @@ def flux_attention(module, x, context, rope, how: How, attend: Callable | None =
         out2, out = both.split_with_sizes([tokens, both.shape[1] - tokens], dim=1)
         if not adapts:  # as stock, which leaves them as they lie beside an IP-Adapter: another kernel with other bits multiplies them then
             out2, out = out2.contiguous(), out.contiguous()
-    projection, dropout = module.to_out
+    projection, dropout = module.to_out[0], module.to_out[1]  # and what somebody has put behind them, stock never calls
     out = linear(projection, out, how)
     if not inactive(dropout):
         out = dropout(out)

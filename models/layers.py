@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _global_backward_hooks, _global_backward_pre_hooks, _global_forward_hooks, _global_forward_pre_hooks
+from torch.utils._device import DeviceContext
 
 from typing import NamedTuple
 
@@ -50,6 +51,23 @@ _FORWARDS = {cls: cls.forward if cls.forward.__module__.startswith("torch.nn.") 
 def as_made(cls: type) -> bool:
     """Whether a class of PyTorch's has the forward that it came with."""
     return _FORWARDS.get(cls, cls.forward) is cls.forward
+
+
+def intercepted(module: nn.Module) -> bool:
+    """Whether PyTorch's attention, or a function mode around it, is somebody's own (``F.scaled_dot_product_attention = mine``, perturbed attention
+    guidance): then that is what is called. A default device is a function mode, too, that changes nothing here."""
+    if F.scaled_dot_product_attention is not torch._C._nn.scaled_dot_product_attention:
+        return True
+    depth = torch._C._len_torch_function_stack()
+    if not depth or torch.compiler.is_compiling():
+        return bool(depth) and not untouched(module)
+    return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(depth))
+
+
+def takes(module: nn.Module, what: str) -> bool:
+    """Whether a block may compute what follows a module, ``"takes_gate"`` or ``"takes_residual"``, together with it, in place of calling its forward."""
+    cls = type(module)
+    return getattr(cls, what, False) and (not hasattr(cls, "stands_for_stock") or cls.stands_for_stock()) and untouched(module)
 
 
 def untouched(module: nn.Module) -> bool:

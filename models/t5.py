@@ -15,7 +15,7 @@ from torch import nn
 
 from fusewire import ops
 from fusewire.models.inputs import check_inputs, present
-from fusewire.models.layers import How, gated_linear, inactive, linear, untouched
+from fusewire.models.layers import How, gated_linear, inactive, linear, takes, untouched
 from fusewire.models.text_layers import TransformersConfig, activated, activation_of, sdpa
 
 
@@ -185,7 +185,7 @@ def t5_block(block, x, mask, position_bias, how: How, attention_kwargs: Mapping 
     attended, position_bias, *_ = first.SelfAttention(first.layer_norm(x), mask=mask, position_bias=position_bias, **(attention_kwargs or {}))
     x, y = _sum_norm(last.layer_norm, x, first.dropout(attended), how)
     dense = last.DenseReluDense
-    if how.linear and getattr(type(dense), "takes_residual", False) and untouched(dense) and inactive(last.dropout):
+    if how.linear and takes(dense, "takes_residual") and inactive(last.dropout):
         hidden = t5_dense_hidden(dense, y, how)
         x = gated_linear(dense.wo, hidden, None, x, how) if hidden.dtype is x.dtype else x + linear(dense.wo, hidden, how)
     else:

@@ -52,7 +52,7 @@ def why_not_cpu(x, weight, bias, activation, gate, residual, exact) -> str:
     for tensor in (weight, bias, gate, residual):
         if tensor is not None and tensor.dtype is not x.dtype:
             return "the tensors differ in dtype"
-    if x.numel() == 0 or weight.numel() == 0:
+    if _known_empty(x) or weight.numel() == 0:
         return "a tensor is empty"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
@@ -67,6 +67,15 @@ def why_not_cpu(x, weight, bias, activation, gate, residual, exact) -> str:
     if activation != "none" or sums_gated(x, gate, residual):  # a pass of ours, behind any product
         return ""
     return product_is_pytorchs(x, weight)
+
+
+def _known_empty(x) -> bool:
+    """Whether x has no element; False for a number of tokens that only the call will tell (an unbacked size of torch.compile)."""
+    if not torch.compiler.is_compiling():
+        return x.numel() == 0
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # takes long to import
+
+    return guard_or_false(x.numel() == 0)
 
 
 def product_is_pytorchs(x, weight) -> str:

@@ -32,6 +32,7 @@ def shared_copy(value):
 
 
 def _copy_module(module: nn.Module) -> nn.Module:
+    module = module._modules.get("_orig_mod", module)  # what torch.compile wraps: a copy of the wrapper would run graphs that were made of the original
     memo = {id(t): t for t in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, memo)
 

@@ -129,6 +129,15 @@ def test_a_denoiser_alone(pipe):
     assert result.ok and {row.level for row in result.rows} == {"op", "model"} and result.pictures is None
 
 
+def test_a_compiled_denoiser_is_judged_as_the_one_inside():
+    """``pipe.transformer = torch.compile(pipe.transformer)``: in compiled graphs nobody counts who served."""
+    pipe = tiny_pipeline()
+    rows = {(row.level, row.name) for row in prove(pipe, numerics="exact").rows}
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    result = prove(pipe, numerics="exact")
+    assert result.ok and {(row.level, row.name) for row in result.rows} == rows
+
+
 def test_the_float64_trajectory_is_stocks(pipe):
     """Stock in float32 follows it closely: the written-out loop is that of the pipeline."""
     run = plan(pipe, ["a red 7"], [0], 4, 4.0, None, CALL)

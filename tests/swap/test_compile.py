@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 
 import fusewire
@@ -94,3 +96,55 @@ def test_jit_trace(recorded):
     if recorded:
         traced(*data).sum().backward()
         assert torch.allclose(block.conv1.weight.grad, gradient, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("numerics", ["exact", "close"])
+def test_frozen_weights(numerics):
+    """inductor's freezing copies each module by ``cls.__new__(cls)``."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    block = ResnetBlock2D(in_channels=8, out_channels=8, temb_channels=16, groups=4).eval()
+    x, time = torch.randn(2, 8, 6, 6), torch.randn(2, 16)
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        want = block(x, time)
+        fusewire.swap(block, numerics)
+        got = torch.compile(block, fullgraph=True)(x, time)
+    assert (got - want).abs().max() <= PIPELINE_FLOAT32
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("numerics", ["exact", "close"])
+@pytest.mark.parametrize("cls", [FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_a_step_in_one_graph(cls, numerics):
+    torch._dynamo.reset()
+    scheduler, x = cls(), torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def first(run):
+        scheduler.set_timesteps(5)
+        scheduler.set_begin_index(0)
+        return run(torch.tanh(x), scheduler.timesteps[0], x, return_dict=False)[0]
+
+    want = first(scheduler.step)
+    with fusewire.swapped(scheduler, numerics):
+        assert (first(torch.compile(scheduler.step, fullgraph=True, backend="aot_eager")) - want).abs().max() <= PIPELINE_FLOAT32
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("numerics", ["exact", "close"])
+def test_a_number_of_tokens_that_only_the_call_tells(numerics):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    block = BasicTransformerBlock(32, 2, 16, activation_fn="gelu-approximate").eval()
+    with torch.no_grad():
+        outputs = []
+        for numerics_of_run in (None, numerics):
+            if numerics_of_run:
+                fusewire.swap(block, numerics)
+            compiled = torch.compile(block.ff, fullgraph=True, backend="aot_eager")
+            for tokens in (70, 9):
+                x = torch.randn(2, tokens, 32, generator=torch.Generator().manual_seed(tokens))
+                torch._dynamo.decorators.mark_unbacked(x, 1)
+                outputs.append(compiled(x))
+            torch._dynamo.reset()
+    for got, want in zip(outputs[2:], outputs[:2]):
+        assert (got - want).abs().max() <= MODEL_FLOAT32

@@ -22,6 +22,7 @@ from fusewire.swap.parts import attention_layer
 JOINT = {Attention.forward: ("9b9838fe95f4",), JointAttnProcessor2_0.__call__: ("42343d48f37f",)}
 CROSS = {Attention.forward: ("9b9838fe95f4",), AttnProcessor2_0.__call__: ("bdc4598ae686",), Attention.prepare_attention_mask: ("3a67553a79f1",)}
 VERIFIED = {JointAttnProcessor2_0: JOINT, AttnProcessor2_0: CROSS}
+CALLS = {kind: kind.__call__ for kind in VERIFIED}
 
 
 def _maker(how: How) -> dict:
@@ -30,11 +31,9 @@ def _maker(how: How) -> dict:
     def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, **cross_attention_kwargs):
         # A processor that was set meanwhile (IP-Adapter, PAG, a user's own) does its own work; stock warns of keywords that it ignores.
         kind = type(self.processor)
-        if kind not in VERIFIED or cross_attention_kwargs.keys() - {"temb"} or (kind is AttnProcessor2_0 and (not how.attention or _unusual(self))):
+        if kind.__call__ is not CALLS.get(kind) or cross_attention_kwargs.keys() - {"temb"} or (kind is AttnProcessor2_0 and (not how.attention or _unusual(self))):
             return Attention.forward(self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
-        # A hook may run this with a function mode that intercepts PyTorch's attention (perturbed attention guidance): then that is what is called.
-        intercepted = how.attention and torch._C._len_torch_function_stack() and not layers.untouched(self)
-        chosen = without_attention if intercepted else how
+        chosen = without_attention if how.attention and layers.intercepted(self) else how
         if kind is JointAttnProcessor2_0:
             return attention(self, hidden_states, encoder_hidden_states, chosen)
         if attention_mask is not None:

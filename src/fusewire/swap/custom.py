@@ -56,11 +56,11 @@ def unknown_models(components: dict, entries: Iterable[Entry]) -> Iterator[Entry
 
 
 def is_compiled(instance) -> bool:
-    """By ``module.compile()``, by ``torch.compile(module)``, or by a compiled forward of its own."""
+    """By ``module.compile()``, by ``torch.compile(module)``, or by a compiled method of its own (an autoencoder's ``decode``)."""
     if not isinstance(instance, nn.Module):
         return False
     own = vars(instance)
-    return own.get("_compiled_call_impl") is not None or "_orig_mod" in own["_modules"] or hasattr(own.get("forward"), "_torchdynamo_orig_callable")
+    return own.get("_compiled_call_impl") is not None or "_orig_mod" in own["_modules"] or any(hasattr(part, "_torchdynamo_orig_callable") for part in own.values())
 
 
 def described(module: nn.Module) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers import transformer_flux
 from diffusers.models.transformers.transformer_flux import (FluxAttention, FluxAttnProcessor, FluxPosEmbed, FluxSingleTransformerBlock,
                                                             FluxTransformer2DModel, FluxTransformerBlock, _get_fused_projections, _get_projections,
                                                             _get_qkv_projections)
@@ -30,6 +31,8 @@ ATTENTION = {FluxAttention.forward: ("73e37aad0a59",), FluxAttnProcessor.__call_
              _get_projections: ("387af60d181a",), _get_fused_projections: ("f33214123f15",), FluxPosEmbed.forward: ("df63b1d3b9cd",),
              apply_rotary_emb: ("ac820aef4ed2",)}
 
+_CALL = FluxAttnProcessor.__call__
+
 
 def _block(how: How) -> dict:
     def forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None):
@@ -51,17 +54,23 @@ def _attention(how: How) -> dict:
     def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **kwargs):
         processor = self.processor
         # A processor that was set meanwhile (IP-Adapter, a user's own) does its own work; so does stock for keywords of which it warns.
-        if type(processor) is not FluxAttnProcessor or attention_mask is not None or kwargs or not _as_verified(image_rotary_emb, hidden_states):
+        if type(processor) is not FluxAttnProcessor or not _as_made() or attention_mask is not None or kwargs or not _as_verified(image_rotary_emb, hidden_states):
             return FluxAttention.forward(self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs)
 
         def attend(q, k, v):
             return dispatch_attention_fn(q, k, v, backend=processor._attention_backend, parallel_config=processor._parallel_config).to(q.dtype)
 
-        # A backend that the user chose, and attention that is split over devices, stay; so does one that a hook's function mode intercepts.
-        chosen = how.attention and (_chosen(processor) or torch._C._len_torch_function_stack() and not layers.untouched(self))
+        # A backend that the user chose, and attention that is split over devices, stay; so does one that is somebody's own.
+        chosen = how.attention and (_chosen(processor) or layers.intercepted(self))
         return flux_attention(self, hidden_states, encoder_hidden_states, image_rotary_emb, without_attention if chosen else how, attend)
 
     return {"forward": forward}
+
+
+def _as_made() -> bool:
+    """Whether what the processor calls is what it came with."""
+    return (FluxAttnProcessor.__call__ is _CALL and transformer_flux.dispatch_attention_fn is dispatch_attention_fn
+            and transformer_flux.apply_rotary_emb is apply_rotary_emb)
 
 
 def _chosen(processor) -> bool:
@@ -108,7 +117,7 @@ def _attention_candidates(name: str, module: nn.Module, how: How) -> Iterator[Ca
     elif type(module.processor) is not FluxAttnProcessor:
         reason = f"its processor {type(module.processor).__name__} is kept"
     else:
-        reason = unknown_forward(ATTENTION) or _unusual_norm(module)
+        reason = unknown_forward(ATTENTION) or ("" if _as_made() else "a function of transformer_flux was replaced") or _unusual_norm(module)
     yield from attention_layer(name, module, how, True, reason,
                                ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"))
 

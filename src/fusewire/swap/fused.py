@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import inspect
+import sys
 from collections.abc import Callable
-from functools import lru_cache
+
+from torch import nn
 
 from fusewire.models.layers import How
 
@@ -28,9 +31,24 @@ def fused_class(stock: type, how: How) -> type:
                      "fusewire_stock": stock, "fusewire_how": how, **MAKERS[stock](how)}
         if hasattr(stock, "extra_repr"):
             namespace["extra_repr"] = _extra_repr
+        if "forward" in namespace:
+            namespace |= _unless_replaced(stock, namespace["forward"])
         _classes[key] = type(stock)(stock.__name__, (stock,), namespace)
         ANNOUNCE.get(stock, lambda fused: None)(_classes[key])
     return _classes[key]
+
+
+def _unless_replaced(stock: type, ours: Callable) -> dict:
+    """The forward of a fused class: ``ours``, unless the stock class was given another since (``BasicTransformerBlock.forward = mine``): then that one."""
+    verified = stock.forward
+
+    @functools.wraps(ours)
+    def forward(self, *args, **kwargs):
+        if stock.forward is not verified:
+            return stock.forward(self, *args, **kwargs)
+        return ours(self, *args, **kwargs)
+
+    return {"forward": forward, "stands_for_stock": staticmethod(lambda: stock.forward is verified)}
 
 
 def stock_of(instance) -> type | None:
@@ -45,7 +63,7 @@ def _extra_repr(self) -> str:
 
 def _new(cls, *args, **kwargs):
     """What is made by calling a swapped instance's class (``type(pipe.scheduler).from_config(...)``) is nobody's swap: an instance of the stock class."""
-    if "fusewire_stock" in vars(cls):
+    if "fusewire_stock" in vars(cls) and (args or kwargs or not issubclass(cls, nn.Module)):  # (DataParallel's replicas are made without any)
         return cls.fusewire_stock(*args, **kwargs)
     return cls.fusewire_stock.__new__(cls)
 
@@ -71,7 +89,7 @@ def announce_block(fused: type) -> None:
     TransformerBlockRegistry.register(fused, dataclasses.replace(TransformerBlockRegistry.get(fused.fusewire_stock)))
 
 
-@lru_cache(maxsize=None)
+@functools.lru_cache(maxsize=None)
 def fingerprint(function: Callable) -> str:
     """The first 12 digits of the SHA-256 of a function's source without comment lines, blank lines and indentation; "" where it cannot be read."""
     try:
@@ -81,9 +99,16 @@ def fingerprint(function: Callable) -> str:
     return hashlib.sha256("\n".join(line for line in lines if line and not line.startswith("#")).encode()).hexdigest()[:12]
 
 
+def _now(function: Callable) -> Callable | None:
+    """What stands where this function was made."""
+    return functools.reduce(lambda owner, name: getattr(owner, name, None), function.__qualname__.split("."), sys.modules.get(function.__module__))
+
+
 def unknown_forward(known: dict[Callable, tuple[str, ...]]) -> str:
     """Why a class whose fused forward stands for these stock functions must be left alone; "" where every source is one that was verified."""
     for function, digests in known.items():
+        if _now(function) not in (function, None):
+            return f"{function.__qualname__} was replaced"
         found = fingerprint(function)
         if found not in digests:
             return f"{function.__qualname__} is not one that was verified (source {found or 'not readable'})"

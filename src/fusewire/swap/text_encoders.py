@@ -56,6 +56,8 @@ def _kept_implementation(module: nn.Module) -> str:
     chosen = module.config._attn_implementation
     if chosen != "sdpa" or ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward:
         return f"its attention implementation {chosen!r} is kept"
+    if layers.intercepted(module):
+        return "F.scaled_dot_product_attention was replaced, or a function mode is at work"
     return ""
 
 

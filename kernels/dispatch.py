@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
+from fusewire.errors import BadInput
 from fusewire.kernels.library import CPU, variant
 from fusewire.kernels.transforms import written_by
 
@@ -117,7 +118,7 @@ class BackendError(RuntimeError):
 def _forced_by_environment() -> str | None:
     name = os.environ.get("FUSEWIRE_BACKEND") or None
     if name is not None and name not in NAMES:
-        raise ValueError(f"FUSEWIRE_BACKEND is {name!r}; it should be one of {', '.join(NAMES)}")
+        raise BadInput(f"FUSEWIRE_BACKEND is {name!r}; it should be one of {', '.join(NAMES)}")
     return name
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from fusewire.errors import BadInput
 from fusewire.kernels import transforms
 
 LIBRARY = torch.library.Library("fusewire", "DEF")
@@ -22,10 +23,10 @@ ISA_LEVELS = ("base", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def _one_of(variable: str, values: tuple[str, ...]) -> str | None:
-    """An environment variable's value, None where it is not set; ValueError for one that means nothing."""
+    """An environment variable's value, None where it is not set; BadInput for one that means nothing."""
     value = os.environ.get(variable) or None
     if value is not None and value not in values:
-        raise ValueError(f"{variable} is {value!r}; it should be one of {', '.join(values)}")
+        raise BadInput(f"{variable} is {value!r}; it should be one of {', '.join(values)}")
     return value
 
 
@@ -51,7 +52,9 @@ class NativeLibrary:
         if _one_of("FUSEWIRE_NATIVE", ("1", "0")) == "0":
             self.reason = "switched off by FUSEWIRE_NATIVE=0"
         elif not self.path.is_file():
-            self.reason = f"{self.path.name} was not built (install with {self.compiler} and --no-build-isolation)"
+            named = os.environ.get("FUSEWIRE_LIB")
+            self.reason = (f"{self.path.name} is not in {named!r}, which FUSEWIRE_LIB names" if named else
+                           f"{self.path.name} was not built (install with {self.compiler} and --no-build-isolation)")
         else:
             try:
                 record = self.path.with_suffix(".json")

@@ -18,6 +18,7 @@ from typing import Annotated, Optional
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from fusewire.errors import BadInput, NothingToDo
 from fusewire.interrupt import finished, undisturbed
@@ -63,7 +64,7 @@ def guarded(command):
         except OSError as error:
             code, message = 2, _reason(error)
         except (MemoryError, RuntimeError) as error:
-            code, message = 2, _short_of_memory(error)
+            code, message = 2, _short_of_memory(error) or _unserved(error)
             if not message:
                 raise
         _complain(message, code, kwargs.get("as_json", False))
@@ -87,6 +88,13 @@ def _short_of_memory(error: MemoryError | RuntimeError) -> str:
         return ""
     asked = re.search(r"allocate ([\d.]+ ?\w+)", str(error))
     return f"not enough memory{f' (it tried to allocate {asked[1]})' if asked else ''}: a smaller --size, fewer --layers or a 16-bit --dtype takes less"
+
+
+def _unserved(error: MemoryError | RuntimeError) -> str:
+    """A call that the backend of FUSEWIRE_BACKEND does not serve; "" if something else happened."""
+    from fusewire.kernels.dispatch import BackendError
+
+    return str(error) if isinstance(error, BackendError) else ""
 
 
 def _complain(message: str, code: int, as_json: bool) -> None:
@@ -126,11 +134,13 @@ def _show(as_json: bool, result, *tables, kept: str = "") -> int:
     """``kept``: what is left of an interrupted result, where that is not its complete rows."""
     with undisturbed():
         if as_json:
-            print(json.dumps({"command": shlex.join(["fusewire", *sys.argv[1:]])} | result.to_dict(), indent=1))
+            print(json.dumps({"command": _command()} | result.to_dict(), indent=1))
         else:
+            from fusewire.report.tables import fitted
+
             console = _console()
             for table in tables:
-                console.print(table)
+                console.print(*fitted(table, console))
                 console.print()
         if getattr(result, "interrupted", False):
             kept = kept or f"the {len(result.rows)} rows that were complete are kept, the others are lacking"
@@ -182,7 +192,7 @@ def profile(target: TargetArg = None, dtype: Dtype = "float32", numerics: Numeri
             as_json: Json = False) -> int:
     """Show what was gained, and where the time goes.
 
-    Stock, swapped and compiled run in turn in one process; medians with quartiles, the arithmetic floor, stages, memory, the first call.
+    Stock, swapped and compiled run in turn in one process; medians with quartiles, the floor, stages, memory, the first call.
     """
     from fusewire.profile import profile as measure
     from fusewire.report import tables
@@ -233,7 +243,8 @@ def bench(target: Annotated[str, typer.Argument(help="A preset or a diffusers fo
 
     loaded = _load(target, dtype, layers, size)
     with bars() as tell:
-        result = finished(lambda: measure(loaded.value, numerics=numerics, only=op, inputs=loaded.inputs, rounds=rounds, name=loaded.name, progress=tell))
+        result = finished(lambda: measure(loaded.value, numerics=numerics, only=op, inputs=loaded.inputs, rounds=rounds, size=loaded.size, name=loaded.name,
+                                          progress=tell))
     return _show(as_json, result, tables.bench_table(result))
 
 
@@ -264,9 +275,9 @@ def demo(out: Annotated[Path, typer.Option(help="Folder of index.html and report
             if result.target not in reported:
                 reported.add(result.target)
                 console.print(tables.swap_table(result.swaps, result.target), "")
-            console.print(tables.parity_table(result, full=False), "")
+            console.print(*tables.fitted(tables.parity_table(result, full=False), console), "")
         else:
-            console.print(tables.profile_table(result), "")
+            console.print(*tables.fitted(tables.profile_table(result), console), "")
 
     plan = Plan(target, preset, tuple(dtype or ("float32", "bfloat16")), layers, size, steps, tuple(range(seeds)), rounds, compile)
     outcome = finished(lambda: run(plan, out, command=_command(), bars=bars, show=show))
@@ -284,23 +295,27 @@ def _conclude(outcome, console: Console, as_json: bool) -> int:
         print(json.dumps(report_dict(outcome.parities, outcome.profiles, command=_command(), seconds=outcome.seconds, lacking=outcome.lacking), indent=1))
     else:
         for row in [row for p in outcome.parities for row in p.failed]:
-            console.print(f"[bold red]fails[/]: {row.level} {row.name}, {row.numerics}, {row.dtype}: {row.reason}")
+            console.print("[bold red]fails[/]:", escape(f"{row.level} {row.name}, {row.numerics}, {row.dtype}: {row.reason}"))
         for result in outcome.profiles:
             for v in result.verdicts:
                 if not v.holds:
-                    console.print(f"[bold red]fails[/]: {result.target}, {result.dtype}: {v.name}: {v.detail}")
+                    console.print("[bold red]fails[/]:", escape(f"{result.target}, {result.dtype}: {v.name}: {v.detail}"))
     if outcome.interrupted:
         print(f"fusewire: interrupted; what is finished is on the page, {outcome.page}; lacking: {'; '.join(outcome.lacking) or 'nothing'}", file=sys.stderr)
         return 130
     if not as_json:
         console.print(f"{'All verdicts hold' if outcome.ok else 'Not all verdicts hold'}, after {outcome.seconds / 60:.1f} minutes. The page: {outcome.page}",
-                      soft_wrap=True, highlight=False)
+                      soft_wrap=True, highlight=False, markup=False)
     return 0 if outcome.ok else 1
 
 
 def _command() -> str:
     """The command as it was typed, without any path of this machine."""
-    return " ".join(["fusewire", *(Path(word).name if "/" in word else word for word in sys.argv[1:])])
+    def nameless(word: str) -> str:
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        return option + equals + (Path(value).name if "/" in value else value)
+
+    return shlex.join(["fusewire", *map(nameless, sys.argv[1:])])
 
 
 @app.command(epilog=CODES)
@@ -316,4 +331,10 @@ def doctor(as_json: Json = False) -> int:
 
 def main() -> None:
     """The console script."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by who called
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a sign that the terminal's encoding lacks is no reason to lose a result
     app(prog_name="fusewire")

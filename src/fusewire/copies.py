@@ -50,6 +50,8 @@ def denoiser_of(value) -> tuple[str, nn.Module]:
 
 def check_target(value) -> None:
     """Raise BadInput unless ``value`` is a module or a pipeline."""
+    if isinstance(value, type):
+        raise BadInput(f"pipe_or_module is the class {value.__name__}; it should be a pipeline or a module made of it")
     if not isinstance(value, nn.Module) and not hasattr(value, "components"):
         raise BadInput(f"pipe_or_module is a {type(value).__name__}; it should be a diffusers pipeline or a torch.nn.Module")
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fusewire import targets
-from fusewire.errors import BadInput
+from fusewire.errors import BadInput, count
 from fusewire.interrupt import undisturbed
-from fusewire.parity import ParityResult, parity
+from fusewire.parity import ParityResult, check_run, parity
 from fusewire.parity.pictures import PROMPTS
 from fusewire.parity.result import name_of
+from fusewire.presets import check_shape
 from fusewire.profile import ProfileResult, profile
 
 SEEDS = (0, 1, 2, 3, 4, 5)
@@ -63,8 +64,8 @@ def run(plan: Plan, out: Path, *, command: str = "fusewire demo", bars: Callable
         bars: called with a title, gives a context manager that yields a ``progress`` function.
         show: called with each result as soon as it is there.
 
-    Raises: BadInput, with nothing run yet, where ``out`` cannot be written or a package is lacking. A KeyboardInterrupt goes on once the page of what
-        is finished is written, and has the outcome in ``.result``; None where nothing was finished.
+    Raises: BadInput, with nothing run yet, where ``out`` cannot be written, a package is lacking or the plan asks for what cannot be. Of whatever else
+        is raised the page of what is finished is written first; a KeyboardInterrupt has the outcome in ``.result``, None where nothing was finished.
     """
     start, outcome = time.perf_counter(), Outcome()
     jobs = [(plan.preset, dtype) for dtype in plan.dtypes]
@@ -76,6 +77,9 @@ def run(plan: Plan, out: Path, *, command: str = "fusewire demo", bars: Callable
               for what in ("parity", "profile")]
     check_packages()
     check_out(out)
+    count("rounds", plan.rounds)
+    check_run(plan.seeds, plan.steps, 1.0)
+    check_shape(plan.preset, plan.layers, plan.size)
     try:
         for name, dtype in jobs:
             _measure(name, dtype, plan, outcome, bars, show)
@@ -84,6 +88,13 @@ def run(plan: Plan, out: Path, *, command: str = "fusewire demo", bars: Callable
         if outcome.parities:
             _write(outcome, out, command, start)
         stop.result = outcome if outcome.page else None
+        raise
+    except Exception as error:
+        outcome.lacking = wanted[len(outcome.parities) + len(outcome.profiles):]
+        if outcome.parities:
+            _write(outcome, out, command, start)
+        if outcome.page and isinstance(error, BadInput):
+            raise BadInput(f"{error}; what was finished before is on the page, {outcome.page}") from error
         raise
     _write(outcome, out, command, start)
     return outcome

@@ -102,7 +102,8 @@ def _unusable(backend: str, library: NativeLibrary, fix: str) -> Finding | None:
     """What keeps a compiled library from being used; None where nothing does."""
     if not library.loaded:
         built = "does not load" in library.reason or "older" in library.reason
-        fix = "unset FUSEWIRE_NATIVE" if "FUSEWIRE_NATIVE" in library.reason else "make clean lib" if built else fix
+        variable = next((name for name in ("FUSEWIRE_NATIVE", "FUSEWIRE_LIB") if name in library.reason), "")
+        fix = f"unset {variable}" if variable else "make clean lib" if built else fix
         return Finding(backend, False, f"broken: {library.reason}" if built else library.reason, served(backend), fix)
     if library.stale:
         return Finding(backend, False, "broken: " + "; ".join(dict.fromkeys(library.stale.values())), served(backend), "make lib")

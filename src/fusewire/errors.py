@@ -31,4 +31,5 @@ def blaming(name: str, taker: str) -> Iterator[None]:
         raise
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
-        raise BadInput(f"{name} does not fit {taker}, whose call said: {type(error).__name__}: {lines[0]}") from error
+        said = lines[-1].lstrip("} ") if lines[0].endswith("{") else lines[0]  # behind a configuration that was printed whole
+        raise BadInput(f"{name} does not fit {taker}, whose call said: {type(error).__name__}: {said}") from error

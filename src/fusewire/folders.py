@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from fusewire.errors import BadInput
 LARGEST_HEADER = 100 * 2**20  # the safetensors format's own limit, bytes
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
          "F8_E4M3": 1, "F8_E5M2": 1}
+WEIGHTS = ("diffusion_pytorch_model", "model")  # diffusers' name of a model's weights, and transformers'
 CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json", "guider_config.json")
 
 
@@ -80,9 +82,27 @@ def safetensors_header(path: Path) -> dict[str, list[int]]:
     return shapes
 
 
+def variant_of(folder: Path) -> str:
+    """``"fp16"`` where a component holds that variant of its weights alone, as ``from_pretrained(variant="fp16")`` downloads it; ``""`` for plain ones."""
+    for name in WEIGHTS:
+        if (folder / f"{name}.safetensors").is_file() or (folder / f"{name}.safetensors.index.json").is_file():
+            return ""
+    for name in WEIGHTS:
+        for pattern in (rf"{name}\.(\w+)\.safetensors", rf"{name}\.safetensors\.index\.(\w+)\.json"):
+            found = sorted(match[1] for path in folder.glob(f"{name}.*") if (match := re.fullmatch(pattern, path.name)))
+            if found:
+                return found[0]
+    return ""
+
+
 def weight_shapes(folder: Path) -> dict[str, list[int]]:
-    """{tensor name: shape} over all weight files of one component, every shard named by an index present."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    """{tensor name: shape} over all weight files of one component, every shard named by an index present. Those that its loader takes, where there are
+    others beside them."""
+    suffix = f".{variant}" if (variant := variant_of(folder)) else ""
+    own = [name for name in WEIGHTS if (folder / f"{name}{suffix}.safetensors").is_file()]
+    indexes = [path for name in WEIGHTS if (path := folder / f"{name}.safetensors.index{suffix}.json").is_file()]
+    if not own and not indexes:
+        indexes = sorted(folder.glob("*.safetensors.index*.json"))
     if indexes:
         weight_map = read_json(indexes[0]).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -95,7 +115,7 @@ def weight_shapes(folder: Path) -> dict[str, list[int]]:
                 raise BadInput(f"{folder.name}/{shard} is missing: the checkpoint is half downloaded ({len(shards)} shards are listed)")
         files = [folder / shard for shard in shards]
     else:
-        files = sorted(folder.glob("*.safetensors"))
+        files = [folder / f"{name}{suffix}.safetensors" for name in own] or sorted(folder.glob("*.safetensors"))
     if not files:
         other = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         hint = f"; {other[0]} is not read, because a pickle can run code" if other else ": the checkpoint is half downloaded"
@@ -161,7 +181,8 @@ def open_encoder(folder: Path, library: str, class_name: str, dtype: torch.dtype
     model = getattr(module_of(library, folder.name), class_name, None)
     if not is_pretrained(model):
         raise BadInput(f"component {folder.name} is of the class {class_name!r}, which is no model of this transformers")
-    loaded, info = model.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True)
+    loaded, info = model.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True,
+                                         variant=variant_of(folder) or None)
     missing = sorted(info["missing_keys"])
     if missing:
         files = [label(file) for file in sorted(folder.glob("*.safetensors"))]
@@ -248,7 +269,9 @@ def open_folder(folder: Path, dtype: torch.dtype):
     try:
         with silent():
             parts = {name: open_encoder(folder / name, *encoder, dtype) for name, encoder in encoders.items()}
-            value = cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, torch_dtype=dtype, **absent, **parts)
+            variants = {variant for part in (folder, *folder.iterdir()) if part.is_dir() and (variant := variant_of(part))}
+            value = cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, torch_dtype=dtype, variant=min(variants, default=None),
+                                        **absent, **parts)
     except BadInput:
         raise
     except Exception as error:

@@ -89,12 +89,12 @@ PRESETS = {
 }
 
 
-def build(name: str, dtype: torch.dtype, layers: int | None, size: int | None, seed: int) -> tuple[nn.Module, dict, str, int]:
-    """(model, inputs of one call, description, size) of a preset, in evaluation mode. BadInput for a depth or size that it cannot have."""
-    from fusewire.folders import needs, silent
-
-    diffusers = needs("diffusers")
+def check_shape(name: str, layers: int | None, size: int | None) -> tuple[int, int]:
+    """(layers, size) of a preset, its own where there is None. BadInput for a depth or size that it cannot have."""
     preset = PRESETS[name]
+    for option, value in (("layers", layers), ("size", size)):
+        if value is not None and value < 1:
+            raise BadInput(f"{option} is {value}; it should be at least 1")
     if layers is not None and preset.depth is None:
         raise BadInput(f"--layers is {layers}; {name} has one depth only")
     layers, size = layers or preset.layers, size or preset.size
@@ -103,6 +103,16 @@ def build(name: str, dtype: torch.dtype, layers: int | None, size: int | None, s
         raise BadInput(f"--size is {size}; for {name} it should be a multiple of {preset.step}{most}")
     if layers > preset.full_layers:
         raise BadInput(f"--layers is {layers}; {name} has {preset.full_layers}")
+    return layers, size
+
+
+def build(name: str, dtype: torch.dtype, layers: int | None, size: int | None, seed: int) -> tuple[nn.Module, dict, str, int]:
+    """(model, inputs of one call, description, size) of a preset, in evaluation mode. BadInput for a depth or size that it cannot have."""
+    from fusewire.folders import needs, silent
+
+    diffusers = needs("diffusers")
+    layers, size = check_shape(name, layers, size)
+    preset = PRESETS[name]
     depth = preset.depth(layers) if preset.depth else {}
     before, generator_state = torch.get_default_dtype(), torch.get_rng_state()
     torch.manual_seed(seed)

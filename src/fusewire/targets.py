@@ -72,6 +72,8 @@ def load(target: str | None = None, *, dtype: str = "float32", layers: int | Non
                            f"({', '.join(PRESETS)})")
     else:
         folder = Path(target)
+        if folder.is_dir() and folder.name in ("", ".."):  # "." and the like have no name
+            folder = folder.resolve()
         if not folder.is_dir():
             what = "is a file" if folder.exists() else "does not exist"
             raise BadInput(f"TARGET {target!r} {what}; it should be a diffusers folder or one of {', '.join(PRESETS)}")

@@ -1,10 +1,15 @@
 """The command line: exit codes, JSON, errors of one line."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from fusewire import cli
+from fusewire.errors import BadInput
 from fusewire.presets import PRESETS
 from fusewire.profile.memory import LIMITS
 from tests.cli.runner import run
@@ -135,6 +140,53 @@ def test_bad_input_exits_2_with_one_line(arguments, message, tmp_path, monkeypat
 def test_bad_input_in_json():
     result = run("parity", "sd3-tiny", "--dtype", "int8", "--json")
     assert result.exit_code == 2 and answer(result)["ok"] is False and "int8" in answer(result)["error"]
+
+
+@pytest.mark.parametrize("arguments, message", (
+    (("--rounds", "0"), "rounds is 0"), (("--preset", "dit-tiny", "--layers", "99"), "--layers is 99"), (("--size", "7"), "--size is 7"),
+    (("--steps", "0"), "steps is 0")))
+def test_demo_looks_at_everything_first(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("fusewire.demo._measure", lambda *args: pytest.fail("it has begun"))
+    result = run("demo", "--out", str(tmp_path / "out"), *arguments)
+    assert result.exit_code == 2 and message in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_what_demo_has_finished_is_not_lost(folder, tmp_path, monkeypatch):
+    """A target that turns out to be damaged after the first one was measured."""
+    from fusewire import demo
+
+    real = demo._measure
+
+    def measure(name, dtype, plan, outcome, bars, show):
+        if outcome.parities:
+            raise BadInput("weight x holds NaN")
+        real(name, dtype, plan, outcome, bars, show)
+
+    monkeypatch.setattr(demo, "_measure", measure)
+    result = run("demo", "--target", str(folder), "--preset", "dit-tiny", "--dtype", "float32", "--out", str(tmp_path / "o [v1]"), "--steps", "2", "--seeds",
+                 "1", "--rounds", "1", "--no-compile")
+    assert result.exit_code == 2 and "weight x holds NaN; what was finished before is on the page" in result.stderr
+    assert (tmp_path / "o [v1]" / "index.html").is_file()
+
+
+def test_the_command_is_named_without_paths(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fusewire", "demo", "--out=/a/b/o 1", "/c/d/model", "--prompt", "a red 7"])
+    assert cli._command() == "fusewire demo '--out=o 1' model --prompt 'a red 7'"
+
+
+@pytest.mark.parametrize("variable, value, arguments", (("FUSEWIRE_BACKEND", "gpu", ("doctor",)), ("FUSEWIRE_NATIVE", "maybe", ("doctor",)),
+                                                        ("FUSEWIRE_CPU_ISA", "avx9", ("doctor",)),
+                                                        ("FUSEWIRE_BACKEND", "triton", ("parity", "dit-tiny", "--level", "model"))))
+def test_variables_that_mean_nothing_here(variable, value, arguments):
+    done = subprocess.run([sys.executable, "-m", "fusewire", *arguments], env=os.environ | {variable: value}, capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("fusewire: ")]
+    assert done.returncode == 2 and len(lines) == 1 and value in lines[0] and "Traceback" not in done.stderr
+
+
+def test_an_encoding_without_bars_and_frames():
+    done = subprocess.run([sys.executable, "-m", "fusewire", "profile", "dit-tiny", "--rounds", "1", "--numerics", "exact"],
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert b"Traceback" not in done.stderr and b"Where the time goes" in done.stdout and b"#" in done.stdout and b"Verdicts" in done.stdout
 
 
 def test_an_unknown_option_exits_2():

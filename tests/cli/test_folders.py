@@ -275,3 +275,35 @@ def test_several_controlnets(tmp_path):
     (path / "controlnet_1/diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(BadInput, match="controlnet_1 has no .safetensors file"):
         open_folder(path, torch.float32)
+
+
+def test_a_folder_of_a_variant_alone(tmp_path):
+    """As ``from_pretrained(repository, variant="fp16")`` downloads it: small ones in one file, large ones in shards."""
+    pipe = tiny_pipeline(torch.float16)
+    pipe.save_pretrained(tmp_path / "whole", variant="fp16")
+    pipe.save_pretrained(tmp_path / "shards", variant="fp16", max_shard_size="40KB")
+    assert not list((tmp_path / "whole").glob("*/*model.safetensors")) and list((tmp_path / "shards").glob("transformer/*.index.fp16.json"))
+    for name in ("whole", "shards"):
+        loaded = targets.load(str(tmp_path / name), dtype="float16").value
+        for part in ("transformer", "vae", "text_encoder"):
+            for key, weight in getattr(pipe, part).state_dict().items():
+                assert torch.equal(getattr(loaded, part).state_dict()[key], weight), (name, part, key)
+    assert type(targets.load(str(tmp_path / "whole" / "transformer")).value).__name__ == "SD3Transformer2DModel"
+
+
+def test_a_variant_beside_the_weights_hides_no_damage(folder):
+    """The loader takes the plain file; a stray index of another variant is nobody's."""
+    whole = load_file(folder / WEIGHTS)
+    beside = (folder / WEIGHTS).with_suffix(".fp16.safetensors")
+    save_file({key: value.half() for key, value in whole.items()}, beside, metadata={"format": "pt"})
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(json.dumps({"weight_map": {"x": "absent.safetensors"}}))
+    loaded = targets.load(str(folder)).value.transformer
+    assert all(torch.equal(weight, whole[key]) for key, weight in loaded.state_dict().items() if key in whole)
+    forget(folder)
+    with pytest.raises(BadInput, match="'proj_out.bias' among them: the checkpoint is incomplete"):
+        targets.load(str(folder))
+
+
+def test_a_folder_by_a_dot(folder, monkeypatch):
+    monkeypatch.chdir(folder / "transformer")
+    assert targets.load("..").name == folder.name and targets.load(".").name == "transformer"

@@ -18,7 +18,7 @@ MUTANTS = (
            "test_triton_backward.py"),
     mutant("gradients forget gate and residual", "gradients.py", 'return activation != "none" or residual is not None', 'return activation != "none"', "test_backward.py"),
     mutant("the bias is read as if it were contiguous", "native.py", "if bias is not None and bias.stride(0) != 1:", "if False:", "test_linear.py", "test_property.py"),
-    mutant("an empty product reaches the library", "native.py", "if x.numel() == 0 or weight.numel() == 0:", "if False:", "test_linear.py"),
+    mutant("an empty product reaches the library", "native.py", "if _known_empty(x) or weight.numel() == 0:", "if False:", "test_linear.py"),
     mutant("autocast is not seen", "native.py", 'if torch.is_autocast_enabled("cpu"):', "if False:", "test_linear.py"),
     mutant("dx is multiplied by the transposed weight", "native.py", "else dy @ weight\n", "else dy @ weight.t()\n", "test_backward.py"),
     mutant("mixed dtypes reach the CPU kernel", "native.py", "if tensor is not None and tensor.dtype is not x.dtype:", "if False:", "test_linear.py"),

@@ -10,7 +10,7 @@ from torch import nn
 import fusewire
 from fusewire.errors import BadInput, NothingToDo
 from fusewire.kernels.library import CPU
-from fusewire.parity.pictures import float64_trajectory, generate, plan
+from fusewire.parity.pictures import float64_trajectory, generate, judge_pictures, plan
 from fusewire.presets import inputs_for
 from fusewire.profile.bench import bench
 from tests.spoil import spoil
@@ -169,7 +169,9 @@ def test_one_prompt_is_no_list_of_letters(pipe):
 @pytest.mark.parametrize("arguments, message", [
     (dict(numerics="fast"), "numerics is 'fast'"), (dict(levels=["pixel"]), "levels is"), (dict(levels=[]), "levels is"),
     (dict(seeds=()), "seeds is"), (dict(steps=0), "steps is 0"), (dict(steps=1.5), "steps is 1.5"), (dict(guidance="4"), "guidance is '4'"),
-    (dict(seeds=["a"]), "seeds is"), (dict(seeds=[2**70]), "seeds is"), (dict(guidance=float("nan")), "guidance is nan")])
+    (dict(seeds=["a"]), "seeds is"), (dict(seeds=[2**70]), "seeds is"), (dict(guidance=float("nan")), "guidance is nan"),
+    (dict(seeds=3), "seeds is 3; it should be a list"), (dict(levels="op"), "levels is 'op'; it should be a list"), (dict(call="x"), "call is a str"),
+    (dict(call=dict(height=16)), "call has 'height', which every run is given by size="), (dict(call=dict(output_type="np")), "call has 'output_type'")])
 def test_bad_arguments(pipe, arguments, message):
     with pytest.raises(BadInput, match=message):
         prove(pipe, **arguments)
@@ -186,7 +188,46 @@ def test_dropout_is_off():
     assert block.training and block.ff.net[1].training
 
 
+def test_embeddings_in_place_of_prompts():
+    """A pipeline whose text encoders were taken away once the prompts were encoded."""
+    pipe = tiny_pipeline()
+    text, negative, pooled, negative_pooled = pipe.encode_prompt(["a red 7"], None, None, max_sequence_length=8)
+    given = dict(prompt_embeds=text, negative_prompt_embeds=negative, pooled_prompt_embeds=pooled, negative_pooled_prompt_embeds=negative_pooled)
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"):
+        setattr(pipe, name, None)
+    result = fusewire.parity(pipe, seeds=[0], steps=2, call=given)
+    assert result.ok and {row.level for row in result.rows} == {"op", "block", "model", "picture"}
+    assert fusewire.profile(pipe, rounds=1, steps=1, call=given).rows
+
+
+def test_a_pipeline_that_takes_no_latents(pipe):
+    class Other(type(pipe)):
+        def __call__(self, class_labels):
+            return None
+
+    with pytest.raises(BadInput, match="Other takes no callback_on_step_end and no latents, .* give its denoiser, pipe.transformer"):
+        fusewire.parity(Other(**pipe.components), steps=1, seeds=[0])
+
+
+def test_pictures_without_a_number(pipe):
+    """An autoencoder that overflows in float16, as SDXL's does: the latents are finite, stock's picture is not."""
+    run = plan(pipe, ["a red 7"], [0], 2, 4.0, None, CALL)
+    stock, other = generate(pipe, run), generate(pipe, run)
+    stock.pictures[0, 0, 0, 0] = other.pictures[0, 0, 0, 0] = torch.nan
+    [row] = judge_pictures(run, stock, {"close": other})
+    assert not row.holds and row.reason == "NaN or infinity in the decoded picture, and in stock’s"
+    other.latents[-1][0, 0, 0, 0] = torch.inf
+    [row] = judge_pictures(run, stock, {"close": other})
+    assert row.reason == "NaN or infinity in the final latents"
+
+
 def test_bad_targets(pipe):
+    with pytest.raises(BadInput, match="pipe_or_module is the class StableDiffusion3Pipeline"):
+        fusewire.parity(type(pipe))
+    with pytest.raises(TypeError, match="pipe_or_module is the class"):
+        fusewire.swap(type(pipe.scheduler))
+    with pytest.raises(NothingToDo, match="pictures need a pipeline"):
+        fusewire.parity(pipe.transformer, levels=["picture"])
     with pytest.raises(BadInput, match="pipe_or_module is a str"):
         fusewire.parity("pipe")
     with pytest.raises(BadInput, match="inputs is None"):

@@ -1,14 +1,17 @@
 """The page: complete in one file, honest about what fails, and free of this machine's paths."""
 
-import tempfile
-from pathlib import Path
+import io
 import json
 import math
 import re
+import tempfile
+from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from fusewire.parity.result import ParityResult, Pictures, Row
 from fusewire.profile.result import MemoryRow, ProfileResult, Verdict
@@ -133,7 +136,7 @@ def test_it_shows_what_there_is(written):
     text, _, _ = written
     assert text.count("<img ") == 2 * 2 * 5  # two dtypes, two seeds, three pictures and two maps
     assert text.count("<svg ") == 2 * 2 + 2 + 2  # curves, sides, kinds
-    for word in ("fusewire demo", "A Processor", "torch 2.13.0", "66.6 dB", "arithmetic floor", "stock, torch.compile", "1.5 minutes"):
+    for word in ("fusewire demo", "A Processor", "torch 2.13.0", "66.6 dB", "floor", "stock, torch.compile", "1.5 minutes"):
         assert word in text, word
     assert "What does not hold" not in text
 
@@ -184,6 +187,39 @@ def test_without_pictures_and_compile():
     bare.pictures, bare.curves = None, {}
     text = page.render([bare], [profile_result(compiled=False)], command="fusewire demo", seconds=1.0)
     assert "<img " not in text and "torch.compile</td>" not in text
+
+
+def test_pictures_without_a_number():
+    result = parity_result()
+    for variant in ("stock", "close"):
+        result.pictures.variants[variant][0, 0, 0, 0] = math.nan
+    result.rows[:] = [replace(row, psnr=math.nan, holds=False) if row.level == "picture" and row.numerics == "close" else row for row in result.rows]
+    [tile] = [tile for tile in page.tiles([result], []) if "PSNR" in tile["small"]]
+    assert tile["big"] == "NaN" and tile["tone"] == "bad"
+    cards = page.gallery(result)["cards"]
+    assert "NaN" in [view["caption"] for view in cards[0]["differences"]] and "nan" not in page.gallery(result)["scale"]
+
+
+def test_labels_are_escaped_and_one_step_is_a_mark():
+    curves = {"stock against float64": [1e-3], "close against float64": [2e-3]}
+    drawn = plots.error_curves(curves, "float64")
+    assert drawn.count("<use") >= 2  # the marks
+    assert 'aria-label="milliseconds of a &lt;b&gt; &quot;c&quot; &amp; d"' in plots.side_bars({"eager": 1.0}, {"eager": 1.0}, {"eager": 1.0}, 0.5,
+                                                                                           'milliseconds of a <b> "c" & d')
+
+
+@pytest.mark.parametrize("width", (50, 80, 100, 200))
+def test_tables_cut_no_number(width):
+    """In a terminal that is too narrow columns are left out, and named."""
+    result = parity_result()
+    result.target = "a [red] folder"
+    console = Console(width=width, file=io.StringIO())
+    for part in tables.fitted(tables.parity_table(result), console):
+        console.print(part)
+    shown = console.file.getvalue()
+    assert "…" not in shown and "[red]" in shown and all(len(line) <= width for line in shown.splitlines())
+    assert shown.count("holds") == len(result.rows) and shown.count("1.00e-07") == 2  # the largest error, and stock's
+    assert ("for which the terminal is too narrow" in " ".join(shown.split())) == (width <= 100)
 
 
 def test_difference_maps():

@@ -56,6 +56,8 @@ def parity(pipe_or_module, *, numerics: str = "both", levels: Sequence[str] = LE
     check_finite(pipe_or_module)
     tell = progress or (lambda what, done, total: None)
     is_pipe = not isinstance(pipe_or_module, nn.Module)
+    if levels == ("picture",) and not is_pipe:
+        raise NothingToDo(f"pictures need a pipeline, and this is a {type(pipe_or_module).__name__}")
     stock = shared_copy(pipe_or_module)
     swapped, swaps = swap_copies(pipe_or_module, variants)
     for value in (stock, *swapped.values()):  # two calls of a dropout differ, stock or not
@@ -107,7 +109,7 @@ def parity(pipe_or_module, *, numerics: str = "both", levels: Sequence[str] = LE
 
 
 def _pictures(result: ParityResult, stock, swapped: dict, run: pictures.Run, tell: Progress) -> None:
-    with_truth = pictures.has_float64_trajectory(stock)
+    with_truth = pictures.has_float64_trajectory(stock) and "prompt_embeds" not in run.call
     tick = ticker(tell, "pictures", run.steps * (1 + len(swapped) + with_truth))
     base = pictures.generate(stock, run, tick=tick)
     others = {numerics: pictures.generate(value, run, tick=tick) for numerics, value in swapped.items()}
@@ -127,6 +129,8 @@ def parse_numerics(numerics: str) -> tuple[str, ...]:
 
 
 def _parse_levels(levels: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(levels, str) or not isinstance(levels, Sequence):
+        raise BadInput(f"levels is {levels!r}; it should be a list of some of {', '.join(LEVELS)}")
     unknown = [level for level in levels if level not in LEVELS]
     if unknown or not levels:
         raise BadInput(f"levels is {list(levels)}; it should be some of {', '.join(LEVELS)}")
@@ -173,6 +177,8 @@ def inputs_of(model: nn.Module, inputs: dict | None, size: int | None) -> dict:
 
 def check_run(seeds: Sequence[int], steps: int, guidance: float) -> None:
     """BadInput naming what no pictures can be drawn with."""
+    if not isinstance(seeds, Sequence):
+        raise BadInput(f"seeds is {seeds!r}; it should be a list of integers, one for each picture")
     if not seeds:
         raise BadInput("seeds is empty; there should be at least one")
     if not all(isinstance(seed, int) and -2**63 <= seed < 2**64 for seed in seeds):

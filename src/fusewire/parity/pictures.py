@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +18,9 @@ from fusewire.parity.verdict import PSNR_FLOOR, psnr
 
 PROMPTS = ("a handwritten red seven on white paper", "a handwritten blue three on yellow paper",
            "a handwritten black eight on pink paper", "a handwritten green five on white paper")
+# What ``generate`` gives each run, and the argument that tells it.
+SET = {"prompt": "prompts", "num_inference_steps": "steps", "guidance_scale": "guidance", "height": "size", "width": "size", "output_type": "",
+       "callback_on_step_end": ""}
 GIVEN = "what a pipeline is tried with (prompt, latents, steps, guidance and size; call={...} adds to it)"  # for ``blaming`` stock's first call
 
 
@@ -44,8 +48,17 @@ class Trajectory:
 def plan(pipe, prompts, seeds, steps: int, guidance: float, size: int | None, call: dict | None) -> Run:
     """Prompts and noise for ``pipe``: one picture per seed, the prompts taken in turn. The noise of a seed is the same in every dtype. ``latents`` in
     ``call`` are taken instead. BadInput where nothing tells the latents' shape."""
-    _, model = denoiser_of(pipe)
+    component, model = denoiser_of(pipe)
+    if call is not None and not isinstance(call, Mapping):
+        raise BadInput(f"call is a {type(call).__name__}; it should be a dictionary of more keyword arguments of the pipeline's call")
     call = dict(call or {})
+    for key, instead in SET.items():
+        if key in call:
+            raise BadInput(f"call has {key!r}, which every run is given{f' by {instead}=' if instead else ''}")
+    taken = inspect.signature(pipe.__call__).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    if not open_ended and (lacking := sorted({"latents", "callback_on_step_end"} - taken.keys())):
+        raise BadInput(f"{type(pipe).__name__} takes no {' and no '.join(lacking)}, so that its runs cannot be compared; give its denoiser, pipe.{component}")
     noise = call.pop("latents", None)
     if noise is None:
         shape = _latents_of(pipe, model, size)
@@ -100,8 +113,9 @@ def generate(pipe, run: Run, *, decode: bool = True, steps: int | None = None, t
         tick()
         return tensors
 
+    prompts = {} if "prompt_embeds" in run.call else dict(prompt=run.prompts)
     with _same_noise(run) as call:
-        images = pipe(prompt=run.prompts, num_inference_steps=steps or run.steps, guidance_scale=run.guidance, height=run.size, width=run.size,
+        images = pipe(**prompts, num_inference_steps=steps or run.steps, guidance_scale=run.guidance, height=run.size, width=run.size,
                       latents=run.noise.clone(), output_type="pt" if decode else "latent", callback_on_step_end=keep, **call).images
     if not latents:
         raise BadInput(f"{type(pipe).__name__} calls nothing back after its steps (callback_on_step_end), so that there are no latents to compare")
@@ -170,8 +184,10 @@ def judge_pictures(run: Run, stock: Trajectory, swapped: dict[str, Trajectory]) 
                 floor = PSNR_FLOOR[dtype]
                 rule, holds = f"PSNR >= {floor:g} dB", decibel >= floor
                 reason = "" if holds else f"PSNR {decibel:.1f} dB is under {floor:g} dB"
-            if not bool(torch.isfinite(got).all()) or math.isnan(decibel):
-                holds, reason = False, "NaN or infinity in the final latents"
+            broken = "final latents" if not torch.isfinite(got).all() else "decoded picture" if math.isnan(decibel) else ""
+            if broken:
+                there = torch.isfinite(want if broken == "final latents" else stock.pictures[i]).all()
+                holds, reason = False, f"NaN or infinity in the {broken}{'' if there else ', and in stock’s'}"
             difference = (got.double() - want.double()).abs()
             rows.append(Row("picture", f"seed {seed}, {run.steps} steps", numerics, name_of(dtype), "", "x".join(map(str, got.shape)), rule,
                             holds, equal, reason, max_difference=difference.max().item(), mean_difference=difference.mean().item(),

@@ -59,13 +59,14 @@ class BenchResult:
                       "rows": [dataclasses.asdict(r) for r in self.rows], "machine": self.machine})
 
 
-def bench(module, *, numerics: str = "both", only: list[str] | None = None, inputs: dict | None = None, rounds: int = 7, name: str | None = None,
-          progress=None) -> BenchResult:
+def bench(module, *, numerics: str = "both", only: list[str] | None = None, inputs: dict | None = None, rounds: int = 7, size: int | None = None,
+          name: str | None = None, progress=None) -> BenchResult:
     """Time each distinct call of a fused op that one call of a swapped denoiser makes.
 
     Args:
         module: a denoiser or a pipeline (its denoiser is used). inputs: keyword arguments of one call; random ones unless given.
-        numerics: ``"exact"``, ``"close"`` or ``"both"``. only: names of ops. rounds: samples of each side.
+        numerics: ``"exact"``, ``"close"`` or ``"both"``. only: names of ops. rounds: samples of each side. size: picture width and height, pixels,
+            of random inputs.
 
     Raises: BadInput for an unknown op; NothingToDo where nothing can be swapped, or no call is left. A KeyboardInterrupt has the rows that are
         complete in ``.result``.
@@ -76,7 +77,7 @@ def bench(module, *, numerics: str = "both", only: list[str] | None = None, inpu
     if unknown:
         raise BadInput(f"op is {unknown[0]!r}; it should be one of {', '.join(sorted(TABLES))}")
     _, model = denoiser_of(module)
-    kwargs, tell = inputs_of(model, inputs, None), progress or (lambda what, done, total: None)
+    kwargs, tell = inputs_of(model, inputs, size), progress or (lambda what, done, total: None)
     count("rounds", rounds)
     copies, _ = swap_copies(model, parse_numerics(numerics))
     if inputs is not None:

@@ -14,7 +14,7 @@ def data_uri(picture: torch.Tensor) -> str:
     """A picture [3, H, W] float32 in 0..1 as a ``data:`` address."""
     from PIL import Image
 
-    image = Image.fromarray((picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+    image = Image.fromarray((torch.nan_to_num(picture).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
     if max(image.size) > LARGEST:
         image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -23,8 +23,8 @@ def data_uri(picture: torch.Tensor) -> str:
 
 
 def difference(picture: torch.Tensor, stock: torch.Tensor) -> torch.Tensor:
-    """[3, H, W] and [3, H, W] -> [H, W]: the largest difference over the colours, 0 to 1."""
-    return (picture.float() - stock.float()).abs().amax(0)
+    """[3, H, W] and [3, H, W] -> [H, W]: the largest difference over the colours, 0 to 1; 1 where one has no number."""
+    return torch.nan_to_num((picture.float() - stock.float()).abs().amax(0), nan=1.0, posinf=1.0)
 
 
 def heat(values: torch.Tensor, scale: float) -> torch.Tensor:

@@ -60,12 +60,12 @@ def tiles(parities: list[ParityResult], profiles: list[ProfileResult]) -> list[d
     if exact:
         equal = sum(row.equal for row in exact)
         found.append(dict(big=f"{equal} of {len(exact)}", tone="good" if equal == len(exact) else "bad",
-                          small=f"exact runs whose final latents equal stock’s bit for bit ({_dtypes(exact)})"))
+                          small=f"exact runs whose final latents and picture equal stock’s bit for bit ({_dtypes(exact)})"))
     for dtype in dict.fromkeys(row.dtype for row in rows):
         close = [row for row in rows if row.numerics == "close" and row.dtype == dtype]
         if close:
-            worst = min(row.psnr for row in close)
-            found.append(dict(big=f"{worst:.0f} dB" if math.isfinite(worst) else "equal", tone="good" if all(r.holds for r in close) else "bad",
+            worst = min((row.psnr for row in close), key=lambda decibel: -math.inf if math.isnan(decibel) else decibel)
+            found.append(dict(big=f"{worst:.0f} dB" if math.isfinite(worst) else "NaN" if math.isnan(worst) else "equal", tone="good" if all(r.holds for r in close) else "bad",
                               small=f"lowest PSNR of a close picture against stock’s, {dtype}"))
     for profile in profiles:
         close, compiled = profile.row("close"), profile.row("compile")
@@ -111,7 +111,7 @@ def gallery(result: ParityResult) -> dict:
         for name in swapped:
             views.append(dict(src=images.data_uri(variants[name][i]), alt=f"{name}: {prompt}", caption=name))
             psnr = decibels.get((name, i))
-            text = "equal" if psnr == math.inf else f"{psnr:.1f} dB"
+            text = "equal" if psnr == math.inf else "NaN" if psnr is None or math.isnan(psnr) else f"{psnr:.1f} dB"
             maps.append(dict(src=images.data_uri(images.heat(differences[name][i], largest)), alt=f"difference of {name} to stock", caption=text))
         cards.append(dict(views=views, differences=maps, prompt=prompt, seed=seed))
     steps, guidance = result.settings["steps"], result.settings["guidance"]
@@ -138,14 +138,14 @@ def speeds(profiles: list[ProfileResult]) -> list[dict]:
                  *([dict(text="x compile")] if compiled else []), dict(text="x floor", spare=True), dict(text="first call ms", spare=True),
                  dict(text="peak MiB", spare=True)]
         rows = [row for p in group for row in _speed_rows(p, compiled)]
-        floors = "; ".join(f"{p.floor['gflop']:.3g} GFLOP at {p.floor['gemm_gflops']:.0f} GFLOP/s in {p.dtype}" for p in group)
+        floors = "; ".join(f"{p.floor['gflop']:.3g} GFLOP at {p.floor['gemm_gflops']:.0f} GFLOP/s and {p.floor['bandwidth_gbs']:.1f} GB/s in {p.dtype}" for p in group)
         notes = " ".join(dict.fromkeys(note + "." for p in group for note in p.notes))
         found.append(dict(
             title=target, heads=heads, rows=rows, memory_heads=tables.MEMORY, memory=[row for p in group for row in _memory_rows(p)],
             kept=kept(group),
-            note=f"{group[0].description}. {_what_runs(group[0])} The floor: {floors}, the rate of this machine’s best matrix product. {notes}",
+            note=f"{group[0].description}. {_what_runs(group[0])} The floor: {floors}, the rates of this machine’s best matrix product and of a copy. {notes}",
             plots=[dict(title=f"{p.dtype}", svg=plots.side_bars({r.variant: r.median_ms for r in p.rows}, {r.variant: r.low_ms for r in p.rows},
-                                                                {r.variant: r.high_ms for r in p.rows}, p.floor["arithmetic_ms"],
+                                                                {r.variant: r.high_ms for r in p.rows}, p.floor["roofline_ms"],
                                                                 f"milliseconds per call of {target} in {p.dtype}")) for p in group]))
     return found
 
@@ -158,10 +158,10 @@ def _speed_rows(p: ProfileResult, compiled: bool) -> list[dict]:
                  *([("" if row.against_compile is None else f"{row.against_compile:.2f}")] if compiled else []),
                  f"{1 / row.floor_share:.2f}" if row.floor_share else "", f"{row.first_ms:.0f}", "" if row.peak_mib is None else f"{row.peak_mib:.0f}"]
         rows.append(dict(dtype=p.dtype, name=tables.NAMES[row.variant], colour=plots.SERIES[row.variant], cells=cells, best=row.variant == "close"))
-    floor, compile_row = p.floor["arithmetic_ms"], p.row("compile")
+    floor, compile_row = p.floor["roofline_ms"], p.row("compile")
     cells = [f"{floor:.1f}", "", f"{p.row('eager').median_ms / floor:.2f}" if floor else ""]
     cells += [f"{compile_row.median_ms / floor:.2f}" if compile_row and floor else ""] if compiled else []
-    return rows + [dict(dtype=p.dtype, name="arithmetic floor", colour="floor", cells=[*cells, "", "", ""], best=False)]
+    return rows + [dict(dtype=p.dtype, name="floor", colour="floor", cells=[*cells, "", "", ""], best=False)]
 
 
 def _memory_rows(p: ProfileResult) -> list[dict]:

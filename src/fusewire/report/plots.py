@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
 
@@ -37,7 +38,8 @@ def _svg(figure, label: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg"):]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{label}">', text, count=1)
+    label = html.escape(label)
+    text = re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', lambda found: f'<svg viewBox="{found[1]}" role="img" aria-label="{label}">', text, count=1)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
     text = re.sub(r"font-family: [^;\"]*;?", "", text)
     for name, colour in COLOURS.items():
@@ -60,9 +62,10 @@ def error_curves(curves: dict[str, list[float]], against: str) -> str:
         # exact is drawn last and dashed: on top of stock it shows that both are the same line
         dashes = {"stock": "-", "exact": (0, (4, 3)), "close": "-"}[variant]
         axes.semilogy(range(1, len(values) + 1), [value or float("nan") for value in values], color=COLOURS[SERIES[variant]], linestyle=dashes,
-                      linewidth=1.8, label=NAMES[variant], zorder=3 if variant == "exact" else 2)
+                      marker="o" if len(values) < 3 else None, linewidth=1.8, label=NAMES[variant], zorder=3 if variant == "exact" else 2)
         lines += 1
     axes.set_xlabel("denoising step")
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.set_title(f"relative error against {against}", color=COLOURS["muted"])
     axes.grid(axis="y", color=COLOURS["line"], linewidth=0.6)
     if equal:

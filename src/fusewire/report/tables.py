@@ -2,15 +2,52 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 
-from rich.table import Table
+from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.table import Column, Table
 from rich.text import Text
 
 from fusewire.parity.result import LEVELS, ParityResult
 from fusewire.parity.result import Row as ParityRow
 from fusewire.profile.result import MemoryRow, ProfileResult
 from fusewire.swap.report import SIDES
+
+
+# What a terminal that is too narrow does without, the first first; and columns of words that are not folded.
+SPARE = ("", "quartiles us", "quartiles ms", "clone us", "calls", "backend", "fused calls", "mean error", "PSNR dB", "mismatch", "first call ms", "peak MiB",
+         "without weights", "scratch", "kept", "dtype", "x clone", "shape", "tested with", "for example", "level", "tensors", "weights")
+WHOLE = ("verdict", "numerics", "backend", "level", "dtype", "side")
+
+
+def fitted(table: Table, console: Console) -> tuple:
+    """The table without the columns that a narrow terminal would have to cut numbers for, and a line that names them."""
+    if not isinstance(table, Table):
+        return (table,)
+    for column in table.columns:
+        column.no_wrap = column.no_wrap or column.justify == "right" or column.header in WHOLE
+        column.overflow = "fold"  # rather than cut
+    lacking = []
+    for name in SPARE:
+        if sum(_least(column, console) + 3 for column in table.columns) < console.width:
+            break
+        for column in [column for column in table.columns if column.header == name and (name or column.no_wrap)]:  # (those of bars have no name)
+            place = table.columns.index(column)
+            end = place + 2 if [beside.header for beside in table.columns[place + 1:place + 2]] == ["stock's"] else place + 1
+            del table.columns[place:end]
+            lacking.append(name)
+    lacking = list(dict.fromkeys(filter(None, lacking)))
+    note = f"(without {', '.join(lacking)}, for which the terminal is too narrow; --json has all)" if lacking else ""
+    return (table, Text(note, style="dim")) if note else (table,)
+
+
+def _least(column: Column, console: Console) -> int:
+    """The width that a column should have: of its longest cell, or of 14 letters where words may be folded."""
+    longest = max(Measurement.get(console, console.options.update(width=1000), cell).maximum for cell in (column.header, *column.cells))
+    return longest if column.no_wrap else min(longest, 14)
 
 
 def verdict(holds: bool) -> Text:
@@ -39,7 +76,7 @@ def percent(value: float | None) -> str:
 
 def parity_table(result: ParityResult, *, full: bool = True) -> Table:
     """Every row of a parity result; or, with ``full=False``, each level and numerics in one line that shows its worst row."""
-    table = Table(title=f"Parity: {result.target}, {result.dtype}", title_justify="left", caption="errors against float64, absolute; "
+    table = Table(title=escape(f"Parity: {result.target}, {result.dtype}"), title_justify="left", caption="errors against float64, absolute; "
                   "mismatch: elements that differ from stock's", caption_justify="left")
     for name, justify in (("level", "left"), ("what", "left"), ("numerics", "left"), ("backend", "left"), ("max error", "right"),
                           ("stock's", "right"), ("mean error", "right"), ("stock's", "right"), ("mismatch", "right"), ("PSNR dB", "right"),
@@ -49,7 +86,7 @@ def parity_table(result: ParityResult, *, full: bool = True) -> Table:
     for before, row in zip([None, *rows], rows):
         if before is not None and before.level != row.level:
             table.add_section()
-        table.add_row(row.level, row.name, row.numerics, row.backend, figure(row.max_error), figure(row.stock_max_error),
+        table.add_row(row.level, escape(row.name), row.numerics, row.backend, figure(row.max_error), figure(row.stock_max_error),
                       figure(row.mean_error), figure(row.stock_mean_error), percent(row.mismatch), decibel(row.psnr), verdict(row.holds))
     return table
 
@@ -82,7 +119,7 @@ NAMES = {"eager": "stock, eager", "compile": "stock, torch.compile", "exact": "s
 
 def profile_table(result: ProfileResult) -> Table:
     """Every side of a profile, with the floor as its last line."""
-    table = Table(title=f"Throughput: {result.target}, {result.dtype}", title_justify="left", caption=machine_line(result.machine),
+    table = Table(title=escape(f"Throughput: {result.target}, {result.dtype}"), title_justify="left", caption=machine_line(result.machine),
                   caption_justify="left")
     compiled = result.row("compile") is not None
     columns = ["side", "median ms", "quartiles ms", "x eager", *(["x compile"] if compiled else []), "first call ms", "peak MiB", "fused calls"]
@@ -96,8 +133,8 @@ def profile_table(result: ProfileResult) -> Table:
     floor = result.floor
     if floor:
         table.add_section()
-        table.add_row("arithmetic floor", f"{floor['arithmetic_ms']:.1f}", "", *([""] if compiled else []), "", "", "",
-                      f"{floor['gflop']:.1f} GFLOP at {floor['gemm_gflops']:.0f} GFLOP/s")
+        table.add_row("floor", f"{floor['roofline_ms']:.1f}", "", *([""] if compiled else []), "", "", "",
+                      f"{floor['gflop']:.1f} GFLOP at {floor['gemm_gflops']:.0f} GFLOP/s, {floor['bandwidth_gbs']:.1f} GB/s")
     return table
 
 
@@ -125,7 +162,7 @@ def kinds_table(result: ProfileResult) -> Table:
     """Milliseconds of each kind of operation and of each stage, side by side for every variant, with bars."""
     table = Table(title="Where the time goes, ms", title_justify="left")
     table.add_column("kind or stage")
-    variants = list(result.kinds)
+    variants, bar = list(result.kinds), "█" if "utf" in (getattr(sys.stdout, "encoding", None) or "").lower() else "#"
     for variant in variants:
         table.add_column(NAMES[variant], justify="right")
         table.add_column("", no_wrap=True)
@@ -138,7 +175,7 @@ def kinds_table(result: ProfileResult) -> Table:
             cells = []
             for variant in variants:
                 value = part[variant][name]
-                cells += [f"{value:.1f}", "█" * round(12 * value / longest)]
+                cells += [f"{value:.1f}", bar * round(12 * value / longest)]
             table.add_row(name, *cells)
     return table
 
@@ -149,19 +186,19 @@ def verdict_table(result: ProfileResult) -> Table:
     for name in ("what has to hold", "verdict", "detail"):
         table.add_column(name)
     for row in result.verdicts:
-        table.add_row(row.name, verdict(row.holds), row.detail)
+        table.add_row(escape(row.name), verdict(row.holds), escape(row.detail))
     return table
 
 
 def swap_table(swaps: dict[str, dict], target: str) -> Table:
     """What was swapped and what was left, grouped by op and reason."""
-    table = Table(title=f"Swap report: {target}", title_justify="left")
+    table = Table(title=escape(f"Swap report: {target}"), title_justify="left")
     for name, justify in (("numerics", "left"), ("", "left"), ("op", "left"), ("modules", "right"), ("for example", "left"), ("reason", "left")):
         table.add_column(name, justify=justify)
     for numerics, report in swaps.items():
         table.add_section()
         for side, op, reason, count, example in grouped(report):
-            table.add_row(numerics, Text(side, style="green" if side == "swapped" else "yellow"), op, str(count), example, reason)
+            table.add_row(numerics, Text(side, style="green" if side == "swapped" else "yellow"), op, str(count), escape(example), escape(reason))
     return table
 
 
@@ -185,7 +222,7 @@ def machine_line(machine: dict) -> str:
 
 def bench_table(result) -> Table:
     """Every op on every backend that can serve it (``fusewire.profile.bench.BenchResult``)."""
-    table = Table(title=f"Ops of {result.target}", title_justify="left", caption=machine_line(result.machine), caption_justify="left")
+    table = Table(title=escape(f"Ops of {result.target}"), title_justify="left", caption=machine_line(result.machine), caption_justify="left")
     for name in ("op", "shape", "dtype", "numerics", "backend"):
         table.add_column(name)
     for name in ("calls", "median us", "quartiles us", "eager us", "clone us", "x eager", "x clone"):

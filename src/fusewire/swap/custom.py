@@ -60,7 +60,9 @@ def is_compiled(instance) -> bool:
     if not isinstance(instance, nn.Module):
         return False
     own = vars(instance)
-    return own.get("_compiled_call_impl") is not None or "_orig_mod" in own["_modules"] or any(hasattr(part, "_torchdynamo_orig_callable") for part in own.values())
+    if own.get("_compiled_call_impl") is not None or "_orig_mod" in own["_modules"]:
+        return True
+    return any(hasattr(part, "_torchdynamo_orig_callable") for part in own.values())
 
 
 def described(module: nn.Module) -> str:

@@ -22,6 +22,7 @@ from fusewire.swap.fused import stock_of
 from fusewire.swap.report import Entry, Report, SwapError, warn_the_user
 
 ALREADY = "already swapped"
+REPLACED = "its forward was replaced on the instance by something that does not call it through a hook we know"
 HELD = "its forward was replaced on the instance after a swap with other numerics, and holds what that swap gave it: take it off first"
 IN_FORCE = "_fusewire_in_force"  # attribute of a swapped instance: the numbers of the swaps that made it what it is, in their order
 # They begin at random: what was pickled elsewhere carries numbers of other swaps
@@ -194,7 +195,7 @@ def _settle(candidate: Candidate, only, report: Report, changes: list, seen: set
     if only is not None and not only.intersection(ops):
         return
     if fused is not None and _wrapped(instance) and getattr(instance, "fusewire_how", None) != fused.fusewire_how:
-        fused, reason = None, HELD if stock_of(instance) else "its forward was replaced on the instance by something that does not call it through a hook we know"
+        fused, reason = None, HELD if stock_of(instance) else REPLACED
     if fused is None:
         report.left.extend(Entry(name, op, reason, by_choice) for op in ops)
         return

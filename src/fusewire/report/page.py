@@ -65,7 +65,8 @@ def tiles(parities: list[ParityResult], profiles: list[ProfileResult]) -> list[d
         close = [row for row in rows if row.numerics == "close" and row.dtype == dtype]
         if close:
             worst = min((row.psnr for row in close), key=lambda decibel: -math.inf if math.isnan(decibel) else decibel)
-            found.append(dict(big=f"{worst:.0f} dB" if math.isfinite(worst) else "NaN" if math.isnan(worst) else "equal", tone="good" if all(r.holds for r in close) else "bad",
+            found.append(dict(big=f"{worst:.0f} dB" if math.isfinite(worst) else "NaN" if math.isnan(worst) else "equal",
+                              tone="good" if all(r.holds for r in close) else "bad",
                               small=f"lowest PSNR of a close picture against stock’s, {dtype}"))
     for profile in profiles:
         close, compiled = profile.row("close"), profile.row("compile")
@@ -138,7 +139,8 @@ def speeds(profiles: list[ProfileResult]) -> list[dict]:
                  *([dict(text="x compile")] if compiled else []), dict(text="x floor", spare=True), dict(text="first call ms", spare=True),
                  dict(text="peak MiB", spare=True)]
         rows = [row for p in group for row in _speed_rows(p, compiled)]
-        floors = "; ".join(f"{p.floor['gflop']:.3g} GFLOP at {p.floor['gemm_gflops']:.0f} GFLOP/s and {p.floor['bandwidth_gbs']:.1f} GB/s in {p.dtype}" for p in group)
+        floors = "; ".join(f"{p.floor['gflop']:.3g} GFLOP at {p.floor['gemm_gflops']:.0f} GFLOP/s and {p.floor['bandwidth_gbs']:.1f} GB/s in {p.dtype}"
+                           for p in group)
         notes = " ".join(dict.fromkeys(note + "." for p in group for note in p.notes))
         found.append(dict(
             title=target, heads=heads, rows=rows, memory_heads=tables.MEMORY, memory=[row for p in group for row in _memory_rows(p)],

@@ -31,7 +31,8 @@ def _maker(how: How) -> dict:
     def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, **cross_attention_kwargs):
         # A processor that was set meanwhile (IP-Adapter, PAG, a user's own) does its own work; stock warns of keywords that it ignores.
         kind = type(self.processor)
-        if kind.__call__ is not CALLS.get(kind) or cross_attention_kwargs.keys() - {"temb"} or (kind is AttnProcessor2_0 and (not how.attention or _unusual(self))):
+        stocks = kind is AttnProcessor2_0 and (not how.attention or _unusual(self))
+        if stocks or kind.__call__ is not CALLS.get(kind) or cross_attention_kwargs.keys() - {"temb"}:
             return Attention.forward(self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
         chosen = without_attention if how.attention and layers.intercepted(self) else how
         if kind is JointAttnProcessor2_0:

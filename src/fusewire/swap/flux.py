@@ -54,7 +54,8 @@ def _attention(how: How) -> dict:
     def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **kwargs):
         processor = self.processor
         # A processor that was set meanwhile (IP-Adapter, a user's own) does its own work; so does stock for keywords of which it warns.
-        if type(processor) is not FluxAttnProcessor or not _as_made() or attention_mask is not None or kwargs or not _as_verified(image_rotary_emb, hidden_states):
+        known = type(processor) is FluxAttnProcessor and _as_made() and _as_verified(image_rotary_emb, hidden_states)
+        if not known or attention_mask is not None or kwargs:
             return FluxAttention.forward(self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs)
 
         def attend(q, k, v):

@@ -46,6 +46,7 @@ RMS_NORMS: set[type] = set()
 # PyTorch's own forwards, of which ours know the meaning; None for one that somebody had replaced before
 _FORWARDS = {cls: cls.forward if cls.forward.__module__.startswith("torch.nn.") else None
              for cls in (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.SiLU, nn.GELU, nn.Dropout)}
+_ATTENTION = F.scaled_dot_product_attention if F.scaled_dot_product_attention.__module__.startswith("torch.") else None
 
 
 def as_made(cls: type) -> bool:
@@ -56,7 +57,7 @@ def as_made(cls: type) -> bool:
 def intercepted(module: nn.Module) -> bool:
     """Whether PyTorch's attention, or a function mode around it, is somebody's own (``F.scaled_dot_product_attention = mine``, perturbed attention
     guidance): then that is what is called. A default device is a function mode, too, that changes nothing here."""
-    if F.scaled_dot_product_attention is not torch._C._nn.scaled_dot_product_attention:
+    if F.scaled_dot_product_attention is not _ATTENTION:
         return True
     depth = torch._C._len_torch_function_stack()
     if not depth or torch.compiler.is_compiling():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig, inject_adapter_in_model
 
@@ -189,3 +190,14 @@ def test_a_wrapper_put_on_since(numerics="exact"):
     report = fusewire.swap(model, "close").report
     assert any("take it off first" in entry.reason and entry.name == "transformer_blocks.0" for entry in report.left)
     assert block.fusewire_how.numerics == "exact"
+
+
+def test_another_model_in_the_pipeline_is_left_alone():
+    """What was put there since, and swapped by itself, is no copy of what the handle had swapped."""
+    pipe = StableDiffusionPipeline(vae=stock_unet.vae(torch.float32), text_encoder=None, tokenizer=None, unet=MODELS["SD"][0](), scheduler=DDIMScheduler(),
+                                   safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    handle = fusewire.swap(pipe)
+    before, pipe.unet = pipe.unet, MODELS["SD"][0]()
+    fusewire.swap(pipe.unet)
+    handle.restore()
+    assert not swapped_parts(before) and not swapped_parts(pipe.vae) and swapped_parts(pipe.unet)

@@ -62,21 +62,20 @@ class Handle:
     def restore(self) -> None:
         """Give back the classes from before this swap, and so undo those made since. What it no longer is in force for, or no longer exists, stays."""
         roots = [root for reference in self._roots if (root := reference()) is not None]
-        # A pipeline may have put a copy of a part in its place (of its scheduler; of its model by quantisation), a model one of a layer (peft)
-        parts = getattr(self._pipeline(), "components", {}).values()
-        roots += [part for part in parts if isinstance(part, nn.Module) and not any(part is root for root in roots)]
-        modules = [module for root in roots for module in root.modules()]
+        parts = list(getattr(self._pipeline(), "components", {}).values())
         others = [part for part in parts if not isinstance(part, nn.Module)]
-        here = set(map(id, modules + others))
+        here = {id(part) for part in (*others, *(module for root in roots for module in root.modules()))}
         in_force = self._number in _made or not self._changes
-        for number in sorted((number for number in _made if in_force and number >= self._number), reverse=True):  # of parts of this target those since, too
+        # With what was made since of the parts of this target
+        for number in sorted((number for number in _made if in_force and number >= self._number), reverse=True):
             for reference, before in reversed(_made[number]):
                 if number == self._number or id(reference()) in here:
                     _undo(reference(), before, number)
             if not any(number in vars(reference() or self).get(IN_FORCE, ()) for reference, _ in _made[number]):
                 del _made[number]
-        for instance in modules:
-            _undo(instance, self._before.get(type(instance), stock_of(instance)), self._number)
+        # A pipeline may have put a copy of a part in its place (of its scheduler; of its model by quantisation), a model one of a layer (peft)
+        for module in (module for root in (*roots, *parts) if isinstance(root, nn.Module) for module in root.modules()):
+            _undo(module, self._before.get(type(module), stock_of(module)), self._number)
         for instance in others:
             _undo(instance, self._before.get(type(instance)), self._number)
         self._changes, self._roots, self._pipeline = [], [], _weakly(None)

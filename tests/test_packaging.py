@@ -90,3 +90,8 @@ def test_a_wheel_from_the_sdist_has_every_module(unpacked):
     assert wheel.name.endswith("-py3-none-any.whl")
     assert {f"fusewire/{name}" for name in sources("kernels", ".py") | sources("models", ".py")} <= names
     assert {name.removeprefix("src/") for name in sources("src", ".py", ".html", ".css")} <= names
+
+
+def test_what_the_package_offers_is_listed_before_its_first_use():
+    code = "import sys, fusewire; assert {'swap', 'parity', 'profile', 'ops', 'restore', 'swapped', 'keep_memory'} <= set(dir(fusewire)); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code + "; from fusewire import *; swap, ops.adaln_modulate"]).returncode == 0

@@ -8,11 +8,16 @@ import importlib as _importlib
 from pathlib import Path as _Path
 
 __version__ = "0.1.0"
+__all__ = ["keep_memory", "ops", "parity", "profile", "restore", "swap", "swapped"]
 
 # In a checkout kernels/ and models/ lie beside src/, not inside this package (an installed package has them inside).
 _root = _Path(__file__).resolve().parents[2]
 if (_root / "setup.py").is_file() and (_root / "kernels").is_dir():
     __path__.append(str(_root))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str):

@@ -101,8 +101,8 @@ def _cpu() -> Finding:
 def _unusable(backend: str, library: NativeLibrary, fix: str) -> Finding | None:
     """What keeps a compiled library from being used; None where nothing does."""
     if not library.loaded:
-        built = "does not load" in library.reason or "older" in library.reason
         variable = next((name for name in ("FUSEWIRE_NATIVE", "FUSEWIRE_LIB") if name in library.reason), "")
+        built = not variable and ("does not load" in library.reason or "older" in library.reason)  # (a folder's name may have any word)
         fix = f"unset {variable}" if variable else "make clean lib" if built else fix
         return Finding(backend, False, f"broken: {library.reason}" if built else library.reason, served(backend), fix)
     if library.stale:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 
 import torch
 
@@ -18,7 +19,7 @@ class NothingToDo(ValueError):
 
 def count(name: str, value) -> None:
     """``value`` is a whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise BadInput(f"{name} is {value!r}; it should be a whole number of at least 1")
 
 

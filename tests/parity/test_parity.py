@@ -3,6 +3,7 @@
 import inspect
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -170,11 +171,17 @@ def test_one_prompt_is_no_list_of_letters(pipe):
     (dict(numerics="fast"), "numerics is 'fast'"), (dict(levels=["pixel"]), "levels is"), (dict(levels=[]), "levels is"),
     (dict(seeds=()), "seeds is"), (dict(steps=0), "steps is 0"), (dict(steps=1.5), "steps is 1.5"), (dict(guidance="4"), "guidance is '4'"),
     (dict(seeds=["a"]), "seeds is"), (dict(seeds=[2**70]), "seeds is"), (dict(guidance=float("nan")), "guidance is nan"),
-    (dict(seeds=3), "seeds is 3; it should be a list"), (dict(levels="op"), "levels is 'op'; it should be a list"), (dict(call="x"), "call is a str"),
+    (dict(seeds=[True]), "seeds is"), (dict(seeds=3), "seeds is 3; it should be a list"), (dict(levels="op"), "levels is 'op'; it should be a list"), (dict(call="x"), "call is a str"),
     (dict(call=dict(height=16)), "call has 'height', which every run is given by size="), (dict(call=dict(output_type="np")), "call has 'output_type'")])
 def test_bad_arguments(pipe, arguments, message):
     with pytest.raises(BadInput, match=message):
         prove(pipe, **arguments)
+
+
+def test_numbers_of_numpys(pipe):
+    numbers = dict(seeds=list(np.arange(2)), steps=np.int64(2), guidance=np.float32(3.0))
+    result = prove(pipe, levels=["picture"], **numbers)
+    assert result.ok and result.settings["seeds"] == [0, 1] and json.dumps(result.to_dict())
 
 
 def test_dropout_is_off():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import nn
@@ -72,7 +73,7 @@ def parity(pipe_or_module, *, numerics: str = "both", levels: Sequence[str] = LE
         run, parts = None, []
         if is_pipe:
             run = pictures.plan(stock, prompts, seeds, steps, guidance, size, call)
-            result.settings |= dict(prompts=run.prompts, seeds=run.seeds, steps=steps, guidance=guidance)
+            result.settings |= dict(prompts=run.prompts, seeds=run.seeds, steps=run.steps, guidance=run.guidance)
             short = min(2, steps)
             with around.watching(stock, swaps, component) as parts, blaming(pictures.GIVEN, type(stock).__name__):
                 args, kwargs = blocks.captured(model, lambda: pictures.generate(stock, run, decode=False), which=steps // 2)
@@ -181,10 +182,10 @@ def check_run(seeds: Sequence[int], steps: int, guidance: float) -> None:
         raise BadInput(f"seeds is {seeds!r}; it should be a list of integers, one for each picture")
     if not seeds:
         raise BadInput("seeds is empty; there should be at least one")
-    if not all(isinstance(seed, int) and -2**63 <= seed < 2**64 for seed in seeds):
+    if not all(isinstance(seed, Integral) and not isinstance(seed, bool) and -2**63 <= seed < 2**64 for seed in seeds):
         raise BadInput(f"seeds is {list(seeds)}; each should be an integer of 64 bits")
     count("steps", steps)
-    if not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
+    if not isinstance(guidance, Real) or not math.isfinite(guidance):
         raise BadInput(f"guidance is {guidance!r}; it should be a number")
 
 

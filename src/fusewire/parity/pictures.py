@@ -62,9 +62,9 @@ def plan(pipe, prompts, seeds, steps: int, guidance: float, size: int | None, ca
     noise = call.pop("latents", None)
     if noise is None:
         shape = _latents_of(pipe, model, size)
-        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
     prompts = [prompts] if isinstance(prompts, str) else list(prompts or PROMPTS)
-    return Run([prompts[i % len(prompts)] for i in range(len(seeds))], list(seeds), steps, guidance, size, noise.to(model.device, model.dtype), call)
+    return Run([prompts[i % len(prompts)] for i in range(len(seeds))], [int(seed) for seed in seeds], int(steps), float(guidance), size, noise.to(model.device, model.dtype), call)
 
 
 def _latents_of(pipe, model, size: int | None) -> tuple[int, ...]:

@@ -178,14 +178,14 @@ def test_warnings_that_are_errors_come_before_any_change():
             assert not swapped_parts(model)
 
 
-def test_a_wrapper_put_on_since(numerics="exact"):
+def test_a_wrapper_put_on_since():
     """accelerate's ``prepare`` wraps the forward on the instance: the model goes on running what it holds, and says so."""
     model = MODELS["DiT"][0]().eval()
-    fusewire.swap(model, numerics)
+    fusewire.swap(model)
     block = model.transformer_blocks[0]
     inner = block.forward
     block.forward = lambda *args, **kwargs: inner(*args, **kwargs)
-    report = fusewire.swap(model, numerics).report
+    report = fusewire.swap(model).report
     assert all(entry.by_choice for entry in report.left) and {entry.reason for entry in report.swapped} == {"already swapped"}
     report = fusewire.swap(model, "close").report
     assert any("take it off first" in entry.reason and entry.name == "transformer_blocks.0" for entry in report.left)

@@ -8,7 +8,7 @@ from torch import nn
 
 from fusewire import ops
 from fusewire.kernels.dispatch import recording
-from fusewire.models.layers import RMS_NORMS, How, RMSNorm, inactive, linear, untouched
+from fusewire.models.layers import RMS_NORMS, How, RMSNorm, linear, projected_out, untouched
 
 
 class Attention(nn.Module):
@@ -48,10 +48,7 @@ def attention(module, x, context, how: How, pictures=None):
     out, out_context, adapted = _attend(module, x, context, how, pictures)
     if adapted is not None:
         out = module.processor.added(out, adapted)
-    projection, dropout = module.to_out[0], module.to_out[1]  # and what somebody has put behind them, stock never calls
-    out = linear(projection, out, how)
-    if not inactive(dropout):
-        out = dropout(out)
+    out = projected_out(module, out, how)
     if context is None:
         return out
     return out, out_context if module.context_pre_only else linear(module.to_add_out, out_context, how)

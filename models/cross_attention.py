@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fusewire import ops
-from fusewire.models.layers import How, inactive, linear
+from fusewire.models.layers import How, linear, projected_out
 
 
 class CrossAttention(nn.Module):
@@ -71,10 +71,7 @@ def cross_attention(module, x, context, mask, how: How, temb=None, pictures=None
     out = attended(q, k, v, mask, how)
     if pictures is not None and module.processor is not None:
         out = module.processor(q, out, pictures)
-    projection, dropout = module.to_out[0], module.to_out[1]  # and what somebody has put behind them, stock never calls
-    out = linear(projection, out, how)
-    if not inactive(dropout):
-        out = dropout(out)
+    out = projected_out(module, out, how)
     if picture is not None:
         out = out.transpose(1, 2).reshape(picture)
     if module.residual_connection:

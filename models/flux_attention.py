@@ -10,7 +10,7 @@ from torch import nn
 
 from fusewire import ops
 from fusewire.kernels.dispatch import recording
-from fusewire.models.layers import How, inactive, linear, untouched
+from fusewire.models.layers import How, linear, projected_out, untouched
 
 
 class FluxAttention(nn.Module):
@@ -78,10 +78,7 @@ def flux_attention(module, x, context, rope, how: How, attend: Callable | None =
         out2, out = both.split_with_sizes([tokens, both.shape[1] - tokens], dim=1)
         if not adapts:  # as stock, which leaves them as they lie beside an IP-Adapter: another kernel with other bits multiplies them then
             out2, out = out2.contiguous(), out.contiguous()
-    projection, dropout = module.to_out[0], module.to_out[1]  # and what somebody has put behind them, stock never calls
-    out = linear(projection, out, how)
-    if not inactive(dropout):
-        out = dropout(out)
+    out = projected_out(module, out, how)
     streams = out, linear(module.to_add_out, out2, how)
     return streams if adapted is None else (*streams, adapted)
 

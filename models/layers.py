@@ -65,6 +65,13 @@ def intercepted(module: nn.Module) -> bool:
     return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(depth))
 
 
+def projected_out(module: nn.Module, x: torch.Tensor, how: How) -> torch.Tensor:
+    """The projection and the dropout of an attention layer's ``to_out``. What somebody has put behind them stock never calls."""
+    projection, dropout = module.to_out[0], module.to_out[1]
+    x = linear(projection, x, how)
+    return x if inactive(dropout) else dropout(x)
+
+
 def takes(module: nn.Module, what: str) -> bool:
     """Whether a block may compute what follows a module, ``"takes_gate"`` or ``"takes_residual"``, together with it, in place of calling its forward."""
     cls = type(module)

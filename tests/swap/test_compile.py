@@ -7,6 +7,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusewire
 from tests.models import stock_unet
@@ -140,11 +141,14 @@ def test_a_number_of_tokens_that_only_the_call_tells(numerics):
         for numerics_of_run in (None, numerics):
             if numerics_of_run:
                 fusewire.swap(block, numerics)
-            compiled = torch.compile(block.ff, fullgraph=True, backend="aot_eager")
+            counter = CompileCounterWithBackend("aot_eager")
+            compiled = torch.compile(block.ff, fullgraph=True, backend=counter)
             for tokens in (70, 9):
                 x = torch.randn(2, tokens, 32, generator=torch.Generator().manual_seed(tokens))
                 torch._dynamo.decorators.mark_unbacked(x, 1)
                 outputs.append(compiled(x))
             torch._dynamo.reset()
+            ours = any("fusewire" in str(node.target) for graph in counter.graphs for node in graph.graph.nodes)
+            assert ours == (numerics_of_run == "close")
     for got, want in zip(outputs[2:], outputs[:2]):
         assert (got - want).abs().max() <= MODEL_FLOAT32

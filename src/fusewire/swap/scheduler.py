@@ -15,7 +15,7 @@ from fusewire import ops
 from fusewire.models.layers import How
 from fusewire.swap.families import Candidate, Family
 from fusewire.swap.fused import MAKERS, fused_class, stock_of, unknown_forward
-from fusewire.swap.schedulers import ddim, deis, dpm, dpm2, euler, flow_heun, inverse, lms, pndm, singlestep, tcd, unipc  # noqa: F401: they fill KNOWN
+from fusewire.swap.schedulers import consistency, ddim, deis, dpm, dpm2, euler, flow_heun, inverse, lms, pndm, singlestep, unipc  # noqa: F401: they fill KNOWN
 from fusewire.swap.schedulers.common import KNOWN, Known, Scalars, kept, prepared, stamp, uploaded, usable
 from fusewire.swap.schedulers.ddim import NOISE
 from fusewire.swap.schedulers.layout import laid

@@ -1,4 +1,4 @@
-"""DDIM, DDPM and LCM: all arithmetic in the latents' dtype; coefficients come from a table of products of alphas."""
+"""DDIM and DDPM: all arithmetic in the latents' dtype; coefficients come from a table of products of alphas."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import functools
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler, DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOutput
-from diffusers.schedulers.scheduling_lcm import LCMScheduler, LCMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from fusewire import ops
 from fusewire.models.layers import How
 from fusewire.swap.fused import MAKERS
 from fusewire.swap.schedulers.common import (
-    KNOWN, Known, Scalars, host_alphas, indexed, no_thresholding, place, prepared, times, unknown_limit, unknown_prediction, usable, within)
+    KNOWN, Known, Scalars, host_alphas, no_thresholding, place, prepared, times, unknown_limit, unknown_prediction, usable, within)
 from fusewire.swap.schedulers.layout import laid
 from fusewire.swap.schedulers.noise import of_alphas
 
@@ -167,51 +166,8 @@ def ddpm_reason(scheduler) -> str:
     return ddim_reason(scheduler)
 
 
-def _lcm(how: How) -> dict:
-    exact = how.numerics == "exact"
-
-    @functools.wraps(LCMScheduler.step)
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-        index = place(self, timestep)
-        table = None
-        if index is not None and self.num_inference_steps is not None and usable(model_output, sample) and within(self, *times(self)[index:index + 2]):
-            if self._step_index is None:
-                self._init_step_index(timestep)
-            if self._step_index == index:  # stock takes coefficients from both: the index and the timestep
-                of_times = Scalars(sample.dtype, sample.device, self.timesteps.device, exact)
-                sources = self.alphas_cumprod, self.timesteps, self.final_alpha_cumprod
-                table = prepared(self, (self.num_inference_steps,), sources, sample, exact, lambda scalars: _lcm_columns(self, scalars, of_times))
-        if table is None or table.rows is None:
-            return LCMScheduler.step(self, model_output, timestep, sample, generator, return_dict)
-        self.sigma_data = 0.5  # as stock leaves it
-        noise = None
-        if index != self.num_inference_steps - 1:
-            noise = randn_tensor(model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype)
-        previous, _, denoised = ops.solver_step(sample, model_output, table.rows, index, noise=noise, keep_slope=True, **NARROW,
-                                                reciprocal=table.reciprocal, numerics=how.numerics)
-        previous, denoised = (laid(result, summed(self, sample, model_output), how.numerics) for result in (previous, denoised))
-        self._step_index += 1
-        return LCMSchedulerOutput(prev_sample=previous, denoised=denoised) if return_dict else (previous, denoised)
-
-    return {"step": step, **indexed(LCMScheduler), **of_alphas(LCMScheduler)}
-
-
-def _lcm_columns(scheduler, scalars: Scalars, of_times: Scalars) -> dict:
-    config, now = scheduler.config, times(scheduler)
-    bar, before, beta = products(scheduler, (now, [*now[1:], now[-1]]), scheduler.final_alpha_cumprod)
-    scaled = torch.tensor(now) * config.timestep_scaling
-    square = scaled**2 + 0.5**2
-    noisy = torch.arange(len(now)) != scheduler.num_inference_steps - 1
-    return dict(scalars.prediction(config.prediction_type, bar.sqrt(), beta.sqrt()), **scalars.limit(config), e_x=of_times.left(0.5**2 / square),
-                e_x0=of_times.left(scaled / square**0.5), e=torch.where(noisy, scalars.left(before.sqrt()).double(), 1.0),
-                noise=scalars.left((1 - before).sqrt()))
-
-
-MAKERS |= {DDIMScheduler: _ddim, DDPMScheduler: _ddpm, LCMScheduler: _lcm}
+MAKERS |= {DDIMScheduler: _ddim, DDPMScheduler: _ddpm}
 # As diffusers 0.40 to 0.42 has them.
 KNOWN[DDIMScheduler] = Known({DDIMScheduler.step: ("19a7bd2615e4",), DDIMScheduler._get_variance: ("d8e657c75e97",)} | NOISE, ddim_reason)
 KNOWN[DDPMScheduler] = Known({DDPMScheduler.step: ("fe98ed067ecc",), DDPMScheduler._get_variance: ("6de39fa3d3e0",),
                               DDPMScheduler.previous_timestep: ("890df85b0452",)} | NOISE, ddpm_reason)
-KNOWN[LCMScheduler] = Known({LCMScheduler.step: ("83ef17ffb0c7",), LCMScheduler._init_step_index: ("0f14aee91d40",),
-                             LCMScheduler.index_for_timestep: ("8e92214a3413",),
-                             LCMScheduler.get_scalings_for_boundary_condition_discrete: ("b9b9fd6e23da",)} | NOISE, ddim_reason)

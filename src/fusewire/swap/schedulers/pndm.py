@@ -119,7 +119,8 @@ def _stages(scheduler, scalars: Scalars, now: torch.Tensor, skipped: int) -> dic
     def both(early, last) -> torch.Tensor:
         return torch.where(fourth, last * one, early * one)
 
-    return dict(x0_x=both(0, 1), x0_m=both(way["e_x0"], 1 / 6), x0_divisor=both(way["e_divisor"], 1), e_m=both(torch.where(steps % 4 == 0, one / 6, one / 3), 0),
+    early = torch.where(steps % 4 == 0, one / 6, one / 3)
+    return dict(x0_x=both(0, 1), x0_m=both(way["e_x0"], 1 / 6), x0_divisor=both(way["e_divisor"], 1), e_m=both(early, 0),
                 e_x0=both(0, way["e_x0"]), e_previous=both(1, 0), e_divisor=both(1, way["e_divisor"]), x=way["x"], x0=both(-1, 0), e=both(0, -1))
 
 

@@ -38,7 +38,7 @@ def _convolution(module: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
             for way in (patches, rows):
                 if way.serves(*call):
                     return way.convolution(*call)
-        if (x.dtype is torch.bfloat16 or INTEL and x.dtype is not torch.float32) and not transformed():
+        if x.dtype in (torch.bfloat16, torch.float16) and not transformed():
             pictures = x.shape[0] * x.shape[2] * x.shape[3] * (x.shape[1] + weight.shape[0])
             wide = not INTEL or weight.numel() <= WEIGHTS_PER_PICTURE * pictures
             x = x.contiguous(memory_format=torch.channels_last if wide else torch.contiguous_format)

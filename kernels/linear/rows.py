@@ -6,6 +6,8 @@ On AMX (csrc/cpu/amx_convolution.cpp): by strides of 1, where it is up to twice 
 On Intel without AMX (native.WIDENED): in 16 bits, where oneDNN convolves SD1.5's and its autoencoder's shapes at half the rate of these products, in
 float32 at more (benchmarks/results/xeon-avx512/convolutions.json). Where the weight outweighs the picture, each of its numbers, which lie a tap apart, is
 packed for few pixels: patches.py is faster there.
+
+In float16 on a processor without instructions for it (native.SLOW_FLOAT16), AMD's among them: every convolution, as PyTorch's take 5 to 260 times as long.
 """
 
 from __future__ import annotations
@@ -39,10 +41,12 @@ _why_not_library = CPU.why_not("conv_rows")
 
 def serves(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> bool:
     """Whether ``convolution`` is worth it: for x [B, C, H, W], a contiguous weight [O, C, kh, kw] and a bias [O] or None that are not trained."""
-    tiles = native.ISA == "amx"
+    tiles, slow = native.ISA == "amx", native.SLOW_FLOAT16 and x.dtype is torch.float16
     dtypes = AMX_DTYPES if tiles else WIDENED_DTYPES if native.WIDENED else ()
-    if x.dtype not in dtypes or _why_not_library or not may_serve(x, weight, bias):
+    if not (slow or x.dtype in dtypes) or _why_not_library or not may_serve(x, weight, bias):
         return False
+    if slow:
+        return pixels(x, weight, stride, padding) > 0
     # One tap of a picture that lies channels-last is a product whose rows oneDNN reads as they are.
     if tiles and (stride != (1, 1) or x.dtype is torch.bfloat16 and weight.shape[2:].numel() == 1):
         return False

@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 def layer(shape, dtype, **options):
     channels, outputs, size = SHAPES[shape]
-    module = nn.Conv2d(channels, outputs, 3, **{"padding": 1, **options}).to(dtype).requires_grad_(False)
+    module = nn.Conv2d(channels, outputs, 3, **{"padding": 1, **options}).to(dtype).requires_grad_(False).eval()
     return module, torch.randn(2, channels, size, size).to(dtype)
 
 
@@ -69,6 +69,24 @@ def test_which_form_on_an_intel_without_amx(channels, size, dtype, way, monkeypa
     y = convolution.convolution(module, x)
     assert called == ([way] if way else [])
     assert_close(y, torch.nn.functional.conv2d(x.double(), module.weight.double(), module.bias.double(), padding=1), module(x))
+
+
+@pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
+@pytest.mark.parametrize("options, is_ours", [({}, True), ({"stride": 2, "bias": False}, True), ({"dilation": 2, "padding": 2}, False), ({"groups": 4}, False),
+                                              ({"padding_mode": "circular"}, False)], ids=str)
+def test_float16_without_instructions_for_it(options, is_ours, monkeypatch):
+    """Ours where it can be; otherwise PyTorch's of a channels-last picture, which takes a fiftieth of the time of a contiguous one there."""
+    monkeypatch.setattr(native, "SLOW_FLOAT16", True)
+    monkeypatch.setattr(native, "ISA", "avx512")
+    called = []
+    monkeypatch.setattr(rows, "convolution", lambda *args, convolve=rows.convolution: called.append(args) or convolve(*args))
+    module, x = layer("wide", torch.float16, **options)
+    want = layer("wide", torch.float16, **options)[0].double()
+    want.load_state_dict({name: value.double() for name, value in module.state_dict().items()})
+    y = convolution.convolution(module, x)
+    assert len(called) == is_ours
+    assert y.is_contiguous(memory_format=torch.channels_last) or "padding_mode" in options, "PyTorch pads into a contiguous picture"
+    assert_close(y, want(x.double()), module(x))
 
 
 @pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")

@@ -150,6 +150,7 @@ def test_when_it_is_chosen(monkeypatch):
         return rows.serves(x, weight, bias, *SAME)
 
     monkeypatch.setattr(native, "ISA", "avx512")
+    monkeypatch.setattr(native, "SLOW_FLOAT16", False)
     monkeypatch.setattr(native, "WIDENED", False)
     assert not serves()
     monkeypatch.setattr(native, "WIDENED", True)
@@ -169,8 +170,22 @@ def test_when_it_is_chosen(monkeypatch):
         assert not serves()
 
 
+@pytest.mark.parametrize("isa", ("avx2", "avx512_bf16", "amx"))
+def test_float16_without_instructions_for_it(isa, monkeypatch):
+    """Every size and stride, as PyTorch's take up to some hundred times as long there."""
+    monkeypatch.setattr(native, "ISA", isa)
+    monkeypatch.setattr(native, "WIDENED", False)
+    few = picture(torch.float16, channels=3, outputs=1, size=(3, 2))
+    for slow in (True, False):
+        monkeypatch.setattr(native, "SLOW_FLOAT16", slow)
+        assert rows.serves(*few, *SAME) is slow and rows.serves(*picture(torch.float16), (2, 2), (0, 1)) is slow
+        assert not rows.serves(*few, (1, 1), (0, 0)), "the kernel is larger than the picture: stock's error"
+        assert not rows.serves(*picture(torch.bfloat16, channels=3), *SAME) and not rows.serves(*picture(torch.float32, channels=3), *SAME)
+
+
 def test_when_it_is_chosen_with_amx(monkeypatch):
     monkeypatch.setattr(native, "ISA", "amx")
+    monkeypatch.setattr(native, "SLOW_FLOAT16", False)
     monkeypatch.setattr(native, "WIDENED", False)
     for dtype in DTYPES:
         assert rows.serves(*picture(dtype), *SAME) and not rows.serves(*picture(dtype), (2, 2), (1, 1))

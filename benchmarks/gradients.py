@@ -48,7 +48,7 @@ def row(op: str, case: Case, dtype: str, ours: Callable, eager: Callable, given:
     }, rounds) | with_backward(ours, eager, given, (stock,), rounds)  # apart, so that no forward begins with the caches that a backward leaves
     first, both = times[modes[0]], times["eager with backward"] / times["close with backward"]
     return {"op": op, "shape": case.what, "size": list(case.shape), "dtype": dtype, "backend": backends["close"],
-            **({"backend of exact": backends["exact"]} if backends["close"] != backends.get("exact", backends["close"]) else {}), "backend of backward": served(f"{op.removesuffix('_2d')}_backward"),
-            **times, f"compile/{modes[0]}": round(times["compile"] / first, 2), f"eager/{modes[0]}": round(times["eager"] / first, 2),
-            f"{modes[0]}/clone": round(first / times["clone"], 2), "with backward, eager/close": round(both, 2),
+            **({"backend of exact": backends["exact"]} if backends["close"] != backends.get("exact", backends["close"]) else {}),
+            "backend of backward": served(f"{op}_backward"), **times,
+            f"compile/{modes[0]}": round(times["compile"] / first, 2), f"eager/{modes[0]}": round(times["eager"] / first, 2), f"{modes[0]}/clone": round(first / times["clone"], 2), "with backward, eager/close": round(both, 2),
             "GB/s": round(case.elements * given[0].element_size() / first / 1e3, 1)}

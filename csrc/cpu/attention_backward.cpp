@@ -10,7 +10,7 @@
 namespace fusewire {
 
 void run_attention_backward(const AttentionBackwardCall* calls, int64_t count) {
-  const auto kernel = FUSEWIRE_PICK_UP_TO_AVX512(void (*)(const AttentionBackwardCall&, const AttentionBackwardTask&), attention_backward_task);
+  const auto kernel = FUSEWIRE_PICK(void (*)(const AttentionBackwardCall&, const AttentionBackwardTask&), attention_backward_task);
   const auto one = [&](const AttentionBackwardCall& call, const AttentionBackwardTask& task) {
 #if defined(FUSEWIRE_HAS_AMX)
     if (active_isa() == Isa::amx && amx::attention_backward_task(call, task)) return;

@@ -22,6 +22,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "common/transpose16.h"
 #include "cpu/attention_backward.h"
 #include "cpu/attention_pack.h"
 #include "cpu/attention_pattern.h"
@@ -34,6 +35,24 @@ struct Extent { int64_t rows, columns, depth; };
 
 // Packed squares of which a product sums over some, `step` bytes from one to the next.
 struct Operand { const char* data; int64_t step; };
+
+// to[k][r] = x[r][k], 32 x 32 floats.
+inline void transpose_square(const float* x, int64_t stride, float* to, int64_t to_stride) {
+#if defined(__AVX512F__)
+  for (int64_t r = 0; r < 32; r += 16) {
+    for (int64_t k = 0; k < 32; k += 16) {
+      __m512 square[16];
+      for (int64_t i = 0; i < 16; ++i) square[i] = _mm512_loadu_ps(x + (r + i) * stride + k);
+      transpose16(square);
+      for (int64_t i = 0; i < 16; ++i) _mm512_storeu_ps(to + (k + i) * to_stride + r, square[i]);
+    }
+  }
+#else
+  for (int64_t r = 0; r < 32; ++r) {
+    for (int64_t k = 0; k < 32; ++k) to[k * to_stride + r] = x[r * stride + k];
+  }
+#endif
+}
 
 template <typename T, typename Policy>
 class AttentionBackward {
@@ -331,17 +350,14 @@ class AttentionBackward {
 
   // [square of tokens][square of channels] of [32][32], each square transposed or not, into the rows [begin, end) of a contiguous [B, T, H, D].
   void write(const float* x, bool transposed, int64_t head, int64_t heads, int64_t begin, int64_t end, int64_t tokens, float factor, T* out) const {
-    const int64_t row_step = transposed ? 1 : kSquare;
-    for (int64_t t = begin; t < end; ++t) {
-      T* to = out + ((task_.batch * tokens + t) * heads + head) * call_.channels;
-      prefetch_row(Row<T>{to + std::min(kAhead, end - 1 - t) * heads * call_.channels, 1}, call_.channels);
-      const float* from = x + (t - begin) / kSquare * channel_squares_ * kSquare * kSquare + t % kSquare * row_step;
-      for (int64_t c = 0; c < channel_squares_; ++c, to += kSquare, from += kSquare * kSquare) {
-        const int64_t count = within(c, call_.channels);
-        if (transposed) {
-          for (int64_t i = 0; i < count; ++i) to[i] = from_float<T>(from[i * kSquare] * factor);
-        } else {
-          for (int64_t i = 0; i < count; ++i) to[i] = from_float<T>(from[i] * factor);
+    for (int64_t first = begin; first < end; first += kSquare, x += channel_squares_ * kSquare * kSquare) {
+      for (int64_t c = 0; transposed && c < channel_squares_; ++c) transpose_square(x + c * kSquare * kSquare, kSquare, staged_ + c * kSquare, columns_);
+      for (int64_t t = first; t < std::min(first + kSquare, end); ++t) {
+        T* to = out + ((task_.batch * tokens + t) * heads + head) * call_.channels;
+        prefetch_row(Row<T>{to + std::min(kAhead, end - 1 - t) * heads * call_.channels, 1}, call_.channels);
+        for (int64_t c = 0; c < channel_squares_; ++c, to += kSquare) {
+          const float* from = transposed ? staged_ + (t - first) * columns_ + c * kSquare : x + (c * kSquare + t - first) * kSquare;
+          for (int64_t i = 0; i < within(c, call_.channels); ++i) to[i] = from_float<T>(from[i] * factor);
         }
       }
     }

@@ -14,7 +14,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 MODELS = {"SD3.5-medium, 3 of 24 blocks": "sd3_block", "FLUX.1-dev, 1 + 2 of 19 + 38": "flux-dev", "SD1.5 U-Net, 512 x 512": "sd1.5",
           "SDXL U-Net, 512 x 512": "sdxl", "DiT-XL/2, 4 of 28 blocks": "dit-xl-2", "VAE, encoded and decoded, 256 x 256": "sd-vae",
           "VAE, decoded, 256 x 256": "sd-vae-decode"}
-CPUS = {"AMD Zen 5, AVX512-BF16": "zen5", "Intel, AMX": "", "the same, host shared": "amx-shared", "Intel, AVX512-BF16": "xeon-avx512"}
+CPUS = {"AMD Zen 5, AVX512-BF16": "zen5", "AMD Zen 4, AVX512-BF16": "zen4", "Intel, AMX": "", "the same, host shared": "amx-shared",
+        "Intel, AVX512-BF16": "xeon-avx512"}
 DTYPES = ("bfloat16", "float32")
 GPU, ON_GPU = "NVIDIA H200, CUDA graphs", {"sd3_block": ("sd3.5-large:1024", " (SD3.5-large)"), "flux-dev": ("flux-dev:1024", ""),
                                            "sd1.5": ("sd1.5", " (512 x 512)"), "sdxl": ("sdxl:1024", "")}

@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
-MACHINES = {"AVX512-BF16, AMD Zen 5": "zen5", "AMX, Intel": "", "AVX512-BF16, Intel without AMX": "xeon-avx512"}
+MACHINES = {"AVX512-BF16, AMD Zen 5": "zen5", "AVX512-BF16, AMD Zen 4": "zen4", "AMX, Intel": "",
+            "AVX512-BF16, Intel without AMX": "xeon-avx512"}
 BOUND_BY_MEMORY = ("test_adaln", "test_qk_norm_rope", "test_norm", "test_gated_mlp", "group_norm_silu")
 OF_1178_TOKENS = ("SD3.5-medium 512^2, joint", "SD3.5-medium 512^2, joint, guidance", "Flux width, half its heads")
 GRADIENTS = ("adaln_gradients", "qk_norm_rope_gradients", "group_norm_silu_gradients")

@@ -96,5 +96,5 @@ def measured(calls: dict[str, Callable[[], torch.Tensor]], arguments: argparse.N
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--sides", nargs="+", choices=(*SIDES, *MORE_SIDES), default=list(SIDES))

@@ -23,7 +23,8 @@ from fusewire.kernels.library import CPU, cpu_is_intel, cpu_isa
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 ONEDNN_BFLOAT16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 FLOAT16_PRODUCTS = ONEDNN and hasattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported") and torch.ops.mkldnn._is_mkldnn_fp16_supported()
-# Without them PyTorch multiplies float16 at a tenth of float32's rate, and convolves contiguous pictures at a hundredth (measured on Zen 4).
+# Without instructions for it PyTorch multiplies float16 at a fifth of float32's rate, and convolves contiguous pictures at less than a hundredth
+# (benchmarks/results/zen4/test_linear.json, convolutions-float16.json).
 SLOW_FLOAT16 = CPU.loaded and not FLOAT16_PRODUCTS
 POST_OPS = {"none": ("none", ""), "gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none"), "silu": ("swish", "")}
 MAX_DIMS = 9

@@ -10,7 +10,7 @@ from tests.kernels.attention.cases import qkv, stock
 from tests.kernels.attention.test_varlen import packed
 from tests.kernels.interpreted import DTYPES, ON_GPU, needs_interpreter, unchanged
 from tests.layouts import LAYOUTS
-from tests.tolerance import assert_close, assert_exact, assert_within
+from tests.tolerance import MEAN_FACTOR, assert_close, assert_exact, assert_within, errors, rounding_noise
 
 pytestmark = needs_interpreter
 
@@ -43,8 +43,10 @@ def check(q, k, v, grad, mask=None, causal=False, scale=None, context=""):
     plain = gradients(lambda *x: stock(*x, mask, causal, scale, q.dtype), q, k, v, grad)
     for name, one, wanted, of_stock in zip("qkv", got, want, plain):
         if not ON_GPU and q.dtype is torch.float32 and q.shape[1] < 16:
-            # The interpreter's products are numpy's, PyTorch's are the processor's library's, which may sum so few rows in much shorter chains
-            assert_within(one, wanted, 4, f"d{name} {context}", of_stock)
+            # A weight near 1 is made again from its logit, of which some units in the last place are not normalised away, as they are in one pass
+            # (docs/limits.md): where so few queries have such a weight, the mean keeps the rule, and the largest error is some units.
+            assert_within(one, wanted, 8, f"d{name} {context}", of_stock)
+            assert errors(one, wanted)[1] <= MEAN_FACTOR * errors(of_stock, wanted)[1] + rounding_noise(wanted, one.dtype).mean().item(), (name, context)
         else:
             assert_close(one, wanted, of_stock, f"d{name} {context}")
     return got

@@ -50,5 +50,6 @@ def row(op: str, case: Case, dtype: str, ours: Callable, eager: Callable, given:
     return {"op": op, "shape": case.what, "size": list(case.shape), "dtype": dtype, "backend": backends["close"],
             **({"backend of exact": backends["exact"]} if backends["close"] != backends.get("exact", backends["close"]) else {}),
             "backend of backward": served(f"{op}_backward"), **times,
-            f"compile/{modes[0]}": round(times["compile"] / first, 2), f"eager/{modes[0]}": round(times["eager"] / first, 2), f"{modes[0]}/clone": round(first / times["clone"], 2), "with backward, eager/close": round(both, 2),
+            f"compile/{modes[0]}": round(times["compile"] / first, 2), f"eager/{modes[0]}": round(times["eager"] / first, 2),
+            f"{modes[0]}/clone": round(first / times["clone"], 2), "with backward, eager/close": round(both, 2),
             "GB/s": round(case.elements * given[0].element_size() / first / 1e3, 1)}

@@ -23,13 +23,13 @@ from fusewire.kernels.library import CPU, cpu_is_intel, cpu_isa
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 ONEDNN_BFLOAT16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 FLOAT16_PRODUCTS = ONEDNN and hasattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported") and torch.ops.mkldnn._is_mkldnn_fp16_supported()
-# Without instructions for it PyTorch multiplies float16 at a fifth of float32's rate, and convolves contiguous pictures at less than a hundredth
-# (benchmarks/results/zen4/test_linear.json, convolutions-float16.json).
-SLOW_FLOAT16 = CPU.loaded and not FLOAT16_PRODUCTS
 POST_OPS = {"none": ("none", ""), "gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none"), "silu": ("swish", "")}
 MAX_DIMS = 9
 # Fixed for the process; read once, so that torch.compile sees constants.
 ISA, INTEL = cpu_isa(), cpu_is_intel()
+# Without instructions for it PyTorch multiplies float16 at a fifth of float32's rate, and convolves contiguous pictures at less than a hundredth
+# (benchmarks/results/zen4/test_linear.json, convolutions-float16.json).
+SLOW_FLOAT16 = CPU.loaded and ISA != "base" and not FLOAT16_PRODUCTS
 PYTORCHS = "PyTorch's own product is faster here"
 FEW_TOKENS = 32
 MANY_TOKENS = 1024  # what a graph is taken to have

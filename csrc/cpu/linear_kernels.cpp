@@ -112,8 +112,11 @@ static void pack(const T* weight, int64_t row_stride, int64_t col_stride, int64_
         const T* from = weight + (n + r) * row_stride + k * unit * col_stride;
         if (n + r < rows) {
           if (col_stride == 1) __builtin_prefetch(from + 2 * kUnitLanes * unit);  // many rows at a time: no prefetcher follows
-          if ((std::is_same_v<T, float> || paired<T>) && col_stride == 1 && (k + kUnitLanes) * unit <= count) {
-            block[r] = load(reinterpret_cast<const float*>(from));
+          if (col_stride == 1 && (k + kUnitLanes) * unit <= count) {
+            if constexpr (std::is_same_v<T, float> || paired<T>)
+              block[r] = load(reinterpret_cast<const float*>(from));
+            else
+              block[r] = (Units)load<kUnitLanes>(from);  // widened
             continue;
           }
           copy_row(from, col_stride, std::min(kUnitLanes * unit, count - k * unit), row);

@@ -25,6 +25,8 @@ WEIGHTS_PER_NUMBER = {torch.bfloat16: 8, torch.float32: 12}
 # With AMX rows.py is faster but for 8 x 8 pixels of 1280 channels (benchmarks/results/amx-shared/convolutions.json).
 AMX_WEIGHTS_PER_NUMBER = dict.fromkeys((torch.bfloat16, torch.float16, torch.float32), 48)
 WIDENED_WEIGHTS_PER_NUMBER = {torch.bfloat16: 8, torch.float16: 8}
+# Without instructions for float16 rows.py serves the others: as fast at 16 x 16 pixels of 1280 channels, and four times as slow at 2 x 2.
+SLOW_FLOAT16_WEIGHTS_PER_NUMBER = 12
 
 
 def _meaning(x, kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int) -> torch.Tensor:
@@ -42,6 +44,8 @@ _why_not_library = CPU.why_not("conv_patches")
 
 
 def _least(dtype: torch.dtype) -> int | None:
+    if native.SLOW_FLOAT16 and dtype is torch.float16:
+        return SLOW_FLOAT16_WEIGHTS_PER_NUMBER
     if native.WIDENED:
         return WIDENED_WEIGHTS_PER_NUMBER.get(dtype)
     if native.ISA == "amx":
@@ -56,8 +60,9 @@ def serves(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, str
         return False
     count = pixels(x, weight, stride, padding)
     numbers = x.shape[1] * x.shape[2] * x.shape[3] + weight.shape[0] * count
-    return (numbers * least <= weight.numel() and count >= native.FEW_TOKENS and 1 < weight.shape[2] * weight.shape[3] <= MAX_TAPS
-            and (x.dtype is torch.float32 or native.ONEDNN_BFLOAT16))
+    slow = native.SLOW_FLOAT16 and x.dtype is torch.float16  # ours from the first pixel on
+    return (numbers * least <= weight.numel() and count >= (1 if slow else native.FEW_TOKENS) and 1 < weight.shape[2] * weight.shape[3] <= MAX_TAPS
+            and (slow or x.dtype is torch.float32 or native.ONEDNN_BFLOAT16))
 
 
 def convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> torch.Tensor:

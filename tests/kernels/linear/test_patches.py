@@ -70,6 +70,7 @@ def test_against_float64(dtype, bias, stride, padding, memory_format):
 @pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
 def test_when_it_is_chosen_with_amx(monkeypatch):
     monkeypatch.setattr(native, "WIDENED", False)
+    monkeypatch.setattr(native, "SLOW_FLOAT16", False)
     monkeypatch.setattr(native, "ISA", "amx")
     monkeypatch.setattr(native, "ONEDNN_BFLOAT16", True)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -88,12 +89,27 @@ def test_a_sample_alone(dtype):
     together = patches.convolution(x, weight, b, *SAME)
     for i in range(5):
         assert patches.serves(x, weight, b, *SAME) and patches.serves(x[i:i + 1], weight, b, *SAME)
-        if dtype is (torch.bfloat16 if native.WIDENED else torch.float32):  # otherwise the product is PyTorch's
+        ours = dtype is (torch.bfloat16 if native.WIDENED else torch.float32) or dtype is torch.float16 and native.SLOW_FLOAT16
+        if ours:  # otherwise the product is PyTorch's
             assert_exact(patches.convolution(x[i:i + 1], weight, b, *SAME), together[i:i + 1])
+
+
+@pytest.mark.skipif(not CPU.loaded, reason=CPU.reason or "-")
+@pytest.mark.parametrize("isa", ("avx2", "avx512_bf16", "amx"))
+def test_float16_without_instructions_for_it(isa, monkeypatch):
+    """From the first pixel on: the product is ours whatever the number of rows."""
+    for name, value in dict(ISA=isa, WIDENED=False, ONEDNN_BFLOAT16=False).items():
+        monkeypatch.setattr(native, name, value)
+    for slow in (True, False):
+        monkeypatch.setattr(native, "SLOW_FLOAT16", slow)
+        for size in (1, 2, 8):
+            assert patches.serves(*picture(torch.float16, size=size), *SAME) is slow
+        assert not patches.serves(*picture(torch.float16, size=32), *SAME) and not patches.serves(*picture(torch.bfloat16, size=2), *SAME)
 
 
 @needed
 def test_when_it_is_chosen(monkeypatch):
+    monkeypatch.setattr(native, "SLOW_FLOAT16", False)
     serves = lambda *tensors: patches.serves(*tensors, *SAME)
     dtype, other = SERVED[0], torch.float32 if native.WIDENED else torch.float16
     x, weight, b = picture(dtype)

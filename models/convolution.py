@@ -13,7 +13,7 @@ from fusewire.kernels.linear import patches, rows
 # PyTorch's CPU convolutions lay out anew what is not as oneDNN wants it: contiguous pictures at each call, contiguous weights only for channels-last
 # pictures. On Intel (AMX, AVX512-BF16 and AVX-512) pictures therefore go channels-last where they outweigh the weights by this factor: up to 4 times as
 # fast in autoencoders, and no slower at the limit. On AMD's Zen 5 they do in bfloat16 wherever the convolution is not one of patches: 1.0 to 1.2 times
-# as fast; in float16, where there are no instructions for it, a contiguous picture takes 27 to 40 times as long as a channels-last one
+# as fast; in float16, where there are no instructions for it, a contiguous picture takes 31 to 39 times as long as a channels-last one
 # (benchmarks/results/zen4/convolutions-float16.json). (On Intel without AMX rows.py serves nearly all in 16 bits.) In float32 oneDNN's channels-last
 # convolutions err up to nine times as much as its contiguous ones, which breaks the rule of close.
 WEIGHTS_PER_PICTURE = 2

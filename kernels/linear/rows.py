@@ -7,7 +7,7 @@ On Intel without AMX (native.WIDENED): in 16 bits, where oneDNN convolves SD1.5'
 float32 at more (benchmarks/results/xeon-avx512/convolutions.json). Where the weight outweighs the picture, each of its numbers, which lie a tap apart, is
 packed for few pixels: patches.py is faster there.
 
-In float16 on a processor without instructions for it (native.SLOW_FLOAT16), AMD's among them: every convolution, as PyTorch's take 5 to 290 times as long
+In float16 on a processor without instructions for it (native.SLOW_FLOAT16), AMD's among them: every convolution, as PyTorch's take 5 to 270 times as long
 (benchmarks/results/zen4/convolutions-float16.json).
 """
 

@@ -25,7 +25,7 @@ WEIGHTS_PER_NUMBER = {torch.bfloat16: 8, torch.float32: 12}
 # With AMX rows.py is faster but for 8 x 8 pixels of 1280 channels (benchmarks/results/amx-shared/convolutions.json).
 AMX_WEIGHTS_PER_NUMBER = dict.fromkeys((torch.bfloat16, torch.float16, torch.float32), 48)
 WIDENED_WEIGHTS_PER_NUMBER = {torch.bfloat16: 8, torch.float16: 8}
-# Without instructions for float16 rows.py serves the others: as fast at 16 x 16 pixels of 1280 channels, and four times as slow at 2 x 2.
+# Without instructions for float16 rows.py serves the others: for few pixels it packs weights that lie a tap apart one by one.
 SLOW_FLOAT16_WEIGHTS_PER_NUMBER = 12
 
 

@@ -36,16 +36,29 @@ def in_triton(call, q, k, v, grad, calls="attention_backward"):
     return found
 
 
+def magnitudes(q, k, v, grad, mask, causal, scale):
+    """For each number of the three gradients the sum of the magnitudes of what is added to it; zeros where heads are grouped or there is a mask."""
+    if mask is not None or q.shape[2] != k.shape[2]:
+        return [torch.zeros_like(x) for x in (q, k, v)]
+    q, k, v, grad = (x.double().transpose(1, 2) for x in (q, k, v, grad))
+    scale = scale or q.shape[-1]**-0.5
+    logits = q @ k.mT * scale
+    if causal:
+        logits = logits.masked_fill(~torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril(), -torch.inf)
+    weights, along = logits.softmax(-1), grad @ v.mT
+    slopes = weights * (along.abs() + (weights * along).sum(-1, keepdim=True).abs()) * scale
+    return [x.transpose(1, 2) for x in (slopes @ k.abs(), slopes.mT @ q.abs(), weights.mT @ grad.abs())]
+
+
 def check(q, k, v, grad, mask=None, causal=False, scale=None, context=""):
     """Against float64, and PyTorch's own attention in the dtype."""
     got = in_triton(lambda *x: ops.attention(*x, mask=mask, causal=causal, scale=scale), q, k, v, grad)
     want = gradients(lambda *x: stock(*x, mask, causal, scale), *(x.double() for x in (q, k, v)), grad)
     plain = gradients(lambda *x: stock(*x, mask, causal, scale, q.dtype), q, k, v, grad)
-    for name, one, wanted, of_stock in zip("qkv", got, want, plain):
+    for name, one, wanted, of_stock, added in zip("qkv", got, want, plain, magnitudes(q, k, v, grad, mask, causal, scale)):
         if not ON_GPU and q.dtype is torch.float32 and q.shape[1] < 16:
-            # A weight near 1 is made again from its logit, of which some units in the last place are not normalised away, as they are in one pass
-            # (docs/limits.md): where so few queries have such a weight, the mean keeps the rule, and the largest error is some units.
-            assert_within(one, wanted, 8, f"d{name} {context}", of_stock)
+            # The interpreter multiplies and adds in two roundings, and its products are numpy's: PyTorch's may sum so few rows in much shorter chains
+            assert_within(one, wanted, 4, f"d{name} {context}", of_stock, added[None])
             assert errors(one, wanted)[1] <= MEAN_FACTOR * errors(of_stock, wanted)[1] + rounding_noise(wanted, one.dtype).mean().item(), (name, context)
         else:
             assert_close(one, wanted, of_stock, f"d{name} {context}")
